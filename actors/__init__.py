@@ -1,0 +1,1 @@
+"""Everything that makes trajectories: rollout worker, policy server, adapter store, replay buffer."""

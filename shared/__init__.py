@@ -1,0 +1,1 @@
+"""What makers and users of trajectories must agree on: schema, configuration, response format, metric names."""
