@@ -1,0 +1,47 @@
+# Everything happens in .venv. `make` alone lists the targets.
+PYTHON ?= $(shell for candidate in python3.11 python3.12 python3.13 python3; do \
+	if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	command -v $$candidate; break; fi; done)
+# cpu, gpu, none, or auto (gpu where nvidia-smi lists one)
+ENGINE ?= auto
+ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/.set-up-$(ENGINE)
+SOURCES := shared envs actors learner cluster tests scripts
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-fast lint format bench
+
+help: ## list the targets
+	@echo "Targets (options for a command: make train ARGS='--preset numberline-tiny'):"
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
+	while IFS='|' read -r target what; do printf '%-18s %s\n' "$$target" "$$what"; done
+
+setup: $(STAMP) ## make .venv with everything in it (ENGINE=cpu|gpu|none; chosen by itself)
+
+$(STAMP): pyproject.toml constraints.txt scripts/set_up.py
+	@if [ -z "$(PYTHON)" ]; then echo "set-up: no Python 3.11 or later found;" \
+	"install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; fi
+	@$(PYTHON) scripts/set_up.py --engine $(ENGINE)
+	@touch $@
+
+train: setup ## set up, then run the main job on its default preset
+	$(BIN)/gflowvlm train $(ARGS)
+
+test: setup ## set up, then run all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: setup ## the tests that take at most a few seconds each
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+lint: setup ## ruff (rules and format) and mypy
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+format: setup ## let ruff put the sources in order
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: setup ## measure sampler, environments, learner, buffer and adapter hand-over
+	$(BIN)/gflowvlm bench $(ARGS)
