@@ -1,0 +1,212 @@
+"""Run configuration: every setting of a run, typed, bounded, unknown keys refused."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Precision = Literal["float32", "bfloat16"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, unknown keys refused, NaN and infinity refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class NumberLineSettings(Settings):
+    """NumberLine: walk from a start number to a target number."""
+
+    name: Literal["numberline"] = "numberline"
+    n_max: int = Field(5, ge=1, le=99, description="In-distribution numbers are 0..n_max.")
+    ood_low: int = Field(10, ge=0, le=99, description="Smallest out-of-distribution number.")
+    ood_high: int = Field(50, ge=1, le=99, description="Largest out-of-distribution number.")
+    ood_max_distance: int = Field(
+        5, ge=1, le=99, description="Largest start-to-target distance out of distribution."
+    )
+    max_steps: int = Field(10, ge=1, le=64, description="Step limit; the paper uses 2 n_max.")
+    prompt: Literal["history", "markov"] = Field(
+        "history", description="Whether past steps stand in the prompt."
+    )
+    image_size: int = Field(64, ge=32, le=1024, description="Side of the square picture, pixels.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "NumberLineSettings":
+        if self.ood_low >= self.ood_high:
+            raise ValueError("ood_low must be below ood_high")
+        return self
+
+
+TaskSettings = NumberLineSettings
+
+
+class PolicySettings(Settings):
+    """The vision-language model and its LoRA adapter."""
+
+    model: str = Field(
+        "numberline-tiny", description="Model directory, hub name, or name of a shipped model."
+    )
+    dtype: Precision = Field("float32", description="Weights and activations, in sampler and learner.")
+    lora_rank: int = Field(16, ge=1, le=512)
+    lora_alpha: float = Field(32.0, gt=0, le=4096)
+    lora_targets: list[str] = Field(
+        default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        min_length=1,
+        description="Names of the language model's linear layers that get an adapter.",
+    )
+    cot_weight: Fraction = Field(0.4, description="Weight of log P_CoT in log P_F (GFlowVLM eq. 5).")
+    max_response_tokens: int = Field(64, ge=4, le=4096)
+    gradient_checkpointing: bool = False
+
+
+class TargetSettings(Settings):
+    """The target distribution R(x)^beta P_ref(c)^alpha."""
+
+    reward_exponent: float = Field(8.0, ge=0.0, le=100.0, description="Beta.")
+    reference_weight: Fraction = Field(0.4, description="Alpha: weight of the reference policy's log P_CoT.")
+    truncation: Literal["terminal", "incomplete"] = Field(
+        "terminal", description="A cut at the step limit is a forced stop, or an incomplete trajectory."
+    )
+
+
+class SamplerSettings(Settings):
+    """The policy server."""
+
+    engine: Literal["vllm", "transformers"] = "vllm"
+    replicas: int = Field(1, ge=1, le=256)
+    gpus_per_replica: float = Field(0.0, ge=0.0, le=16.0)
+    cpus_per_replica: float = Field(0.5, ge=0.0, le=64.0)
+    tensor_parallel_size: int = Field(1, ge=1, le=16)
+    max_model_len: int = Field(512, ge=64, le=131072, description="Prompt and response, tokens.")
+    max_num_seqs: int = Field(64, ge=1, le=1024, description="Sequences decoded at once by one replica.")
+    kv_cache_gib: float = Field(0.25, gt=0, le=1024, description="KV cache of one replica on CPU, GiB.")
+    gpu_memory_utilization: float = Field(0.85, gt=0, lt=1)
+    enforce_eager: bool = True
+    temperature: float = Field(1.0, gt=0, le=5, description="Sampling temperature of training rollouts.")
+    request_timeout_s: float = Field(120.0, gt=0, le=3600)
+    start_timeout_s: float = Field(300.0, gt=0, le=7200)
+    mismatch_tolerance: float = Field(
+        1e-4,
+        gt=0,
+        le=10,
+        description="Largest sampler-learner difference of a token's log-probability at start, nats.",
+    )
+
+
+class RolloutSettings(Settings):
+    """Rollout workers."""
+
+    workers: int = Field(1, ge=1, le=4096)
+    groups_per_worker: int = Field(4, ge=1, le=4096, description="Groups one worker plays at the same time.")
+    group_size: int = Field(8, ge=1, le=256, description="K: trajectories per task instance.")
+    epsilon: Fraction = Field(0.0, description="Probability that a step's action is a random admissible one.")
+    expert_on_failure: bool = Field(
+        False, description="Add the expert's trajectory where all of a group failed."
+    )
+    cpus_per_worker: float = Field(0.25, ge=0, le=64)
+    max_restarts: int = Field(100, ge=0, description="Restarts of dead workers before the run gives up.")
+
+
+class BufferSettings(Settings):
+    """The replay buffer. Sizes are in trajectories unless said otherwise."""
+
+    capacity: int = Field(4096, ge=1, le=10_000_000)
+    newest_share: Fraction = Field(
+        0.5, description="Share of a batch that is the newest groups; the rest by reward."
+    )
+    max_staleness: int = Field(4, ge=0, le=10_000, description="How many versions generation may run ahead.")
+    replay_staleness: int = Field(
+        64, ge=0, le=1_000_000, description="Versions after which a trajectory is no longer sampled."
+    )
+    priority_temperature: float = Field(1.0, gt=0, le=100, description="Softness of the priority by reward.")
+
+
+class ObjectiveSettings(Settings):
+    """The loss."""
+
+    loss: Literal["tb", "var_tb", "db", "subtb"] = "var_tb"
+    subtb_lambda: float = Field(0.9, gt=0, le=2.0)
+    residual_clip: float | None = Field(
+        10.0, gt=0, description="Residual beyond which the penalty is linear, nats."
+    )
+
+    @model_validator(mode="after")
+    def _supported(self) -> "ObjectiveSettings":
+        if self.loss == "tb":
+            raise ValueError("loss tb needs a log Z head, which this release does not train; use var_tb")
+        return self
+
+
+class LearnerSettings(Settings):
+    """The learner's optimisation."""
+
+    steps: int = Field(60, ge=1, le=10_000_000)
+    groups_per_batch: int = Field(4, ge=1, le=100_000, description="Groups in a batch.")
+    workers: int = Field(1, ge=1, le=4096, description="Data-parallel learner processes (Ray Train).")
+    gpus_per_worker: float = Field(0.0, ge=0, le=8)
+    cpus_per_worker: float = Field(0.5, ge=0, le=64)
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    final_learning_rate: float = Field(1e-4, ge=0, le=1)
+    warmup_steps: int = Field(5, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=1)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.98, ge=0, lt=1)
+    grad_clip: float = Field(1.0, gt=0, le=1e6)
+    token_budget: int = Field(16_384, ge=64, description="Padded tokens in one forward pass.")
+    publish_every: int = Field(1, ge=1, description="Learner steps per published adapter version.")
+    checkpoint_every: int = Field(1, ge=1, description="Learner steps per checkpoint.")
+    keep_checkpoints: int = Field(3, ge=1)
+    max_failures: int = Field(10, ge=0, description="Restarts of a failed learner before the run gives up.")
+    data_timeout_s: float = Field(600.0, gt=0, le=86_400, description="Longest wait for a batch.")
+
+
+class EvaluationSettings(Settings):
+    """Evaluation during and after training, on instances that training never sees."""
+
+    every: int = Field(20, ge=1, description="Learner steps between evaluations.")
+    instances: int = Field(30, ge=1, le=100_000)
+    samples: int = Field(8, ge=1, le=1024, description="N of Div@N: trajectories per instance.")
+    seed: int = Field(10_000_019, ge=0, description="Seed of the evaluation instances.")
+    at_start: bool = True
+
+
+class RunConfig(Settings):
+    """A whole run."""
+
+    name: str = Field("numberline-tiny", min_length=1, max_length=80)
+    seed: int = Field(0, ge=0, lt=2**31)
+    task: TaskSettings = NumberLineSettings()
+    policy: PolicySettings = PolicySettings()
+    target: TargetSettings = TargetSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    sampler: SamplerSettings = SamplerSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    buffer: BufferSettings = BufferSettings()
+    learner: LearnerSettings = LearnerSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @property
+    def fresh_per_step(self) -> int:
+        """New trajectories that one learner step consumes."""
+        batch = self.learner.groups_per_batch * self.rollout.group_size
+        return max(self.rollout.group_size, round(batch * self.buffer.newest_share))
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RunConfig":
+        batch = self.learner.groups_per_batch * self.rollout.group_size
+        if self.buffer.capacity < batch:
+            raise ValueError(
+                f"buffer.capacity ({self.buffer.capacity}) must hold a batch of "
+                f"learner.groups_per_batch x rollout.group_size = {batch} trajectories"
+            )
+        if self.objective.loss == "var_tb" and self.rollout.group_size < 2:
+            raise ValueError(
+                "objective.loss var_tb needs rollout.group_size of at least 2 (a variance within a group)"
+            )
+        if self.learner.groups_per_batch < self.learner.workers:
+            raise ValueError(
+                "learner.groups_per_batch must be at least learner.workers (each learner needs a group)"
+            )
+        if self.policy.max_response_tokens >= self.sampler.max_model_len:
+            raise ValueError("policy.max_response_tokens must be below sampler.max_model_len")
+        return self

@@ -1,0 +1,219 @@
+"""The trajectory schema: what rollout workers write, the replay buffer stores and the learner reads.
+
+One trajectory is one row. With n non-stop transitions the visited states are 0..n, so there are n + 1
+log-rewards. It has n + 1 steps (responses) when the policy chose to stop, n otherwise.
+Images are stored once per trajectory as encoded bytes; steps refer to them by index.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shared.errors import UserError
+
+SCHEMA_VERSION = 1
+
+
+class Validity(StrEnum):
+    """What became of a response."""
+
+    VALID = "valid"
+    MALFORMED = "malformed"
+    INADMISSIBLE = "inadmissible"
+
+
+class EndReason(StrEnum):
+    """Why a trajectory ended."""
+
+    DONE = "done"
+    """The policy chose the stop action."""
+    ENVIRONMENT = "environment"
+    """The environment ended the episode: stopping was the only move."""
+    INVALID = "invalid"
+    """A malformed or inadmissible response ended the episode at the reward floor."""
+    STEP_LIMIT = "step_limit"
+    """Cut off: the trajectory is incomplete (`truncation` says how losses treat it)."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One response of the policy at one visited state.
+
+    Attributes:
+        prompt: The task's prompt at this state, before any chat template.
+        image: Index into the trajectory's images.
+        response_ids: Response tokens exactly as sampled, end token included when it was sampled.
+        response_text: Their text, special tokens kept.
+        cot_end: Tokens ``[0, cot_end)`` are chain of thought.
+        action_end: Tokens ``[cot_end, action_end)`` are the action's value; empty when malformed.
+        sampler_log_probs: The sampler's log-probability of each token (nats, temperature 1); NaN for
+            tokens that were not sampled (expert demonstrations, forced exploration).
+        policy_version: Adapter version that answered; 0 is the base model; -1 for the expert.
+        action: The parsed action, or None when malformed.
+        validity: Whether the response could be read and its action was admissible.
+    """
+
+    prompt: str
+    image: int
+    response_ids: list[int]
+    response_text: str
+    cot_end: int
+    action_end: int
+    sampler_log_probs: list[float]
+    policy_version: int
+    action: str | None
+    validity: Validity
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One episode.
+
+    Attributes:
+        trajectory_id: Globally unique; what makes a repeated append harmless.
+        group_id: Trajectories of one group are rollouts of one instance, made together.
+        instance_id: ``task/split/seed``: everything that fixes the partition function Z(g).
+        instance_seed: Seed of the environment's `reset`.
+        task: Name of the task.
+        split: ``id`` or ``ood``.
+        steps: The responses, in order.
+        images: Encoded images (PNG), each once.
+        log_rewards: log R(z_t ⊤) in nats at every visited state 0..n, floored, before the exponent β.
+        original_rewards: The task's own reward of every step (the PPO baseline's).
+        end: Why the episode ended.
+        success: Whether the final state solves the task.
+        outcome: Name of the final outcome (what the distribution match is measured over).
+        expert: Whether the expert, not the policy, made it.
+    """
+
+    trajectory_id: str
+    group_id: str
+    instance_id: str
+    instance_seed: int
+    task: str
+    split: str
+    steps: list[Step]
+    images: list[bytes]
+    log_rewards: list[float]
+    original_rewards: list[float]
+    end: EndReason
+    success: bool
+    outcome: str
+    expert: bool
+
+    def __post_init__(self) -> None:
+        expected = len(self.log_rewards) - 1 + (self.end is EndReason.DONE)
+        if len(self.log_rewards) == 0 or len(self.steps) != expected:
+            raise ValueError(
+                f"trajectory {self.trajectory_id}: {len(self.steps)} steps do not fit "
+                f"{len(self.log_rewards)} log-rewards and end {self.end.value!r}"
+            )
+        if len(self.original_rewards) != len(self.steps):
+            raise ValueError(f"trajectory {self.trajectory_id}: one original reward per step is needed")
+
+    @property
+    def length(self) -> int:
+        """n, the number of non-stop transitions."""
+        return len(self.log_rewards) - 1
+
+    @property
+    def actions(self) -> tuple[str | None, ...]:
+        """The parsed actions, the stop action included."""
+        return tuple(step.action for step in self.steps)
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest policy version that made a step of it (-1 for the expert or without steps)."""
+        return min((step.policy_version for step in self.steps), default=-1)
+
+    @property
+    def response_tokens(self) -> int:
+        """Number of response tokens in all steps."""
+        return sum(len(step.response_ids) for step in self.steps)
+
+
+STEP_TYPE = pa.struct(
+    [
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("image", pa.int32(), nullable=False),
+        pa.field("response_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("response_text", pa.string(), nullable=False),
+        pa.field("cot_end", pa.int32(), nullable=False),
+        pa.field("action_end", pa.int32(), nullable=False),
+        pa.field("sampler_log_probs", pa.list_(pa.float32()), nullable=False),
+        pa.field("policy_version", pa.int64(), nullable=False),
+        pa.field("action", pa.string()),
+        pa.field("validity", pa.string(), nullable=False),
+    ]
+)
+
+TRAJECTORY_SCHEMA = pa.schema(
+    [
+        pa.field("trajectory_id", pa.string(), nullable=False),
+        pa.field("group_id", pa.string(), nullable=False),
+        pa.field("instance_id", pa.string(), nullable=False),
+        pa.field("instance_seed", pa.int64(), nullable=False),
+        pa.field("task", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("steps", pa.list_(STEP_TYPE), nullable=False),
+        pa.field("images", pa.list_(pa.binary()), nullable=False),
+        pa.field("log_rewards", pa.list_(pa.float64()), nullable=False),
+        pa.field("original_rewards", pa.list_(pa.float64()), nullable=False),
+        pa.field("end", pa.string(), nullable=False),
+        pa.field("success", pa.bool_(), nullable=False),
+        pa.field("outcome", pa.string(), nullable=False),
+        pa.field("expert", pa.bool_(), nullable=False),
+    ],
+    metadata={"gflowvlm.schema_version": str(SCHEMA_VERSION)},
+)
+
+
+def to_record_batch(trajectories: Sequence[Trajectory]) -> pa.RecordBatch:
+    """Returns the trajectories as one Arrow record batch of `TRAJECTORY_SCHEMA`."""
+    return pa.RecordBatch.from_pylist([asdict(t) for t in trajectories], schema=TRAJECTORY_SCHEMA)
+
+
+def from_arrow(data: pa.RecordBatch | pa.Table) -> list[Trajectory]:
+    """Returns the trajectories of a record batch or table of `TRAJECTORY_SCHEMA`."""
+    return [_from_row(row) for row in data.to_pylist()]
+
+
+def _from_row(row: dict[str, Any]) -> Trajectory:
+    steps = [Step(**{**step, "validity": Validity(step["validity"])}) for step in row["steps"]]
+    return Trajectory(**{**row, "steps": steps, "end": EndReason(row["end"])})
+
+
+def write_parquet(trajectories: Iterable[Trajectory] | pa.RecordBatch | pa.Table, path: Path) -> None:
+    """Writes trajectories to one Parquet file, atomically: a reader sees the whole file or none."""
+    if isinstance(trajectories, pa.Table):
+        table = trajectories
+    elif isinstance(trajectories, pa.RecordBatch):
+        table = pa.Table.from_batches([trajectories])
+    else:
+        table = pa.Table.from_batches([to_record_batch(list(trajectories))])
+    partial = path.with_name(path.name + ".partial")
+    with pa.OSFile(str(partial), "wb") as sink:
+        pq.write_table(table, sink, compression="zstd")
+    partial.replace(path)
+
+
+def read_parquet(path: Path) -> pa.Table:
+    """Returns the table of one trajectory file.
+
+    Raises:
+        UserError: The file cannot be read, or holds something other than trajectories.
+    """
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: not a readable trajectory file ({error}); remove or restore it") from None
+    if not table.schema.equals(TRAJECTORY_SCHEMA):
+        raise UserError(
+            f"{path}: not in the trajectory schema version {SCHEMA_VERSION}; made by another release?"
+        )
+    return table
