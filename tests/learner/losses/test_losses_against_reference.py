@@ -16,9 +16,7 @@ SEEDS = range(6)
 @pytest.mark.parametrize("with_pb", [False, True])
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", sorted(LOSSES))
-def test_loss_and_residual_metrics_equal_the_loops(
-    name: str, seed: int, with_pb: bool, clip: float | None
-) -> None:
+def test_loss_and_residual_metrics_equal_the_loops(name: str, seed: int, with_pb: bool, clip: float | None) -> None:
     rollouts = support.random_rollouts(seed)
     batch = support.pad_rollouts(rollouts, with_pb=with_pb)
     output = LOSSES[name](**batch, **support.extras(name, rollouts), residual_clip=clip)
@@ -29,9 +27,7 @@ def test_loss_and_residual_metrics_equal_the_loops(
         "loss": support.reference_mean(weighted, lambda r: support.reference_penalty(r, clip)),
         "residual_abs_mean": support.reference_mean(weighted, abs),
         "residual_abs_max": max(abs(r) for r in residuals),
-        "residual_clipped_share": support.reference_mean(
-            weighted, lambda r: float(clip is not None and abs(r) > clip)
-        ),
+        "residual_clipped_share": support.reference_mean(weighted, lambda r: float(clip is not None and abs(r) > clip)),
         "trajectories_used": sum(bool(row) for row in weighted),
         "trajectories_dropped": sum(not row for row in weighted),
     }

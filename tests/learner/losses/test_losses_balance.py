@@ -84,10 +84,32 @@ def test_imperfect_policy_has_positive_loss(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_float32_sees_small_residuals_at_the_reward_floor(name: str) -> None:
+    """A nearly perfect policy, log R and log Z around −1e4, where neighbouring float32 numbers are 1e-3 apart."""
+    tree = random_tree(2, 24)
+    # Multiples of 1/512: rounding to float32 at −1e4 must not move the rewards themselves.
+    tree.log_reward = [round(x * 512) / 512 for x in tree.log_reward]
+    rollouts = perfect_rollouts(tree, 0)
+    rng = random.Random(0)
+    for r in rollouts:
+        r.log_pf = [x + rng.uniform(-0.01, 0.01) for x in r.log_pf]
+        r.log_reward = [x - 1e4 for x in r.log_reward]
+        r.log_z = round(r.log_z * 512) / 512 - 1e4
+    single = pad_rollouts(rollouts, dtype=torch.float32)
+    if name == "tb":
+        single["log_z"] = torch.tensor([r.log_z for r in rollouts], dtype=torch.float32)
+    double = {key: value.double() if value.is_floating_point() else value for key, value in single.items()}
+    for key in ("residual_abs_mean", "residual_abs_max"):
+        expected = LOSSES[name](**double).metrics[key].item()
+        assert 1e-3 < expected < 0.1
+        assert LOSSES[name](**single).metrics[key].item() == pytest.approx(expected, abs=5e-6), key
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_perfect_policy_on_a_grid_with_a_uniform_backward_policy_has_zero_loss(name: str) -> None:
     """A 3 × 3 grid walked by +1 along either axis: no tree, so P_B counts."""
     side = 3
-    states = list(itertools.product(range(side), repeat=2))
+    states = [(x, y) for x in range(side) for y in range(side)]
     reward = {(x, y): math.exp(math.sin(3.0 * x + y)) for x, y in states}
 
     def backward(x: int, y: int) -> float:

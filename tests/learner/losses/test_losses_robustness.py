@@ -18,9 +18,7 @@ NAMES = sorted(LOSSES)
 LOG_PROBABILITIES = ("log_pf", "log_p_stop", "log_reward", "log_pb", "log_z")
 
 
-def run(
-    name: str, rollouts: list[support.Rollout], **pad_options: Any
-) -> tuple[LossOutput, dict[str, Tensor]]:
+def run(name: str, rollouts: list[support.Rollout], **pad_options: Any) -> tuple[LossOutput, dict[str, Tensor]]:
     """The loss, and the gradients of every floating input, after a backward pass."""
     batch = support.pad_rollouts(rollouts, **pad_options)
     batch |= support.extras(name, rollouts, batch["log_pf"].dtype)
