@@ -78,9 +78,7 @@ def subtb(
     )
 
 
-def subtrajectory_weights(
-    length: Tensor, *, num_states: int, subtb_lambda: float, dtype: torch.dtype
-) -> Tensor:
+def subtrajectory_weights(length: Tensor, *, num_states: int, subtb_lambda: float, dtype: torch.dtype) -> Tensor:
     """Relative weights λ^(j−i) of the pairs i < j ≤ n of each trajectory, the heaviest of them 1.
 
     The scale is each trajectory's own, so that an extreme λ neither makes the largest weight overflow nor
