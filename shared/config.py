@@ -21,13 +21,9 @@ class NumberLineSettings(Settings):
     n_max: int = Field(5, ge=1, le=99, description="In-distribution numbers are 0..n_max.")
     ood_low: int = Field(10, ge=0, le=99, description="Smallest out-of-distribution number.")
     ood_high: int = Field(50, ge=1, le=99, description="Largest out-of-distribution number.")
-    ood_max_distance: int = Field(
-        5, ge=1, le=99, description="Largest start-to-target distance out of distribution."
-    )
+    ood_max_distance: int = Field(5, ge=1, le=99, description="Largest start-to-target distance out of distribution.")
     max_steps: int = Field(10, ge=1, le=64, description="Step limit; the paper uses 2 n_max.")
-    prompt: Literal["history", "markov"] = Field(
-        "history", description="Whether past steps stand in the prompt."
-    )
+    prompt: Literal["history", "markov"] = Field("history", description="Whether past steps stand in the prompt.")
     image_size: int = Field(64, ge=32, le=1024, description="Side of the square picture, pixels.")
 
     @model_validator(mode="after")
@@ -43,9 +39,7 @@ TaskSettings = NumberLineSettings
 class PolicySettings(Settings):
     """The vision-language model and its LoRA adapter."""
 
-    model: str = Field(
-        "numberline-tiny", description="Model directory, hub name, or name of a shipped model."
-    )
+    model: str = Field("numberline-tiny", description="Model directory, hub name, or name of a shipped model.")
     dtype: Precision = Field("float32", description="Weights and activations, in sampler and learner.")
     lora_rank: int = Field(16, ge=1, le=512)
     lora_alpha: float = Field(32.0, gt=0, le=4096)
@@ -100,9 +94,7 @@ class RolloutSettings(Settings):
     groups_per_worker: int = Field(4, ge=1, le=4096, description="Groups one worker plays at the same time.")
     group_size: int = Field(8, ge=1, le=256, description="K: trajectories per task instance.")
     epsilon: Fraction = Field(0.0, description="Probability that a step's action is a random admissible one.")
-    expert_on_failure: bool = Field(
-        False, description="Add the expert's trajectory where all of a group failed."
-    )
+    expert_on_failure: bool = Field(False, description="Add the expert's trajectory where all of a group failed.")
     cpus_per_worker: float = Field(0.25, ge=0, le=64)
     max_restarts: int = Field(100, ge=0, description="Restarts of dead workers before the run gives up.")
 
@@ -111,9 +103,7 @@ class BufferSettings(Settings):
     """The replay buffer. Sizes are in trajectories unless said otherwise."""
 
     capacity: int = Field(4096, ge=1, le=10_000_000)
-    newest_share: Fraction = Field(
-        0.5, description="Share of a batch that is the newest groups; the rest by reward."
-    )
+    newest_share: Fraction = Field(0.5, description="Share of a batch that is the newest groups; the rest by reward.")
     max_staleness: int = Field(4, ge=0, le=10_000, description="How many versions generation may run ahead.")
     replay_staleness: int = Field(
         64, ge=0, le=1_000_000, description="Versions after which a trajectory is no longer sampled."
@@ -126,9 +116,7 @@ class ObjectiveSettings(Settings):
 
     loss: Literal["tb", "var_tb", "db", "subtb"] = "var_tb"
     subtb_lambda: float = Field(0.9, gt=0, le=2.0)
-    residual_clip: float | None = Field(
-        10.0, gt=0, description="Residual beyond which the penalty is linear, nats."
-    )
+    residual_clip: float | None = Field(10.0, gt=0, description="Residual beyond which the penalty is linear, nats.")
 
     @model_validator(mode="after")
     def _supported(self) -> "ObjectiveSettings":
@@ -170,6 +158,16 @@ class EvaluationSettings(Settings):
     at_start: bool = True
 
 
+class ClusterSettings(Settings):
+    """The Ray cluster of the run."""
+
+    address: str | None = Field(None, description="Address of a running cluster; null starts a local one.")
+    dashboard: bool = Field(True, description="Start the Ray dashboard with a local cluster.")
+    dashboard_port: int | None = Field(None, ge=1024, le=65535, description="null takes the first free from 8265.")
+    metrics_port: int | None = Field(None, ge=1024, le=65535, description="Prometheus port; null takes a free one.")
+    object_store_mib: int = Field(256, ge=80, le=1_048_576, description="Object store of a local cluster, MiB.")
+
+
 class RunConfig(Settings):
     """A whole run."""
 
@@ -184,12 +182,17 @@ class RunConfig(Settings):
     buffer: BufferSettings = BufferSettings()
     learner: LearnerSettings = LearnerSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    cluster: ClusterSettings = ClusterSettings()
+
+    @property
+    def fresh_groups_per_step(self) -> int:
+        """New groups that one learner step consumes; the rest of its batch is replayed."""
+        return max(1, round(self.learner.groups_per_batch * self.buffer.newest_share))
 
     @property
     def fresh_per_step(self) -> int:
         """New trajectories that one learner step consumes."""
-        batch = self.learner.groups_per_batch * self.rollout.group_size
-        return max(self.rollout.group_size, round(batch * self.buffer.newest_share))
+        return self.fresh_groups_per_step * self.rollout.group_size
 
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":
@@ -200,13 +203,9 @@ class RunConfig(Settings):
                 f"learner.groups_per_batch x rollout.group_size = {batch} trajectories"
             )
         if self.objective.loss == "var_tb" and self.rollout.group_size < 2:
-            raise ValueError(
-                "objective.loss var_tb needs rollout.group_size of at least 2 (a variance within a group)"
-            )
+            raise ValueError("objective.loss var_tb needs rollout.group_size of at least 2 (a variance within a group)")
         if self.learner.groups_per_batch < self.learner.workers:
-            raise ValueError(
-                "learner.groups_per_batch must be at least learner.workers (each learner needs a group)"
-            )
+            raise ValueError("learner.groups_per_batch must be at least learner.workers (each learner needs a group)")
         if self.policy.max_response_tokens >= self.sampler.max_model_len:
             raise ValueError("policy.max_response_tokens must be below sampler.max_model_len")
         return self

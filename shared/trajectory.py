@@ -213,7 +213,5 @@ def read_parquet(path: Path) -> pa.Table:
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a readable trajectory file ({error}); remove or restore it") from None
     if not table.schema.equals(TRAJECTORY_SCHEMA):
-        raise UserError(
-            f"{path}: not in the trajectory schema version {SCHEMA_VERSION}; made by another release?"
-        )
+        raise UserError(f"{path}: not in the trajectory schema version {SCHEMA_VERSION}; made by another release?")
     return table
