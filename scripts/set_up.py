@@ -188,9 +188,7 @@ def report(engine: str) -> None:
 
 def main() -> int:
     """Sets `.venv` up; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("auto", "cpu", "gpu", "none"), default="auto", help="which vLLM")
     engine = choose_engine(parser.parse_args().engine)
     begun = time.monotonic()

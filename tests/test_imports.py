@@ -46,9 +46,7 @@ def imported_names(source: str, package: str) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.Call) and node.args:
             called = ast.unparse(node.func)
             first = node.args[0]
-            if called in ("importlib.import_module", "import_module", "__import__") and isinstance(
-                first, ast.Constant
-            ):
+            if called in ("importlib.import_module", "import_module", "__import__") and isinstance(first, ast.Constant):
                 yield node.lineno, str(first.value).split(".")[0]
 
 
