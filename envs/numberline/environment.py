@@ -1,0 +1,105 @@
+"""The NumberLine environment."""
+
+import numpy as np
+from PIL import Image
+
+from envs.base import TaskEnv
+from envs.numberline import prompts, rendering, target
+from shared.config import NumberLineSettings
+from shared.response import DONE_TOKEN
+from shared.trajectory import EndReason
+
+
+class NumberLineEnv(TaskEnv):
+    """Walk from a start number to a target number by ``+`` and ``-``, then stop by ``[DONE]``.
+
+    In distribution the numbers are 0..n_max; out of distribution they are ood_low..ood_high with start
+    and target at most ood_max_distance apart. Start and target always differ. A move past either end of
+    the range is admissible and changes nothing.
+
+    The original reward is 1 for a move or stop on the target, 0 for a move that gets closer to it, else -1
+    (invalid responses included).
+
+    Attributes:
+        settings: The task's settings.
+        start: The first number.
+        target: The number to reach.
+        current: The number of the current state.
+    """
+
+    task = "numberline"
+
+    def __init__(self, settings: NumberLineSettings | None = None, render_mode: str | None = None) -> None:
+        self.settings = settings if settings is not None else NumberLineSettings()
+        super().__init__(self.settings.image_size, self.settings.max_steps, render_mode)
+        self.start = self.target = self.current = 0
+        self._past_numbers: list[int] = []
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The smallest and the largest number of the current split."""
+        if self.split == "ood":
+            return self.settings.ood_low, self.settings.ood_high
+        return 0, self.settings.n_max
+
+    @property
+    def admissible_actions(self) -> list[str]:
+        """``+``, ``-`` and ``[DONE]``, at every state."""
+        return ["+", "-", DONE_TOKEN]
+
+    def prompt(self) -> str:
+        """Returns the prompt, with or without history as the settings say."""
+        if self.settings.prompt == "markov":
+            return prompts.markov_prompt(self.admissible_actions)
+        return prompts.history_prompt(self._past_numbers, self.past_actions, self.admissible_actions)
+
+    def expert_action(self) -> str:
+        """Returns the move towards the target, `[DONE]` on it."""
+        if self.current == self.target:
+            return DONE_TOKEN
+        return "+" if self.current < self.target else "-"
+
+    def demonstration(self, action: str, rng: np.random.Generator) -> str:
+        """Returns a response that reads both numbers, states their relation and takes the action."""
+        return prompts.demonstration(action, self.current, self.target, rng)
+
+    def target_distribution(self, reward_exponent: float) -> dict[str, float]:
+        """Returns the exact R^β/Z over end numbers of the current instance, whatever the current state."""
+        low, high = self.bounds
+        walks = target.walks_by_end(self.start, low, high, self.max_steps)
+        return target.outcome_distribution(walks, low, self.target, reward_exponent)
+
+    def target_success(self, reward_exponent: float) -> float:
+        """Returns the mass of R^β/Z on the target number (0 where it is out of reach)."""
+        return self.target_distribution(reward_exponent).get(str(self.target), 0.0)
+
+    def _start(self, rng: np.random.Generator) -> None:
+        low, high = self.bounds
+        self.start = int(rng.integers(low, high + 1))
+        reach = self.settings.ood_max_distance if self.split == "ood" else high - low
+        choices = [n for n in range(low, high + 1) if n != self.start and abs(n - self.start) <= reach]
+        self.target = choices[int(rng.integers(len(choices)))]
+        self.current = self.start
+        self._past_numbers = []
+
+    def _apply(self, action: str | None) -> float:
+        before = self.current
+        if action is not None:
+            low, high = self.bounds
+            self._past_numbers.append(before)
+            self.current = min(max(before + (1 if action == "+" else -1), low), high)
+        if self._solved() and self.end is not EndReason.INVALID:
+            return 1.0
+        return 0.0 if abs(self.current - self.target) < abs(before - self.target) else -1.0
+
+    def _draw(self, rng: np.random.Generator) -> Image.Image:
+        return rendering.draw(self.target, self.current, self.image_size, rng)
+
+    def _state_log_reward(self) -> float:
+        return target.log_reward(self.current, self.target)
+
+    def _state_outcome(self) -> str:
+        return str(self.current)
+
+    def _solved(self) -> bool:
+        return self.current == self.target
