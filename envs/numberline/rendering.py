@@ -35,7 +35,7 @@ def draw(target: int, current: int, size: int, rng: np.random.Generator) -> Imag
         left, upper, right, lower = number_font.getbbox(str(number), anchor="ls")
         room = size - (right - left) - _scaled(4, size)
         x = _scaled(2, size) - left + int(places[row, 0] * max(room, 0))
-        slack = size // 2 - _scaled(11, size) - int(lower - upper)
+        slack = size // 2 - _scaled(13, size) - int(lower - upper)
         y = top + size // 2 - _scaled(1, size) - int(places[row, 1] * max(slack, 0))
         canvas.text((x, y), str(number), _colour(ink), number_font, anchor="ls")
     return image
