@@ -1,0 +1,319 @@
+"""The replay buffer: whole groups of trajectories, Arrow in memory, Parquet on disk."""
+
+import heapq
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from actors.groups import index_of_group
+from actors.trajectory_files import TrajectoryFiles
+from shared.config import BufferSettings
+from shared.errors import UserError
+from shared.trajectory import SCHEMA_VERSION, TRAJECTORY_SCHEMA
+
+NEWEST_WINDOW = 128
+"""Policy trajectories over which the newest success rate is taken."""
+
+
+@dataclass
+class _Group:
+    """Trajectories of one instance in memory.
+
+    Attributes:
+        order: Running number in order of acceptance.
+        batch: Their rows.
+        policy: Number of trajectories that the policy made.
+        priority: The largest final log-reward, nats.
+        version: The oldest policy version in it; None when only the expert made it.
+        newest: Whether it lies in the window of newest groups that eviction spares.
+    """
+
+    group_id: str
+    order: int
+    batch: pa.RecordBatch
+    policy: int
+    priority: float
+    version: int | None
+    newest: bool = True
+
+    @property
+    def weight(self) -> int:
+        """What it counts against the capacity: its policy trajectories (or all, when it has none)."""
+        return self.policy if self.policy > 0 else self.batch.num_rows
+
+    @property
+    def eviction_key(self) -> tuple[float, int, str]:
+        """Lowest priority goes first, the oldest of equals before the others."""
+        return self.priority, self.order, self.group_id
+
+
+class ReplayBuffer:
+    """Holds the trajectories that the learner samples; the same after a crash as before it.
+
+    An append is acknowledged once its file is on disk, and appending an acknowledged trajectory again
+    changes nothing. Counts of *accepted* trajectories are of those the policy made: the expert's are extra
+    and count neither there nor against the capacity (except in groups that the expert alone made).
+
+    Eviction takes whole groups out of memory; their files stay, as the run's record. Groups leave when they
+    are staler than `replay_staleness` against the newest version in the buffer, and, beyond the capacity, by
+    lowest priority (the group's largest final log-reward), oldest first. The newest groups, up to the share
+    `newest_share` of the capacity, are spared, so that nothing is dropped before it could be learned from.
+
+    Reading the files again in order makes the same decisions, so a restarted buffer has the same content.
+    """
+
+    def __init__(self, settings: BufferSettings, seed: int, directory: Path | None) -> None:
+        """Opens a buffer, with what its folder already holds.
+
+        Args:
+            settings: Capacity, shares and staleness.
+            seed: With the step, fixes which groups are sampled.
+            directory: Folder of the Parquet files; None keeps everything in memory only.
+
+        Raises:
+            UserError: A file in the folder is damaged or in another schema.
+        """
+        self.settings = settings
+        self.seed = seed
+        self._groups: dict[str, _Group] = {}
+        self._spared: deque[tuple[int, str]] = deque()
+        self._spared_weight = 0
+        self._by_priority: list[tuple[float, int, str]] = []
+        self._by_version: list[tuple[int, int, str]] = []
+        self._known: set[str] = set()
+        self._weight = 0
+        self._orders = 0
+        self._newest_version = 0
+        self._accepted_by_version: Counter[int] = Counter()
+        self._accepted_experts = 0
+        self._accepted_groups: set[str] = set()
+        self._largest_group_index: int | None = None
+        self._evicted = 0
+        self._refused = 0
+        self._last_refusal: str | None = None
+        self._newest_success: deque[bool] = deque(maxlen=NEWEST_WINDOW)
+        self._files: TrajectoryFiles | None = None
+        if directory is not None:
+            self._files = TrajectoryFiles(directory)
+            for batch in self._files.read():
+                self._remember(self._unknown_rows(batch))
+
+    @property
+    def accepted(self) -> int:
+        """Trajectories of the policy ever acknowledged."""
+        return self._accepted_by_version.total()
+
+    def append(self, batch: pa.RecordBatch) -> list[str]:
+        """Adds trajectories; all of one group should come in one append.
+
+        Args:
+            batch: Rows of `TRAJECTORY_SCHEMA`.
+
+        Returns:
+            The ids of all its trajectories: every one of them is now safe, the repeated ones included.
+
+        Raises:
+            UserError: They are in another schema, or could not be written; the buffer is as it was.
+            ValueError: A log-reward is missing, NaN or infinite.
+        """
+        if not batch.schema.equals(TRAJECTORY_SCHEMA):
+            raise UserError(
+                f"replay buffer: trajectories must be in schema version {SCHEMA_VERSION}; "
+                "run the same release on every node"
+            )
+        new = self._unknown_rows(batch)
+        for name, rewards in zip(new["trajectory_id"].to_pylist(), new["log_rewards"].to_pylist(), strict=True):
+            if len(rewards) == 0 or not np.all(np.isfinite(rewards)):
+                raise ValueError(f"trajectory {name}: its log-rewards must be finite, found {rewards}")
+        if new.num_rows > 0:
+            if self._files is not None:
+                try:
+                    self._files.append(new)
+                except UserError as refusal:
+                    self._refused += new.num_rows
+                    self._last_refusal = str(refusal)
+                    raise
+            self._remember(new)
+        return list(batch["trajectory_id"].to_pylist())
+
+    def available(self, version: int) -> int:
+        """Returns how many groups are fresh enough to be sampled at a policy version."""
+        return sum(self._is_fresh(group, version) for group in self._groups.values())
+
+    def sample(self, step: int, groups: int, version: int) -> pa.RecordBatch:
+        """Returns whole groups: the newest, then the rest drawn by priority.
+
+        The share `newest_share` of the groups (rounded) are the newest ones, newest first. The others are
+        drawn without replacement with probabilities softmax(priority / priority_temperature). The draw is a
+        function of the seed, the step and the groups in the buffer in order of acceptance.
+
+        Args:
+            step: The learner's step.
+            groups: Number of groups.
+            version: The learner's policy version; groups older than `replay_staleness` versions stay out.
+
+        Raises:
+            ValueError: Fewer groups than that are available.
+        """
+        fresh = [group for group in self._groups.values() if self._is_fresh(group, version)]
+        if len(fresh) < groups:
+            raise ValueError(f"{groups} groups asked for, {len(fresh)} are available at version {version}")
+        split = len(fresh) - round(groups * self.settings.newest_share)
+        chosen = fresh[split:][::-1]
+        rest = fresh[:split]
+        priorities = np.array([group.priority for group in rest]) / self.settings.priority_temperature
+        # The largest of priority + Gumbel noise are a softmax draw without replacement.
+        noisy = priorities + np.random.default_rng([self.seed, step]).gumbel(size=len(rest))
+        drawn = np.argsort(-noisy, kind="stable")[: groups - len(chosen)]
+        chosen += [rest[i] for i in drawn]
+        return _concatenated([group.batch for group in chosen])
+
+    def content(self) -> pa.RecordBatch:
+        """Returns every trajectory in memory, in order of acceptance."""
+        return _concatenated([group.batch for group in self._groups.values()])
+
+    def stats(self) -> dict[str, Any]:
+        """Returns the buffer's counts.
+
+        ``accepted`` (policy trajectories ever acknowledged), ``accepted_groups``, ``accepted_experts``,
+        ``accepted_by_version`` (by a trajectory's oldest version), ``largest_group_index`` (None before the
+        first group), ``size`` (trajectories in memory, experts
+        included), ``groups``, ``expert`` (expert trajectories in memory), ``evicted`` (ever), ``bytes`` (in
+        memory), ``newest_version``, ``newest_success`` (share among the newest `NEWEST_WINDOW` of the policy;
+        None before the first), ``refused`` and ``last_refusal`` (trajectories that could not be written).
+        """
+        size = sum(group.batch.num_rows for group in self._groups.values())
+        newest = self._newest_success
+        return {
+            "accepted": self.accepted,
+            "accepted_groups": len(self._accepted_groups),
+            "accepted_experts": self._accepted_experts,
+            "accepted_by_version": dict(self._accepted_by_version),
+            "largest_group_index": self._largest_group_index,
+            "size": size,
+            "groups": len(self._groups),
+            "expert": sum(group.batch.num_rows - group.policy for group in self._groups.values()),
+            "evicted": self._evicted,
+            "bytes": sum(group.batch.nbytes for group in self._groups.values()),
+            "newest_version": self._newest_version,
+            "newest_success": sum(newest) / len(newest) if len(newest) > 0 else None,
+            "refused": self._refused,
+            "last_refusal": self._last_refusal,
+        }
+
+    def _is_fresh(self, group: _Group, version: int) -> bool:
+        return group.version is None or version - group.version <= self.settings.replay_staleness
+
+    def _unknown_rows(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Returns a copy of the rows that were not acknowledged yet, each id once."""
+        first = {name: row for row, name in reversed(list(enumerate(batch["trajectory_id"].to_pylist())))}
+        rows = sorted(row for name, row in first.items() if name not in self._known)
+        # A copy on purpose: a batch that came through the object store pins its memory there.
+        return batch.take(pa.array(rows, pa.int64()))
+
+    def _remember(self, batch: pa.RecordBatch) -> None:
+        """Takes new rows into memory, then makes room: the one way both appends and restarts go."""
+        rows_of: dict[str, list[int]] = {}
+        for row, group_id in enumerate(batch["group_id"].to_pylist()):
+            rows_of.setdefault(group_id, []).append(row)
+        versions = _oldest_versions(batch)
+        self._count(batch, versions)
+        for group_id, rows in rows_of.items():
+            self._enter(group_id, batch if len(rows_of) == 1 else batch.take(pa.array(rows, pa.int64())))
+        self._make_room()
+
+    def _count(self, batch: pa.RecordBatch, versions: Sequence[int]) -> None:
+        self._known.update(batch["trajectory_id"].to_pylist())
+        for group_id in set(batch["group_id"].to_pylist()) - self._accepted_groups:
+            self._accepted_groups.add(group_id)
+            index = index_of_group(group_id)
+            if index is not None:
+                self._largest_group_index = max(index, self._largest_group_index or 0)
+        experts, successes = batch["expert"].to_pylist(), batch["success"].to_pylist()
+        for expert, success, version in zip(experts, successes, versions, strict=True):
+            if expert:
+                self._accepted_experts += 1
+            else:
+                self._accepted_by_version[version] += 1
+                self._newest_success.append(success)
+                self._newest_version = max(self._newest_version, version)
+
+    def _enter(self, group_id: str, batch: pa.RecordBatch) -> None:
+        if group_id in self._groups:
+            # Late members join their group, which counts as new again.
+            batch = _concatenated([self._leave(group_id).batch, batch])
+        experts = batch["expert"].to_pylist()
+        policy_versions = [
+            version
+            for version, expert in zip(_oldest_versions(batch), experts, strict=True)
+            if not expert and version >= 0
+        ]
+        group = _Group(
+            group_id=group_id,
+            order=self._orders,
+            batch=batch,
+            policy=len(experts) - sum(experts),
+            priority=max(rewards[-1] for rewards in batch["log_rewards"].to_pylist()),
+            version=min(policy_versions, default=None),
+        )
+        self._orders += 1
+        self._groups[group_id] = group
+        self._weight += group.weight
+        self._spared.append((group.order, group_id))
+        self._spared_weight += group.weight
+        if group.version is not None:
+            heapq.heappush(self._by_version, (group.version, group.order, group_id))
+
+    def _leave(self, group_id: str) -> _Group:
+        """Takes a group out; what the queues still say of it is skipped, since its order is gone."""
+        group = self._groups.pop(group_id)
+        self._weight -= group.weight
+        if group.newest:
+            self._spared_weight -= group.weight
+        return group
+
+    def _evict(self, group_id: str) -> None:
+        self._evicted += self._leave(group_id).batch.num_rows
+
+    def _is_alive(self, order: int, group_id: str) -> bool:
+        return group_id in self._groups and self._groups[group_id].order == order
+
+    def _make_room(self) -> None:
+        oldest = self._newest_version - self.settings.replay_staleness
+        while self._by_version and self._by_version[0][0] < oldest:
+            _, order, group_id = heapq.heappop(self._by_version)
+            if self._is_alive(order, group_id):
+                self._evict(group_id)
+        spared = int(self.settings.capacity * self.settings.newest_share)
+        while self._spared_weight > spared and len(self._spared) > 1:
+            self._unspare_oldest()
+        while self._weight > self.settings.capacity and len(self._groups) > 1:
+            while len(self._by_priority) == 0:
+                self._unspare_oldest()
+            _, order, group_id = heapq.heappop(self._by_priority)
+            if self._is_alive(order, group_id):
+                self._evict(group_id)
+
+    def _unspare_oldest(self) -> None:
+        order, group_id = self._spared.popleft()
+        if self._is_alive(order, group_id):
+            group = self._groups[group_id]
+            group.newest = False
+            self._spared_weight -= group.weight
+            heapq.heappush(self._by_priority, group.eviction_key)
+
+
+def _oldest_versions(batch: pa.RecordBatch) -> list[int]:
+    """Returns each trajectory's oldest policy version, -1 without steps."""
+    return [min(steps.values.field("policy_version").to_pylist(), default=-1) for steps in batch["steps"]]
+
+
+def _concatenated(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    table = pa.Table.from_batches(batches, schema=TRAJECTORY_SCHEMA).combine_chunks()
+    merged = table.to_batches()
+    return merged[0] if len(merged) > 0 else pa.RecordBatch.from_pylist([], schema=TRAJECTORY_SCHEMA)
