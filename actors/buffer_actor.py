@@ -1,0 +1,168 @@
+"""The replay buffer as a Ray actor that comes back, with its content, when its process dies."""
+
+import asyncio
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.adapter_store import NAMESPACE
+from actors.replay_buffer import ReplayBuffer
+from shared.config import BufferSettings, RunConfig
+from shared.errors import UserError
+from shared.run_folder import RunFolder
+
+START_TIMEOUT_S = 300.0
+"""Longest wait for the actor, which reads the run's trajectories at start."""
+
+
+class ReplayBufferActor:
+    """A `ReplayBuffer` that many workers append to and the learner waits on.
+
+    A damaged folder does not end the actor (it would be restarted for ever): every call reports it.
+    """
+
+    def __init__(self, settings: BufferSettings, seed: int, directory: str) -> None:
+        """Opens the buffer of a run; `directory` is the folder of its Parquet files."""
+        self._problem: UserError | None = None
+        self._changed = asyncio.Condition()
+        self._appended = _Rate()
+        self._sampled = _Rate()
+        try:
+            self._held = ReplayBuffer(settings, seed, Path(directory))
+        except UserError as problem:
+            self._problem = problem
+
+    @property
+    def _buffer(self) -> ReplayBuffer:
+        if self._problem is not None:
+            raise self._problem
+        return self._held
+
+    async def append(self, batch: pa.RecordBatch) -> list[str]:
+        """Adds trajectories and returns their ids: they are on disk (see `ReplayBuffer.append`)."""
+        started = time.perf_counter()
+        acknowledged = self._buffer.append(batch)
+        self._appended.add(batch, started)
+        async with self._changed:
+            self._changed.notify_all()
+        return acknowledged
+
+    async def wait_sample(
+        self, step: int, groups: int, version: int, min_accepted: int, timeout_s: float
+    ) -> pa.RecordBatch:
+        """Waits until enough was accepted, then samples whole groups (see `ReplayBuffer.sample`).
+
+        Args:
+            step: The learner's step; with the seed it fixes the draw.
+            groups: Number of groups.
+            version: The learner's policy version.
+            min_accepted: Policy trajectories that must have been accepted since the run began.
+            timeout_s: Longest wait, seconds.
+
+        Raises:
+            TimeoutError: It took longer; the message says what is missing.
+        """
+        buffer = self._buffer
+
+        def ready() -> bool:
+            return buffer.accepted >= min_accepted and buffer.available(version) >= groups
+
+        try:
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(ready)
+        except TimeoutError:
+            raise TimeoutError(
+                f"replay buffer: no batch for step {step} within {timeout_s:g} s: {buffer.accepted} of "
+                f"{min_accepted} trajectories accepted, {buffer.available(version)} of {groups} groups fresh "
+                f"enough at version {version}; are rollout workers and the policy server alive?"
+            ) from None
+        started = time.perf_counter()
+        batch = buffer.sample(step, groups, version)
+        self._sampled.add(batch, started)
+        return batch
+
+    async def stats(self) -> dict[str, Any]:
+        """Returns `ReplayBuffer.stats` and the actor's own figures.
+
+        ``pid``; ``append`` and ``sample``, each with ``trajectories``, ``bytes`` and ``seconds`` (the actor's
+        time in it since its start) and the rates ``trajectories_per_s`` and ``mb_per_s`` in that time.
+        """
+        own = {"pid": os.getpid(), "append": self._appended.figures(), "sample": self._sampled.figures()}
+        return {**self._buffer.stats(), **own}
+
+
+class _Rate:
+    """Work done and the time it took."""
+
+    def __init__(self) -> None:
+        self._trajectories = 0
+        self._bytes = 0
+        self._seconds = 0.0
+
+    def add(self, batch: pa.RecordBatch, started: float) -> None:
+        self._trajectories += batch.num_rows
+        self._bytes += batch.nbytes
+        self._seconds += time.perf_counter() - started
+
+    def figures(self) -> dict[str, float]:
+        seconds = self._seconds if self._seconds > 0 else 1.0
+        return {
+            "trajectories": self._trajectories,
+            "bytes": self._bytes,
+            "seconds": self._seconds,
+            "trajectories_per_s": self._trajectories / seconds,
+            "mb_per_s": self._bytes / seconds / 1e6,
+        }
+
+
+def create_buffer_actor(config: RunConfig, run_dir: Path, name: str) -> Any:
+    """Starts a run's replay buffer and waits until it has read what the run's folder holds.
+
+    Args:
+        config: The run's configuration.
+        run_dir: The run's folder, on this node.
+        name: Name of the actor, for `get_buffer`.
+
+    Returns:
+        The actor's handle. Calls in flight when its process dies are repeated after the restart.
+
+    Raises:
+        UserError: The folder's trajectories cannot be read, the name is taken, or the actor did not start
+            in time.
+    """
+    # The files are on this node's disk: elsewhere the buffer would come back empty.
+    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    kind = ray.remote(ReplayBufferActor).options(name=name, namespace=NAMESPACE, **options)
+    try:
+        actor = kind.remote(config.buffer, config.seed, str(RunFolder(run_dir.resolve()).trajectories))
+    except ValueError:
+        raise UserError(
+            f"replay buffer {name!r}: there is one already on this cluster; wait for that run to end, or stop it"
+        ) from None
+    try:
+        ray.get(actor.stats.remote(), timeout=START_TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError:
+        raise UserError(
+            f"replay buffer {name!r}: did not start within {START_TIMEOUT_S:g} s; "
+            "is the machine out of memory, or the run's trajectories folder very large?"
+        ) from None
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from None
+        raise
+    return actor
+
+
+def get_buffer(name: str) -> Any:
+    """Returns the handle of a run's replay buffer.
+
+    Raises:
+        ValueError: No actor of that name is alive.
+    """
+    return ray.get_actor(name, namespace=NAMESPACE)
