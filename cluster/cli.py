@@ -1,0 +1,39 @@
+"""The one way in: `gflowvlm COMMAND`."""
+
+import sys
+
+import typer
+from rich.console import Console
+
+from cluster.commands import bench, doctor, evaluate, play, presets, replay, sft, train
+from shared.errors import UserError
+
+app = typer.Typer(
+    name="gflowvlm",
+    help="Fine-tune vision-language models with GFlowNet objectives, from one laptop to a Ray cluster.\n\n"
+    "Start with `gflowvlm train`: it teaches a tiny model NumberLine on two cores in minutes. "
+    "`gflowvlm doctor` says what works on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+for command in (train, evaluate, play, replay, sft, bench, presets, doctor):
+    command.register(app)
+
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Runs the command line; a `UserError` is one line on stderr and exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True).print(f"[red]gflowvlm:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""`gflowvlm train`: the main job."""
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cluster.preset_library import DEFAULT_PRESET, load_preset
+from shared.config import RunConfig
+from shared.config_io import load_config
+from shared.errors import UserError
+from shared.run_folder import RunFolder
+
+INTERRUPTED = 130
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the application."""
+
+    @app.command()
+    def train(
+        overrides: Annotated[
+            list[str] | None,
+            typer.Argument(
+                metavar="[KEY=VALUE]...",
+                help="Settings to change, for example `learner.steps=20 objective.loss=subtb`.",
+                show_default=False,
+            ),
+        ] = None,
+        preset: Annotated[
+            str | None, typer.Option(help=f"Preset to start from [default: {DEFAULT_PRESET}].", show_default=False)
+        ] = None,
+        config: Annotated[Path | None, typer.Option(help="YAML file to start from instead of a preset.")] = None,
+        run: Annotated[Path | None, typer.Option(help="Folder of the new run [default: runs/NAME-DATE-TIME].")] = None,
+        resume: Annotated[Path | None, typer.Option(help="Folder of a run to go on with.")] = None,
+        plan: Annotated[bool, typer.Option("--plan", help="Only show what the run would ask of the cluster.")] = False,
+    ) -> None:
+        """Train a vision-language model with a GFlowNet loss.
+
+        Rollout workers play the task with the policy server; the learner lowers the loss on what the
+        replay buffer holds and publishes LoRA adapters back. Ctrl-C leaves a run that `--resume` goes on with.
+
+        Examples: `gflowvlm train`, `gflowvlm train objective.loss=subtb learner.steps=100`,
+        `gflowvlm train --preset numberline-7b --plan`, `gflowvlm train --resume runs/NAME`.
+        """
+        console = Console()
+        if resume is not None:
+            if overrides or preset is not None or config is not None or run is not None:
+                raise UserError("--resume takes the run's own configuration; leave out presets, files and settings")
+            _train(console, *_reopened(resume))
+            return
+        resolved = _resolve(preset, config, overrides or [])
+        if plan:
+            _show_plan(console, resolved)
+            return
+        _train(console, None, resolved, run)
+
+
+def _resolve(preset: str | None, config: Path | None, overrides: list[str]) -> RunConfig:
+    if config is not None:
+        if preset is not None:
+            raise UserError("give --preset or --config, not both")
+        return load_config(config, overrides)
+    return load_preset(preset if preset is not None else DEFAULT_PRESET, overrides)
+
+
+def _reopened(directory: Path) -> tuple[RunFolder, RunConfig, None]:
+    from cluster.run_setup import open_run
+
+    folder, config = open_run(directory)
+    if folder.summary.exists():
+        raise UserError(f"{directory}: this run has ended; look at it with `gflowvlm eval {directory}`")
+    return folder, config, None
+
+
+def _show_plan(console: Console, config: RunConfig) -> None:
+    from cluster.ray_runtime import resource_plan
+
+    plan = resource_plan(config)
+    table = Table("part", "processes", "CPUs each", "GPUs each")
+    for part, count, cpus, gpus in plan.rows:
+        table.add_row(part, str(count), f"{cpus:g}", f"{gpus:g}")
+    console.print(table)
+    batch = config.learner.groups_per_batch * config.rollout.group_size
+    console.print(
+        f"in all {plan.cpus:g} CPUs and {plan.gpus:g} GPUs; model {config.policy.model} in {config.policy.dtype}; "
+        f"{batch} trajectories a batch, {config.fresh_per_step} of them new; {config.learner.steps} learner steps"
+    )
+
+
+def _train(console: Console, folder: RunFolder | None, config: RunConfig, directory: Path | None = None) -> None:
+    # Imported here so that --help and wrong arguments answer at once.
+    from cluster.models import resolve_model
+    from cluster.ray_runtime import ray_cluster
+    from cluster.run_setup import new_run, run_lock
+    from cluster.training_run import TrainingRun
+    from shared.policy_inputs import PolicyInputs
+
+    PolicyInputs.load(resolve_model(config.policy.model))
+    folder = new_run(config, directory) if folder is None else folder
+    console.print(f"run folder: {_shown(folder)}", highlight=False)
+    signal.signal(signal.SIGTERM, _interrupt)
+    started = time.monotonic()
+    try:
+        with run_lock(folder), ray_cluster(config) as dashboard:
+            if config.cluster.dashboard:
+                console.print(f"Ray dashboard: http://{dashboard}", highlight=False)
+            report = TrainingRun(folder, config, console).run()
+    except KeyboardInterrupt:
+        console.print(f"\ninterrupted; go on with: gflowvlm train --resume {_shown(folder)}", highlight=False)
+        raise typer.Exit(INTERRUPTED) from None
+    _show_report(console, folder, report, time.monotonic() - started)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _show_report(console: Console, folder: RunFolder, report: list[dict[str, object]], seconds: float) -> None:
+    table = Table("", title="before and after, on instances not used in training or to choose the adapter")
+    for row in report:
+        table.add_column(f"{row['split']}\n{'base' if row['version'] == 0 else f'version {row["version"]}'}")
+    for key in (
+        "success",
+        "success_greedy",
+        "success_bound",
+        "div_at_n",
+        "malformed_rate",
+        "inadmissible_rate",
+        "mean_response_tokens",
+        "total_variation",
+        "total_variation_floor",
+    ):
+        values = [row[key] for row in report]
+        table.add_row(key, *("-" if v is None else f"{v:.3f}" for v in values))
+    console.print(table)
+    path = _shown(folder)
+    console.print(f"done in {seconds / 60:.1f} minutes; learning curve: {path}/learning_curve.png", highlight=False)
+    console.print("what next:", highlight=False)
+    console.print(f"  gflowvlm play numberline --player {path}     watch the policy play", highlight=False)
+    console.print(f"  gflowvlm replay {path} --limit 5             look at what it learned from", highlight=False)
+    console.print(f"  gflowvlm eval {path} --split ood             evaluate it again", highlight=False)
+    console.print(f"  tensorboard --logdir {path}/tensorboard", highlight=False)
+
+
+def _shown(folder: RunFolder) -> Path:
+    here = Path.cwd()
+    return folder.root.relative_to(here) if folder.root.is_relative_to(here) else folder.root

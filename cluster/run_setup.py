@@ -1,0 +1,69 @@
+"""Making, locking and reopening run folders."""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shared.config import RunConfig
+from shared.config_io import dump_config, load_config
+from shared.errors import UserError
+from shared.run_folder import RunFolder
+
+
+def new_run(config: RunConfig, directory: Path | None) -> RunFolder:
+    """Makes a run's folder and writes its configuration.
+
+    Args:
+        config: The resolved configuration.
+        directory: Where; by default ``runs/NAME-DATE-TIME``.
+
+    Raises:
+        UserError: The folder holds a run already, or cannot be made.
+    """
+    root = directory if directory is not None else Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = RunFolder(root.resolve())
+    if folder.config.exists():
+        raise UserError(f"{root}: holds a run already; go on with `gflowvlm train --resume {root}`, or choose another")
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        for path in (folder.trajectories, folder.adapters, folder.checkpoints, folder.tensorboard):
+            path.mkdir(exist_ok=True)
+        partial = folder.config.with_suffix(".partial")
+        partial.write_text(dump_config(config), encoding="utf-8")
+        partial.replace(folder.config)
+    except OSError as error:
+        raise UserError(f"{root}: cannot make the run's folder ({error.strerror or error})") from None
+    return folder
+
+
+def open_run(directory: Path) -> tuple[RunFolder, RunConfig]:
+    """Returns a run's folder and configuration.
+
+    Raises:
+        UserError: There is no run in it.
+    """
+    folder = RunFolder(directory.resolve())
+    if not folder.config.exists():
+        raise UserError(f"{directory}: no run there (no config.yaml); `gflowvlm train --run {directory}` starts one")
+    return folder, load_config(folder.config)
+
+
+@contextmanager
+def run_lock(folder: RunFolder) -> Iterator[None]:
+    """Holds the run for one driver; the lock goes with the process, however it ends.
+
+    Raises:
+        UserError: Another driver is running it.
+    """
+    descriptor = os.open(folder.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder.root}: another `gflowvlm train` is running this run") from None
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,45 @@
+"""The run's figures on their way out: Prometheus through Ray, and TensorBoard."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ray.util.metrics import Gauge
+from torch.utils.tensorboard import SummaryWriter
+
+from shared.metrics import ALL_METRICS, PROMETHEUS_PREFIX
+
+
+class Telemetry:
+    """Sends rows of the run's log to Prometheus and TensorBoard.
+
+    Args:
+        directory: Where TensorBoard's event files go.
+        run_name: Value of the ``run`` tag in Prometheus.
+    """
+
+    def __init__(self, directory: Path, run_name: str) -> None:
+        self._writer = SummaryWriter(str(directory))
+        self._tags = {"run": run_name, "split": ""}
+        self._gauges = {
+            spec.name: Gauge(
+                PROMETHEUS_PREFIX + spec.name,
+                description=f"{spec.description} [{spec.unit}]",
+                tag_keys=("run", "split"),
+            )
+            for spec in ALL_METRICS
+        }
+
+    def send(self, kind: str, values: Mapping[str, Any], step: int) -> None:
+        """Sends one row's known metrics; others (texts, extra timings) are left out."""
+        split = str(values.get("split", ""))
+        folder = f"{kind}_{split}" if split else kind
+        for name, gauge in self._gauges.items():
+            value = values.get(name)
+            if isinstance(value, (int, float)):
+                gauge.set(float(value), tags={**self._tags, "split": split})
+                self._writer.add_scalar(f"{folder}/{name}", float(value), step)
+
+    def close(self) -> None:
+        """Writes what is pending to disk."""
+        self._writer.close()

@@ -1,0 +1,70 @@
+"""Names of the run's metrics: the keys in metrics.jsonl, in TensorBoard and, prefixed, in Prometheus."""
+
+from dataclasses import dataclass
+
+PROMETHEUS_PREFIX = "gflowvlm_"
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """One metric.
+
+    Attributes:
+        name: Key in metrics.jsonl; TensorBoard tag; with `PROMETHEUS_PREFIX`, the Prometheus name.
+        unit: Unit of the value.
+        description: What it says.
+    """
+
+    name: str
+    unit: str
+    description: str
+
+
+STEP_METRICS = (
+    MetricSpec("step", "steps", "Learner steps done."),
+    MetricSpec("version", "version", "Newest published adapter version."),
+    MetricSpec("loss", "nats squared", "Mean over trajectories of the mean (clipped) squared residual."),
+    MetricSpec("residual_abs_mean", "nats", "Mean absolute residual."),
+    MetricSpec("residual_clipped_share", "share", "Share of residuals beyond residual_clip."),
+    MetricSpec("trajectories_used", "trajectories", "Trajectories of the batch with a residual."),
+    MetricSpec("trajectories_dropped", "trajectories", "Trajectories of the batch without any residual."),
+    MetricSpec("grad_norm", "norm", "Gradient norm before clipping."),
+    MetricSpec("learning_rate", "rate", "Learning rate of the step."),
+    MetricSpec("skipped_steps", "steps", "Steps skipped because of a non-finite gradient, so far."),
+    MetricSpec("tokens", "tokens", "Tokens scored in the step, padding included."),
+    MetricSpec("mismatch_mean", "nats", "Mean |sampler - learner| log-probability per token of the batch."),
+    MetricSpec("staleness_mean", "versions", "Mean age of the batch's policy versions."),
+    MetricSpec("staleness_max", "versions", "Largest age of the batch's policy versions."),
+    MetricSpec("batch_success", "share", "Successful trajectories in the batch (replayed ones included)."),
+    MetricSpec("wait_s", "seconds", "Time the learner waited for the batch."),
+    MetricSpec("step_s", "seconds", "Time of the whole learner step, wait included."),
+    MetricSpec("publish_s", "seconds", "Time to write and publish the adapter."),
+    MetricSpec("accepted", "trajectories", "Trajectories the replay buffer has acknowledged in total."),
+    MetricSpec("buffer_size", "trajectories", "Trajectories in the replay buffer now."),
+)
+
+ROLLOUT_METRICS = (
+    MetricSpec("rollout_success", "share", "Success of the newest rollouts (last 128 trajectories)."),
+    MetricSpec("rollout_invalid", "share", "Newest trajectories ended by an invalid response."),
+    MetricSpec("rollout_length", "transitions", "Mean length of the newest trajectories."),
+    MetricSpec("env_steps", "steps", "Environment steps played for training in total."),
+    MetricSpec("response_tokens", "tokens", "Response tokens sampled for training in total."),
+    MetricSpec("groups_running", "groups", "Groups being played now."),
+    MetricSpec("groups_failed", "groups", "Groups that failed and were played again, in total."),
+    MetricSpec("worker_restarts", "restarts", "Rollout worker restarts in total."),
+    MetricSpec("tokens_per_s", "tokens/s", "Response tokens per second since the start of training."),
+)
+
+EVALUATION_METRICS = (
+    MetricSpec("success", "share", "Success at temperature 1."),
+    MetricSpec("success_greedy", "share", "Success of the greedy policy."),
+    MetricSpec("success_bound", "share", "Success of the perfect sampler of the same target R^beta / Z."),
+    MetricSpec("div_at_n", "trajectories", "Div@N: distinct successful trajectories per solved instance."),
+    MetricSpec("malformed_rate", "share", "Responses that could not be read."),
+    MetricSpec("inadmissible_rate", "share", "Responses with an inadmissible action."),
+    MetricSpec("mean_response_tokens", "tokens", "Mean length of a response."),
+    MetricSpec("total_variation", "distance", "Total variation of sampled final outcomes to R^beta / Z, mean."),
+    MetricSpec("total_variation_floor", "distance", "The same for as many draws from R^beta / Z itself."),
+)
+
+ALL_METRICS = STEP_METRICS + ROLLOUT_METRICS + EVALUATION_METRICS

@@ -1,0 +1,64 @@
+import math
+
+import pytest
+
+from shared.config import RunConfig
+from shared.config_io import apply_overrides, dump_config, load_config, load_yaml, parse_config
+from shared.errors import UserError
+
+
+def test_a_configuration_comes_back_from_yaml_as_it_was(tmp_path):
+    config = RunConfig.model_validate({"seed": 3, "learner": {"learning_rate": 1e-5}, "objective": {"loss": "subtb"}})
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+def test_overrides_are_dotted_and_typed():
+    settings = apply_overrides({"learner": {"steps": 5}}, ["learner.steps=7", "learner.learning_rate=1e-3", "seed=2"])
+    config = parse_config(settings, "test")
+    assert (config.learner.steps, config.learner.learning_rate, config.seed) == (7, 1e-3, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learner.stps=3", "unknown key 'learner.stps'; did you mean 'learner.steps'"),
+        ("zzz=3", "unknown key 'zzz'"),
+        ("learner.steps=-1", "learner.steps = -1"),
+        ("learner.steps=many", "learner.steps = 'many'"),
+        ("learner.learning_rate=.nan", "learner.learning_rate"),
+        ("rollout.group_size=1", "var_tb needs"),
+        ("buffer.capacity=3", "must hold a batch"),
+        ("policy.max_response_tokens=512", "must be below"),
+        ("objective.loss=tb", "log Z head"),
+        ("learner", "section.key=value"),
+        ("seed.x=1", "'seed' is a value, not a section"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_names_it(override, message):
+    with pytest.raises(UserError) as error:
+        parse_config(apply_overrides({"seed": 0}, [override]), "preset x")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_mapping_is_named(tmp_path):
+    for content in ("- a\n- b\n", "a: [1", "\x00"):
+        path = tmp_path / "c.yaml"
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"c\.yaml"):
+            load_yaml(path)
+    with pytest.raises(UserError, match=r"missing\.yaml"):
+        load_yaml(tmp_path / "missing.yaml")
+
+
+def test_new_data_of_a_step_are_whole_groups():
+    config = RunConfig.model_validate(
+        {"learner": {"groups_per_batch": 5}, "buffer": {"newest_share": 0.5}, "rollout": {"group_size": 8}}
+    )
+    assert config.fresh_per_step % 8 == 0
+    assert config.fresh_per_step == 16
+    none = RunConfig.model_validate({"buffer": {"newest_share": 0.0}})
+    assert none.fresh_groups_per_step == 1
+    assert math.isfinite(none.objective.subtb_lambda)

@@ -1,0 +1,89 @@
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from shared.errors import UserError
+from shared.trajectory import (
+    TRAJECTORY_SCHEMA,
+    EndReason,
+    Step,
+    Trajectory,
+    Validity,
+    from_arrow,
+    read_parquet,
+    to_record_batch,
+    write_parquet,
+)
+
+STEP = Step(
+    prompt="Reach the target.",
+    image=0,
+    response_ids=[4, 5, 6],
+    response_text="{}",
+    cot_end=1,
+    action_end=2,
+    sampler_log_probs=[-0.5, -0.25, 0.0],
+    policy_version=3,
+    action="+",
+    validity=Validity.VALID,
+)
+TRAJECTORY = Trajectory(
+    trajectory_id="t1",
+    group_id="g1",
+    instance_id="numberline/id/7",
+    instance_seed=7,
+    task="numberline",
+    split="id",
+    steps=[STEP, replace(STEP, action="[DONE]", policy_version=4)],
+    images=[b"png"],
+    log_rewards=[3.0, 4.6],
+    original_rewards=[0.0, 1.0],
+    end=EndReason.DONE,
+    success=True,
+    outcome="5",
+    expert=False,
+)
+MALFORMED = replace(
+    TRAJECTORY,
+    trajectory_id="t2",
+    steps=[replace(STEP, action=None, validity=Validity.MALFORMED)],
+    original_rewards=[0.0],
+    end=EndReason.INVALID,
+    success=False,
+)
+
+
+def test_trajectories_come_back_from_arrow_as_they_were():
+    batch = to_record_batch([TRAJECTORY, MALFORMED])
+    assert batch.schema.equals(TRAJECTORY_SCHEMA)
+    assert from_arrow(batch) == [TRAJECTORY, MALFORMED]
+
+
+def test_trajectories_come_back_from_parquet_as_they_were(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_parquet([TRAJECTORY, MALFORMED], path)
+    assert from_arrow(read_parquet(path)) == [TRAJECTORY, MALFORMED]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.parquet"]
+
+
+def test_a_stopped_trajectory_has_one_step_more_than_transitions():
+    assert TRAJECTORY.length == 1
+    assert TRAJECTORY.oldest_version == 3
+    assert TRAJECTORY.actions == ("+", "[DONE]")
+    with pytest.raises(ValueError, match="do not fit"):
+        replace(TRAJECTORY, end=EndReason.STEP_LIMIT)
+    with pytest.raises(ValueError, match="original reward"):
+        replace(TRAJECTORY, original_rewards=[0.0])
+
+
+def test_a_damaged_or_foreign_file_is_named(tmp_path):
+    damaged = tmp_path / "damaged.parquet"
+    damaged.write_bytes(b"PAR1 not really")
+    with pytest.raises(UserError, match=r"damaged\.parquet"):
+        read_parquet(damaged)
+    foreign = tmp_path / "foreign.parquet"
+    pq.write_table(pa.table({"x": [1]}), foreign)
+    with pytest.raises(UserError, match="trajectory schema"):
+        read_parquet(foreign)
