@@ -46,7 +46,7 @@ _SPECIAL_TOKENS = (
 
 # The punctuation of a response comes first, so that it ends where a value begins: `": "` is one piece
 # and `+` the next. Digits stand alone, whatever precedes them. The rest: words, space, other signs.
-_PIECES = r"""\{"|": "|": |", "|, "|"\}|\d| ?\p{L}+|\n+| |[^\s\p{L}\d]|\s"""
+_PIECES = r"""\{"|": "|": |", "|, "|"\}|: |\d| ?\p{L}+|\n+| |[^\s\p{L}\d]|\s"""
 
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -60,15 +60,12 @@ _CHAT_TEMPLATE = (
 )
 
 TOKENIZER_TEXTS: tuple[str, ...] = (
-    '{"current": 0, "target": 1, "thoughts": "0 is below 1", "action": "+"}',
-    '{"current": 2, "target": 3, "thoughts": "2 is above 3", "action": "-"}',
-    '{"current": 4, "target": 5, "thoughts": "4 equals 5", "action": "[DONE]"}',
-    "less smaller lower than greater larger higher bigger same equal to the reached left right between",
-    "the number is not at a of and goal state action history admissible actions observation image picture",
-    "State 6: Action 7: Target Current Goal History Admissible actions Answer with one JSON object whose last key",
-    "You see a line of numbers. Move the current number to the target. The target number and the current number",
-    "Your answer must be JSON with the keys current, target, thoughts and action. stop here when",
-    "user:\nassistant:\nnumbers number shown picture shows so far Steps steps past Choose from choose one",
+    'Answer: {"current": , "target": , "thoughts": "", "action": ""}\nState: picture\nActions: + -',
+    "Make the current number equal to the target number. + adds 1, - takes 1 away, stops.",
+    "\nState 0: 1 Action 0: +\nState 1: picture\nActions: + -",
+    " is below is less than is comes before is above is more than is comes after",
+    " is equal to is the same as matches Target Current user: assistant:",
+    " stand hit dealer player card cards sum total of you are and or a in on with",
 )
 """What the tokenizer learns its merges from: the words of the tasks."""
 
@@ -105,7 +102,7 @@ def build_tiny_policy(
     seed: int = 0,
     shape: TinyShape | None = None,
     texts: Sequence[str] = TOKENIZER_TEXTS,
-    vocabulary: int = 450,
+    vocabulary: int = 448,
 ) -> Path:
     """Writes a tiny Idefics3 with random weights, its tokenizer, processor and chat template.
 
@@ -133,7 +130,7 @@ def build_tiny_policy(
     return folder
 
 
-def build_processor(texts: Sequence[str] = TOKENIZER_TEXTS, vocabulary: int = 450) -> Idefics3Processor:
+def build_processor(texts: Sequence[str] = TOKENIZER_TEXTS, vocabulary: int = 448) -> Idefics3Processor:
     """Returns the processor: own tokenizer, PIL image processor (needs no torchvision), chat template."""
     image_processor = Idefics3ImageProcessorPil(
         do_image_splitting=False,
@@ -149,7 +146,7 @@ def build_processor(texts: Sequence[str] = TOKENIZER_TEXTS, vocabulary: int = 45
     )
 
 
-def build_tokenizer(texts: Sequence[str] = TOKENIZER_TEXTS, vocabulary: int = 450) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: Sequence[str] = TOKENIZER_TEXTS, vocabulary: int = 448) -> PreTrainedTokenizerFast:
     """Returns a byte-level BPE tokenizer: `[DONE]` one token, digits single, values begin on token borders."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,0 +1,120 @@
+"""Demonstrations for supervised fine-tuning: noisy experts play the environments.
+
+The warm start is meant to be weak: with probability `noise` a demonstrated action is a random
+admissible one. What the responses read and state is always right, so that fine-tuning with a GFlowNet
+loss has only the choice of actions left to learn.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from envs.base import TaskEnv
+from envs.registry import make_env
+from learner.sft import SftExample
+from shared.config import TaskSettings
+from shared.response import DONE_TOKEN
+
+# Training instances and evaluation instances have seeds below 2**31; demonstrations never share theirs.
+_FIRST_SEED = 2**31
+_BLOCK_BATCHES = 16
+
+
+@dataclass(frozen=True)
+class Playground:
+    """Where a share of the demonstrations is played.
+
+    Attributes:
+        settings: The task's settings.
+        split: ``id`` or ``ood``.
+        share: Share of all examples.
+    """
+
+    settings: TaskSettings
+    split: str
+    share: float
+
+
+def playgrounds(settings: TaskSettings, out_of_distribution: bool) -> list[Playground]:
+    """Returns where demonstrations of a task are played.
+
+    Args:
+        settings: The task's settings.
+        out_of_distribution: Also teach to read what out-of-distribution play shows: the numbers of the
+            ``ood`` split and, far apart, all numbers up to a bit beyond its largest.
+    """
+    if not out_of_distribution:
+        return [Playground(settings, "id", 1.0)]
+    highest = min(99, settings.ood_high + 9)
+    wide = settings.model_copy(update={"ood_low": 0, "ood_high": highest, "ood_max_distance": highest})
+    return [
+        Playground(settings, "id", 0.4),
+        Playground(settings, "ood", 0.4),
+        Playground(wide, "ood", 0.2),
+    ]
+
+
+class Demonstrations:
+    """Batches of demonstrated responses, a function of seed and step alone.
+
+    Episodes are played in blocks of several batches; the states of all episodes of a block are shuffled,
+    so that a batch is not a handful of episodes.
+    """
+
+    def __init__(self, places: Sequence[Playground], noise: float, with_done: bool, seed: int) -> None:
+        """Sets the demonstrations up.
+
+        Args:
+            places: Where to play; the shares add up to 1.
+            noise: Probability that an action is a random admissible one.
+            with_done: Whether the stop action is demonstrated; without it episodes end on the target.
+            seed: Fixes all demonstrations.
+        """
+        self._environments = [(make_env(place.settings), place) for place in places]
+        self._noise = noise
+        self._with_done = with_done
+        self._seed = seed
+        self._block = lru_cache(maxsize=1)(self._play_block)
+
+    def batch(self, step: int, size: int) -> list[SftExample]:
+        """Returns the examples of a step; the same ones at every call."""
+        block, place = divmod(step, _BLOCK_BATCHES)
+        return self._block(block, size)[place * size : (place + 1) * size]
+
+    def _play_block(self, block: int, size: int) -> list[SftExample]:
+        rng = np.random.default_rng([self._seed, block])
+        wanted = size * _BLOCK_BATCHES
+        examples: list[SftExample] = []
+        for number, (environment, place) in enumerate(self._environments):
+            last = number == len(self._environments) - 1
+            count = wanted - len(examples) if last else round(wanted * place.share)
+            examples += self._play(environment, place.split, count, rng)
+        random.Random(int(rng.integers(2**31))).shuffle(examples)
+        return examples
+
+    def _play(self, environment: TaskEnv, split: str, count: int, rng: np.random.Generator) -> list[SftExample]:
+        examples: list[SftExample] = []
+        while len(examples) < count:
+            environment.reset(seed=_FIRST_SEED + int(rng.integers(2**31)), options={"split": split})
+            while environment.end is None:
+                action = self._action(environment, rng)
+                if action is None:
+                    break
+                examples.append(
+                    SftExample(environment.prompt(), environment.image_png(), environment.demonstration(action, rng))
+                )
+                environment.step(action)
+        return examples[:count]
+
+    def _action(self, environment: TaskEnv, rng: np.random.Generator) -> str | None:
+        """Returns the demonstrated action, or None where the expert would stop and must not."""
+        expert = environment.expert_action()
+        if not self._with_done and expert == DONE_TOKEN:
+            return None
+        if rng.random() >= self._noise:
+            return expert
+        choices = [a for a in environment.admissible_actions if self._with_done or a != DONE_TOKEN]
+        return choices[int(rng.integers(len(choices)))]

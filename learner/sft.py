@@ -1,0 +1,326 @@
+"""Supervised fine-tuning: token cross-entropy on demonstrated responses (the paper's SFT baseline).
+
+All parameters are trained. Batches are a function of the step, so a resumed run sees what an
+uninterrupted one would have seen.
+"""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from shared.config import Precision, Settings
+from shared.errors import UserError
+from shared.policy_inputs import PolicyInputs
+from shared.response import DONE_TOKEN
+
+IGNORED = -100
+"""Label of positions that carry no loss."""
+
+# The values of a response's JSON object: what it says, as against how it is written.
+_VALUES = re.compile(r'"[^"\\]*"\s*:\s*(?:"(?P<text>(?:[^"\\]|\\.)*)"|(?P<bare>[^\s",{}\[\]]+))')
+
+
+class SftSettings(Settings):
+    """Supervised fine-tuning."""
+
+    steps: int = Field(1500, ge=1, le=10_000_000)
+    batch_size: int = Field(32, ge=1, le=65_536, description="Examples in one optimiser step.")
+    micro_batch: int = Field(8, ge=1, le=65_536, description="Examples in one forward pass.")
+    learning_rate: float = Field(3e-3, gt=0, le=1, description="Peak; a cosine takes it to 0.")
+    warmup_steps: int = Field(50, ge=0)
+    content_weight: float = Field(5.0, gt=0, le=1000, description="Weight of the tokens of JSON values; others 1.")
+    weight_decay: float = Field(0.01, ge=0, le=1)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.98, ge=0, lt=1)
+    grad_clip: float = Field(1.0, gt=0, le=1e6)
+    dtype: Precision = "float32"
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.")
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+@dataclass(frozen=True)
+class SftExample:
+    """One demonstrated response.
+
+    Attributes:
+        prompt: The task's prompt, before any chat template.
+        image: The encoded picture.
+        response: The response's text, without an end token.
+    """
+
+    prompt: str
+    image: bytes
+    response: str
+
+
+class ExampleSource(Protocol):
+    """Where examples come from."""
+
+    def batch(self, step: int, size: int) -> Sequence[SftExample]:
+        """Returns the examples of a step; the same ones at every call."""
+
+
+@dataclass(frozen=True)
+class SftProgress:
+    """One optimiser step.
+
+    Attributes:
+        step: Steps done.
+        loss: Weighted mean of token cross-entropies, nats.
+        learning_rate: Of this step.
+        grad_norm: Before clipping.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+
+
+def content_spans(response: str) -> list[tuple[int, int]]:
+    """Returns the character spans of the values in a response's JSON object."""
+    return [match.span("text" if match["text"] is not None else "bare") for match in _VALUES.finditer(response)]
+
+
+def load_for_sft(model: str, settings: SftSettings) -> tuple[Any, PolicyInputs]:
+    """Loads a model and its processor, and makes `[DONE]` one token of both.
+
+    Args:
+        model: Model directory or hub name; its tokenizer need not have `[DONE]`.
+        settings: Precision and gradient checkpointing.
+
+    Returns:
+        The model in training mode and its inputs.
+
+    Raises:
+        UserError: The model or its processor cannot be loaded.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(model)
+        network = AutoModelForImageTextToText.from_pretrained(model, dtype=getattr(torch, settings.dtype))
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model {model!r}: cannot be loaded ({reason})") from None
+    inputs = PolicyInputs(model, processor)
+    if inputs.done_id is None:
+        inputs = _with_done(network, processor, model)
+    if settings.gradient_checkpointing:
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        network.config.use_cache = False
+    return network.train(), inputs
+
+
+def sft_loss(network: Any, inputs: PolicyInputs, examples: Sequence[SftExample], content_weight: float) -> Tensor:
+    """Returns the weighted sum of token cross-entropies over the responses and the sum of the weights.
+
+    Args:
+        network: The model.
+        inputs: Its processor.
+        examples: N examples.
+        content_weight: Weight of tokens that overlap a JSON value; the others, the end token among them, weigh 1.
+
+    Returns:
+        Tensor of shape (2,), float32: the weighted sum (nats) and the sum of weights.
+    """
+    batch = inputs.encode([e.prompt for e in examples], [e.image for e in examples]).to(network.device)
+    tokens, weights = _pad_right([_response(inputs, e.response, content_weight) for e in examples])
+    tokens, weights = tokens.to(network.device), weights.to(network.device)
+    present = (tokens != IGNORED).long()
+    length = tokens.shape[1]
+    model_inputs = dict(batch)
+    model_inputs["input_ids"] = torch.cat([batch["input_ids"], tokens.clamp(min=0)], dim=1)
+    model_inputs["attention_mask"] = torch.cat([batch["attention_mask"], present], dim=1)
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in model_inputs:
+            model_inputs[name] = torch.cat([batch[name], torch.zeros_like(tokens)], dim=1)
+    # One logit earlier predicts the first response token; the last predicts nothing.
+    logits = network(**model_inputs, use_cache=False, logits_to_keep=length + 1).logits[:, -length - 1 : -1]
+    losses = torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), tokens.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return torch.stack([(losses * weights.flatten()).sum(), weights.sum()])
+
+
+class SftTrainer:
+    """Trains a model on demonstrated responses, step by step, with checkpoints.
+
+    Attributes:
+        network: The model.
+        inputs: Its processor.
+        settings: The settings.
+        step: Optimiser steps done.
+    """
+
+    def __init__(self, network: Any, inputs: PolicyInputs, settings: SftSettings) -> None:
+        self.network = network
+        self.inputs = inputs
+        self.settings = settings
+        self.step = 0
+        self._parameters = [p for p in network.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            self._parameters,
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            weight_decay=settings.weight_decay,
+        )
+
+    @classmethod
+    def resume(cls, checkpoint: Path, settings: SftSettings) -> "SftTrainer":
+        """Continues from a checkpoint.
+
+        Raises:
+            UserError: There is no checkpoint, it is damaged, or other settings made it.
+        """
+        try:
+            state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+            tensors = load_file(checkpoint / "optimizer.safetensors")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{checkpoint}: no readable checkpoint to resume from ({error})") from None
+        made_with = state.get("settings")
+        changed = [k for k, v in settings.model_dump(mode="json").items() if not made_with or made_with.get(k) != v]
+        if changed:
+            raise UserError(f"{checkpoint}: was made with another {changed[0]}; resume with the same settings")
+        network, inputs = load_for_sft(str(checkpoint), settings)
+        trainer = cls(network, inputs, settings)
+        trainer._load_optimizer(tensors, checkpoint)
+        trainer.step = int(state["step"])
+        return trainer
+
+    def train(
+        self,
+        source: ExampleSource,
+        checkpoint: Path,
+        on_step: Callable[[SftProgress], None],
+        stop: Callable[[], bool],
+    ) -> bool:
+        """Trains to the last step, or until asked to stop; writes checkpoints on the way and when stopped.
+
+        Args:
+            source: The examples.
+            checkpoint: Folder of the newest checkpoint.
+            on_step: Called after each step.
+            stop: Asked before each step.
+
+        Returns:
+            Whether the last step was reached.
+        """
+        while self.step < self.settings.steps:
+            if stop():
+                self.save_checkpoint(checkpoint)
+                return False
+            progress = self._update(source.batch(self.step, self.settings.batch_size))
+            on_step(progress)
+            if self.step % self.settings.checkpoint_every == 0 and self.step < self.settings.steps:
+                self.save_checkpoint(checkpoint)
+        return True
+
+    def save_model(self, directory: Path) -> None:
+        """Writes the model and its processor as safetensors and JSON."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self.network.save_pretrained(directory)
+        self.inputs.processor.save_pretrained(directory)
+
+    def save_checkpoint(self, checkpoint: Path) -> None:
+        """Writes model, optimiser and step; an older checkpoint stands until the new one is whole."""
+        partial = checkpoint.with_name(checkpoint.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        self.save_model(partial)
+        tensors = {
+            f"{index}.{name}": value.contiguous()
+            for index, parameter in enumerate(self._parameters)
+            for name, value in self._optimizer.state[parameter].items()
+        }
+        save_file(tensors, partial / "optimizer.safetensors")
+        state = {"step": self.step, "settings": self.settings.model_dump(mode="json")}
+        (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        partial.rename(checkpoint)
+
+    def _update(self, examples: Sequence[SftExample]) -> SftProgress:
+        rate = learning_rate(self.step, self.settings)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        weights = sum(sum(_response(self.inputs, e.response, self.settings.content_weight)[1]) for e in examples)
+        loss = 0.0
+        self._optimizer.zero_grad(set_to_none=True)
+        # Examples of similar length share a forward pass: less padding.
+        examples = sorted(examples, key=lambda e: len(e.prompt))
+        for first in range(0, len(examples), self.settings.micro_batch):
+            part = examples[first : first + self.settings.micro_batch]
+            total = sft_loss(self.network, self.inputs, part, self.settings.content_weight)[0] / weights
+            total.backward()
+            loss += float(total.detach())
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.settings.grad_clip)
+        self._optimizer.step()
+        self.step += 1
+        return SftProgress(self.step, loss, rate, float(norm))
+
+    def _load_optimizer(self, tensors: dict[str, Tensor], checkpoint: Path) -> None:
+        for index, parameter in enumerate(self._parameters):
+            names = [name for name in tensors if name.startswith(f"{index}.")]
+            state = {name.partition(".")[2]: tensors[name] for name in names}
+            if state and state["exp_avg"].shape != parameter.shape:
+                raise UserError(f"{checkpoint}: its optimiser state does not fit its model; start again")
+            self._optimizer.state[parameter] = {
+                name: value if name == "step" else value.to(parameter.device) for name, value in state.items()
+            }
+
+
+def learning_rate(step: int, settings: SftSettings) -> float:
+    """Returns the learning rate of a step (counted from 0): linear warm-up, then a cosine to 0."""
+    warm = min(settings.warmup_steps, settings.steps - 1)
+    if step < warm:
+        return settings.learning_rate * (step + 1) / warm
+    share = (step - warm) / max(1, settings.steps - warm)
+    return settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+def _response(inputs: PolicyInputs, text: str, content_weight: float) -> tuple[list[int], list[float]]:
+    """Returns a response's tokens, end token last, and their weights."""
+    encoded = inputs.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    spans = content_spans(text)
+    weights = [
+        content_weight if any(start < right and left < end for left, right in spans) else 1.0
+        for start, end in encoded["offset_mapping"]
+    ]
+    return [*encoded["input_ids"], inputs.end_id], [*weights, 1.0]
+
+
+def _pad_right(rows: Sequence[tuple[list[int], list[float]]]) -> tuple[Tensor, Tensor]:
+    """Returns tokens (N, L), padded with `IGNORED`, and weights (N, L), padded with 0."""
+    length = max(len(ids) for ids, _ in rows)
+    tokens = torch.full((len(rows), length), IGNORED)
+    weights = torch.zeros(len(rows), length)
+    for row, (ids, values) in enumerate(rows):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+        weights[row, : len(values)] = torch.tensor(values)
+    return tokens, weights
+
+
+def _with_done(network: Any, processor: Any, model: str) -> PolicyInputs:
+    """Adds `[DONE]` to tokenizer and embeddings; its rows start as the mean of the others."""
+    tokenizer = processor.tokenizer
+    tokenizer.add_tokens([DONE_TOKEN])
+    inputs = PolicyInputs(model, processor)
+    if inputs.done_id is None:
+        raise UserError(f"model {model!r}: its tokenizer cannot hold {DONE_TOKEN!r} as one token")
+    # Some embeddings have spare rows past the tokenizer's last token; never cut those off.
+    if inputs.done_id >= network.get_input_embeddings().weight.shape[0]:
+        network.resize_token_embeddings(inputs.done_id + 1, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (network.get_input_embeddings(), network.get_output_embeddings()):
+            layer.weight[inputs.done_id] = layer.weight[: inputs.done_id].float().mean(dim=0).to(layer.weight.dtype)
+    return inputs
