@@ -1,0 +1,190 @@
+"""What a learner leaves on disk: adapters in PEFT format and checkpoints. Safetensors and JSON, no pickle.
+
+A checkpoint is a folder::
+
+    adapter/adapter_config.json, adapter/adapter_model.safetensors     the adapter (PEFT format)
+    optimizer.safetensors                                              AdamW's moments
+    state.json                                                         counters, and a hash of each file
+
+The learning rate follows from the step counter and the learner draws no random numbers once its adapter
+exists, so there is nothing else to restore.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from torch import Tensor
+
+from learner.optimization import Counters, Optimization
+from shared.errors import UserError
+
+FORMAT = 1
+_ADAPTER = "adapter/adapter_model.safetensors"
+_ADAPTER_CONFIG = "adapter/adapter_config.json"
+_OPTIMIZER = "optimizer.safetensors"
+_STATE = "state.json"
+
+
+def save_adapter(policy: Any, directory: Path) -> None:
+    """Writes the adapter in PEFT format, all of it or nothing.
+
+    Raises:
+        UserError: It cannot be written (disk full, no permission).
+    """
+    with atomic_directory(directory) as partial:
+        _write_adapter(policy, partial)
+
+
+def save_checkpoint(policy: Any, optimization: Optimization, directory: Path) -> None:
+    """Writes a checkpoint, all of it or nothing; replaces one of the same name.
+
+    Raises:
+        UserError: It cannot be written (disk full, no permission).
+    """
+    with atomic_directory(directory) as partial:
+        (partial / "adapter").mkdir()
+        _write_adapter(policy, partial / "adapter")
+        _write_bytes(partial / _OPTIMIZER, safetensors.torch.save(optimization.tensors()))
+        hashes = {name: _sha256(partial / name) for name in (_ADAPTER, _ADAPTER_CONFIG, _OPTIMIZER)}
+        state = {"format": FORMAT, **asdict(optimization.counters), "sha256": hashes}
+        _write_bytes(partial / _STATE, json.dumps(state, indent=2).encode())
+
+
+def load_checkpoint(policy: Any, optimization: Optimization, directory: Path) -> None:
+    """Restores what `save_checkpoint` wrote.
+
+    Raises:
+        UserError: The checkpoint is missing, corrupted or of another adapter; the message names the file.
+    """
+    state = _read_state(directory / _STATE)
+    for name, expected in state["sha256"].items():
+        path = directory / name
+        try:
+            found = _sha256(path)
+        except OSError as error:
+            raise _corrupted(path, error.strerror or str(error)) from None
+        if found != expected:
+            raise _corrupted(path, "its content is not what was written")
+    adapter = _read_tensors(directory / _ADAPTER)
+    current = get_peft_model_state_dict(policy, save_embedding_layers=False)
+    if {name: t.shape for name, t in adapter.items()} != {name: t.shape for name, t in current.items()}:
+        raise UserError(
+            f"{directory / _ADAPTER}: belongs to another model or other policy.lora_* settings than the run's"
+        )
+    moments = _read_tensors(directory / _OPTIMIZER)
+    try:
+        optimization.load_tensors(moments)
+    except ValueError as error:
+        raise _corrupted(directory / _OPTIMIZER, str(error)) from None
+    set_peft_model_state_dict(policy, adapter)
+    optimization.counters = Counters(state["step"], state["skipped"], state["skipped_in_a_row"])
+
+
+@contextmanager
+def atomic_directory(directory: Path) -> Iterator[Path]:
+    """Yields an empty folder that takes the name `directory` once everything in it is on disk.
+
+    On an error nothing is left under the final name but what stood there before.
+
+    Raises:
+        UserError: Writing failed (disk full, no permission).
+    """
+    partial: Path | None = None
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
+        partial.chmod(0o755)
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            _fsync(path)
+        if directory.exists():
+            # A folder cannot be renamed onto a full one: the old one steps aside first.
+            aside = partial.with_suffix(".old")
+            directory.rename(aside)
+            partial.rename(directory)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            partial.rename(directory)
+        _fsync(directory.parent)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"{directory}: cannot be written ({reason}); free some space or check its permissions, then resume"
+        ) from None
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_adapter(policy: Any, directory: Path) -> None:
+    tensors = get_peft_model_state_dict(policy, save_embedding_layers=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _write_bytes(directory / "adapter_model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
+    config = copy.deepcopy(policy.peft_config["default"])
+    config.inference_mode = True
+    config.save_pretrained(directory)
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    # Through a plain file: a full disk is then an OSError here, never a fault in a memory map.
+    with path.open("wb") as file:
+        file.write(content)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: no readable checkpoint ({error.strerror}); resume from another one") from None
+    except ValueError:
+        raise _corrupted(path, "not valid JSON") from None
+    counters = ("step", "skipped", "skipped_in_a_row")
+    whole = (
+        isinstance(state, dict)
+        and all(isinstance(state.get(name), int) and state[name] >= 0 for name in counters)
+        and isinstance(state.get("sha256"), dict)
+        and set(state["sha256"]) == {_ADAPTER, _ADAPTER_CONFIG, _OPTIMIZER}
+    )
+    if whole and state.get("format") != FORMAT:
+        raise UserError(f"{path}: checkpoint format {state.get('format')}, this release reads {FORMAT}")
+    if not whole:
+        raise _corrupted(path, "entries are missing")
+    return dict(state)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(safetensors.torch.load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise _corrupted(path, " ".join(str(error).split())) from None
+
+
+def _corrupted(path: Path, reason: str) -> UserError:
+    return UserError(f"{path}: corrupted checkpoint ({reason}); resume from an older one")

@@ -1,0 +1,142 @@
+"""The policy as the learner holds it: a frozen vision-language model with a trainable LoRA adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForImageTextToText
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from shared.config import PolicySettings
+from shared.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def default_device() -> torch.device:
+    """Returns this process's GPU when there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def load_policy(settings: PolicySettings, model_path: str, *, seed: int, device: torch.device) -> Any:
+    """Loads the base model and puts a fresh LoRA adapter on its language model.
+
+    The base model is frozen, in `settings.dtype`; the adapter is in float32. Its initialisation depends on
+    `seed` only (B = 0: the policy starts as the base model). Nothing in it is random afterwards: there is no
+    dropout anywhere, with gradient checkpointing neither.
+
+    Args:
+        settings: Precision, adapter and checkpointing.
+        model_path: Model directory or hub name.
+        seed: Seed of the adapter's initialisation.
+        device: Where the model shall live.
+
+    Returns:
+        The PEFT model.
+
+    Raises:
+        UserError: No such model, weights that cannot be loaded, or LoRA targets outside the language model.
+    """
+    model = load_base_model(model_path, settings.dtype)
+    targets = lora_target_names(model, settings.lora_targets)
+    lora = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=targets,
+    )
+    # The fork keeps the caller's random state; on the CPU, so that the adapter is the same on every device.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        policy = get_peft_model(model, lora)
+    policy.eval()
+    if settings.gradient_checkpointing:
+        _enable_checkpointing(policy)
+    return policy.to(device)
+
+
+def load_base_model(model_path: str, dtype: str) -> Any:
+    """Loads a vision-language model's weights (safetensors only) onto the CPU.
+
+    Raises:
+        UserError: No such model, or its weights cannot be loaded.
+    """
+    looks_local = model_path.startswith((".", "/", "~")) or Path(model_path).expanduser().exists()
+    path = str(Path(model_path).expanduser()) if looks_local else model_path
+    if looks_local and not Path(path).is_dir():
+        raise UserError(
+            f"model {model_path!r}: no such directory; give a model directory, a hub name or a shipped model"
+        )
+    try:
+        return AutoModelForImageTextToText.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model {model_path!r}: its weights cannot be loaded ({reason})") from None
+
+
+def lora_target_names(model: Any, targets: Sequence[str]) -> list[str]:
+    """Returns the full names of the language model's linear layers that `targets` name.
+
+    Vision towers often use the same layer names (``q_proj``); theirs are left alone, since vLLM silently
+    ignores an adapter there and the sampler would play another policy than the one that is trained.
+
+    Args:
+        model: A transformers vision-language model.
+        targets: Layer names, or dotted endings of full names.
+
+    Raises:
+        UserError: A target names no linear layer of the language model.
+    """
+    decoder = model.get_decoder()
+    if decoder is model or decoder is model.base_model:
+        raise UserError(f"policy.lora_targets: the language model inside {type(model).__name__} cannot be told apart")
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    text_modules = set(decoder.modules())
+    in_text = [name for name in linears if model.get_submodule(name) in text_modules]
+    found: set[str] = set()
+    for target in targets:
+        matching = [name for name in in_text if _ends_in(name, target)]
+        if not matching:
+            available = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in in_text}))
+            elsewhere = any(_ends_in(name, target) for name in linears)
+            problem = (
+                "is outside the language model; the sampler (vLLM) would ignore an adapter there"
+                if elsewhere
+                else "names no linear layer"
+            )
+            raise UserError(f"policy.lora_targets: {target!r} {problem}; choose from {available}")
+        found.update(matching)
+    return sorted(found)
+
+
+@contextmanager
+def reference_policy(policy: Any) -> Iterator[Any]:
+    """Yields the policy with its adapter switched off: P_ref. No gradients inside."""
+    with torch.no_grad(), policy.disable_adapter():
+        yield policy
+
+
+def adapter_parameters(policy: Any) -> list[tuple[str, nn.Parameter]]:
+    """Returns the trainable parameters by name, in one fixed order."""
+    return [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
+
+
+def _enable_checkpointing(policy: Any) -> None:
+    policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Transformers checkpoints a layer only in training mode. Flag the layers alone, not what is inside them,
+    # so that dropout stays off and the learner scores what the sampler played.
+    for module in policy.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
+def _ends_in(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)

@@ -1,0 +1,136 @@
+"""AdamW on the adapter: warm-up and cosine, clipping, and what happens to gradients that are not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from shared.config import LearnerSettings
+from shared.errors import UserError
+
+MAX_SKIPPED_IN_A_ROW = 5
+"""So many non-finite gradients one after the other end the run."""
+
+
+def learning_rate(settings: LearnerSettings, step: int) -> float:
+    """Returns the learning rate of an update: linear warm-up, then a cosine down to the final rate.
+
+    Args:
+        settings: Rates and durations.
+        step: Number of the update, from 0. The last is ``settings.steps - 1``; later ones use its rate.
+    """
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    duration = max(1, settings.steps - 1 - settings.warmup_steps)
+    progress = min(1.0, (step - settings.warmup_steps) / duration)
+    falling = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return settings.final_learning_rate + (settings.learning_rate - settings.final_learning_rate) * falling
+
+
+@dataclass
+class Counters:
+    """How far the optimisation is.
+
+    Attributes:
+        step: Batches taken, those without an update included; the schedule follows it.
+        skipped: Updates left out because the gradient was not finite.
+        skipped_in_a_row: Those since the last update.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+class Optimization:
+    """The optimiser with its schedule.
+
+    Args:
+        named: Trainable parameters by name, in a fixed order.
+        settings: The learner's settings.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], settings: LearnerSettings) -> None:
+        self.counters = Counters()
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
+        self._settings = settings
+        self._adamw = torch.optim.AdamW(
+            self.parameters,
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            weight_decay=settings.weight_decay,
+        )
+
+    def zero_grad(self) -> None:
+        """Drops the gradients."""
+        self._adamw.zero_grad(set_to_none=True)
+
+    def update(self, has_signal: bool) -> dict[str, float]:
+        """Clips the gradients and makes one update.
+
+        A gradient that is not finite is skipped and counted. A batch without any residual makes no update
+        either: momentum alone would move the adapter.
+
+        Args:
+            has_signal: Whether the batch had any residual.
+
+        Returns:
+            ``grad_norm`` before clipping, ``lr``, ``updated`` (1 or 0), ``skipped_updates`` so far.
+
+        Raises:
+            UserError: Too many non-finite gradients in a row.
+        """
+        counters = self.counters
+        lr = learning_rate(self._settings, counters.step)
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self._settings.grad_clip))
+        finite = math.isfinite(norm)
+        if finite and has_signal:
+            self._adamw.step()
+        counters.step += 1
+        counters.skipped += not finite
+        counters.skipped_in_a_row = 0 if finite else counters.skipped_in_a_row + 1
+        if counters.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"learner step {counters.step}: the gradient was not finite {MAX_SKIPPED_IN_A_ROW} times in a row; "
+                "resume from a checkpoint with a smaller learner.learning_rate, or with policy.dtype=float32"
+            )
+        return {
+            "grad_norm": norm,
+            "lr": lr,
+            "updated": float(finite and has_signal),
+            "skipped_updates": float(counters.skipped),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the optimiser's state as named tensors; empty before the first update."""
+        state = self._adamw.state
+        return {
+            f"{name}/{key}": value.detach().cpu().contiguous()
+            for name, parameter in zip(self.names, self.parameters, strict=True)
+            for key, value in state.get(parameter, {}).items()
+        }
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restores what `tensors` returned.
+
+        Raises:
+            ValueError: They belong to another adapter.
+        """
+        expected = dict(zip(self.names, self.parameters, strict=True))
+        state: dict[int, dict[str, Tensor]] = {}
+        for full_name, value in tensors.items():
+            name, _, key = full_name.rpartition("/")
+            if name not in expected or (value.dim() > 0 and value.shape != expected[name].shape):
+                raise ValueError(f"{full_name} {list(value.shape)} does not belong to this adapter")
+            state.setdefault(self.names.index(name), {})[key] = value
+        if len({frozenset(entries) for entries in state.values()}) > 1 or len(state) not in (0, len(expected)):
+            raise ValueError("the state of some parameters is missing")
+        groups = self._adamw.state_dict()["param_groups"]
+        self._adamw.load_state_dict({"state": state, "param_groups": groups})
