@@ -124,9 +124,8 @@ def generate(
     options["pad_token_id"] = inputs.end_id if padding is None else padding
     texts: list[str] = []
     for first in range(0, len(prompts), _CHUNK):
-        batch = inputs.encode(prompts[first : first + _CHUNK], images[first : first + _CHUNK]).to(network.device)
-        if torch.is_floating_point(batch["pixel_values"]):
-            batch["pixel_values"] = batch["pixel_values"].to(network.dtype)
+        batch = inputs.encode(prompts[first : first + _CHUNK], images[first : first + _CHUNK])
+        batch = batch.to(network.device, network.dtype)
         with torch.no_grad():
             tokens = network.generate(**batch, eos_token_id=inputs.end_id, **options)
         for row in tokens[:, batch["input_ids"].shape[1] :].tolist():

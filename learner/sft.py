@@ -120,7 +120,7 @@ def load_for_sft(model: str, settings: SftSettings) -> tuple[Any, PolicyInputs]:
     if settings.gradient_checkpointing:
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         network.config.use_cache = False
-    return network.train(), inputs
+    return network.to("cuda" if torch.cuda.is_available() else "cpu").train(), inputs
 
 
 def sft_loss(network: Any, inputs: PolicyInputs, examples: Sequence[SftExample], content_weight: float) -> Tensor:
@@ -135,7 +135,7 @@ def sft_loss(network: Any, inputs: PolicyInputs, examples: Sequence[SftExample],
     Returns:
         Tensor of shape (2,), float32: the weighted sum (nats) and the sum of weights.
     """
-    batch = inputs.encode([e.prompt for e in examples], [e.image for e in examples]).to(network.device)
+    batch = inputs.encode([e.prompt for e in examples], [e.image for e in examples]).to(network.device, network.dtype)
     tokens, weights = _pad_right([_response(inputs, e.response, content_weight) for e in examples])
     tokens, weights = tokens.to(network.device), weights.to(network.device)
     present = (tokens != IGNORED).long()
@@ -248,6 +248,10 @@ class SftTrainer:
         (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
         shutil.rmtree(checkpoint, ignore_errors=True)
         partial.rename(checkpoint)
+
+    def drop_checkpoint(self, checkpoint: Path) -> None:
+        """Removes the checkpoint of a training that is done."""
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
     def _update(self, examples: Sequence[SftExample]) -> SftProgress:
         rate = learning_rate(self.step, self.settings)

@@ -1,0 +1,99 @@
+"""`gflowvlm sft`: supervised fine-tuning on demonstrations."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from shared.errors import UserError
+
+_INTERRUPTED = 130
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the application."""
+
+    @app.command()
+    def sft(
+        out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the model that is made.")] = Path(
+            "models/sft"
+        ),
+        task: Annotated[str, typer.Option(help="Task that is demonstrated.")] = "numberline",
+        model: Annotated[
+            str, typer.Option(help="`tiny` (new, random weights), a shipped model, a model folder or a hub name.")
+        ] = "tiny",
+        steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1500,
+        batch: Annotated[int, typer.Option(help="Examples in a step.")] = 32,
+        micro_batch: Annotated[int, typer.Option(help="Examples in one forward pass.")] = 8,
+        lr: Annotated[float, typer.Option(help="Peak learning rate; 1e-5 suits a 7B model.")] = 3e-3,
+        noise: Annotated[float, typer.Option(help="Share of random actions: how weak the policy is to be.")] = 0.5,
+        with_done: Annotated[bool, typer.Option(help="Demonstrate the stop action.")] = True,
+        ood: Annotated[bool, typer.Option(help="Demonstrate out-of-distribution numbers too.")] = True,
+        seed: Annotated[int, typer.Option(help="Seed of weights and demonstrations.")] = 0,
+        dtype: Annotated[str, typer.Option(help="`float32` or `bfloat16`.")] = "float32",
+        gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
+        image_size: Annotated[int, typer.Option(help="Side of the pictures, pixels.")] = 64,
+        checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
+        episodes: Annotated[int, typer.Option(help="Episodes for each of the figures at the end; 0: none.")] = 200,
+        resume: Annotated[
+            bool, typer.Option("--resume", help="Go on with the stopped training in --out, with its own settings.")
+        ] = False,
+    ) -> None:
+        """Teach a model the form of a task by demonstrations: the warm start of a GFlowNet training.
+
+        The demonstrations are made by playing; nothing is downloaded. They read and reason rightly, and act
+        at random with probability `--noise`. A model whose tokenizer lacks `[DONE]` gets it.
+
+        Make the shipped model again: `gflowvlm sft --out models/tiny`
+
+        Prepare a 7B model: `gflowvlm sft --model HUB/NAME --out models/7b --dtype bfloat16
+        --gradient-checkpointing --lr 1e-5 --micro-batch 4 --image-size 336`
+        """
+        # Imported here: torch and transformers take seconds, and `--help` does not need them.
+        from cluster import supervised
+        from envs.registry import default_settings
+
+        console = Console()
+        if resume:
+            finished = supervised.resume(out, console)
+        else:
+            settings = {
+                "steps": steps,
+                "batch_size": batch,
+                "micro_batch": micro_batch,
+                "learning_rate": lr,
+                "dtype": dtype,
+                "gradient_checkpointing": gradient_checkpointing,
+                "checkpoint_every": checkpoint_every,
+                "seed": seed,
+            }
+            task_settings = {**default_settings(task).model_dump(), "image_size": image_size}
+            try:
+                request = supervised.SftRequest.model_validate(
+                    {
+                        "task": task_settings,
+                        "model": model,
+                        "noise": noise,
+                        "with_done": with_done,
+                        "ood": ood,
+                        "episodes": episodes,
+                        "sft": settings,
+                    }
+                )
+            except ValidationError as error:
+                raise UserError(_first_problem(error)) from None
+            finished = supervised.start(request, out, console)
+        if not finished:
+            raise typer.Exit(_INTERRUPTED)
+
+
+_OPTIONS = {"batch_size": "batch", "learning_rate": "lr"}
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    name = str(problem["loc"][-1]) if problem["loc"] else "sft"
+    option = _OPTIONS.get(name, name).replace("_", "-")
+    return f"--{option} {problem['input']}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

@@ -1,0 +1,195 @@
+"""Supervised fine-tuning: which tokens count, that it learns, resumes, and prepares foreign models."""
+
+import io
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
+
+from learner.sft import (
+    SftExample,
+    SftProgress,
+    SftSettings,
+    SftTrainer,
+    content_spans,
+    learning_rate,
+    load_for_sft,
+    sft_loss,
+)
+from learner.tiny_policy import build_tiny_policy
+from shared.errors import UserError
+from shared.policy_inputs import PolicyInputs
+from shared.response import format_response
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_policy(tmp_path_factory.mktemp("tiny"), seed=0)
+
+
+def example(number: int, action: str = "+", extra: str = "") -> SftExample:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (number * 20 % 256, 90, 10)).save(buffer, "PNG")
+    response = format_response(action, f"{number} is below 50", {"current": number, "target": 50})
+    return SftExample("Which number?" + extra, buffer.getvalue(), response)
+
+
+class Numbers:
+    """A source of examples; counts which steps were asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def batch(self, step: int, size: int) -> Sequence[SftExample]:
+        self.asked.append(step)
+        rng = random.Random(step)
+        return [example(rng.randrange(4), rng.choice("+-"), " again" * rng.randrange(3)) for _ in range(size)]
+
+
+def train(trainer: SftTrainer, folder: Path, until: int | None = None) -> list[SftProgress]:
+    seen: list[SftProgress] = []
+    trainer.train(Numbers(), folder / "checkpoint", seen.append, lambda: trainer.step == until)
+    return seen
+
+
+def test_content_is_what_the_json_says() -> None:
+    text = format_response("[DONE]", "3 equals 3", {"current": 13, "target": -2.5})
+    assert [text[left:right] for left, right in content_spans(text)] == ["13", "-2.5", "3 equals 3", "[DONE]"]
+
+
+def test_the_loss_is_the_weighted_cross_entropy_of_the_response_alone(tiny: Path) -> None:
+    network, inputs = load_for_sft(str(tiny), SftSettings())
+    one = example(7)
+    ids = inputs.encode_response(one.response)
+    content = {"7", "5", "0", "+", " is", " below", " "}
+    weights = torch.tensor([5.0 if inputs.tokenizer.decode([i]) in content else 1.0 for i in ids])
+    assert 8 <= (weights == 5).sum() < len(ids)
+    batch = inputs.encode([one.prompt], [one.image])
+    tokens = torch.cat([batch["input_ids"], torch.tensor([ids])], dim=1)
+    with torch.no_grad():
+        logits = network(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=batch["pixel_values"]
+        ).logits
+        log_probs = logits[0, -len(ids) - 1 : -1].log_softmax(-1)[torch.arange(len(ids)), ids]
+        total, weight = sft_loss(network, inputs, [one], content_weight=5.0)
+    assert weight == weights.sum()
+    assert total.item() == pytest.approx(-(weights * log_probs).sum().item(), rel=1e-5)
+
+
+def test_padding_changes_nothing(tiny: Path) -> None:
+    network, inputs = load_for_sft(str(tiny), SftSettings())
+    examples = [example(3), example(47, "[DONE]", " and a much longer prompt"), example(12, "-")]
+    with torch.no_grad():
+        together = sft_loss(network, inputs, examples, 5.0)
+        alone = sum(sft_loss(network, inputs, [e], 5.0) for e in examples)
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
+
+
+def test_micro_batches_give_the_same_step(tiny: Path, tmp_path: Path) -> None:
+    losses = []
+    for micro_batch in (1, 8):
+        settings = SftSettings(steps=3, batch_size=6, micro_batch=micro_batch, warmup_steps=1)
+        trainer = SftTrainer(*load_for_sft(str(tiny), settings), settings)
+        losses.append([p.loss for p in train(trainer, tmp_path)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_training_lowers_the_loss(tiny: Path, tmp_path: Path) -> None:
+    settings = SftSettings(steps=40, batch_size=8, warmup_steps=4)
+    seen = train(SftTrainer(*load_for_sft(str(tiny), settings), settings), tmp_path)
+    assert [p.step for p in seen] == list(range(1, 41))
+    assert seen[-1].loss < 0.5 * seen[0].loss
+
+
+def test_a_resumed_training_ends_where_an_uninterrupted_one_does(tiny: Path, tmp_path: Path) -> None:
+    settings = SftSettings(steps=8, batch_size=4, warmup_steps=2, checkpoint_every=100)
+    whole = SftTrainer(*load_for_sft(str(tiny), settings), settings)
+    expected = train(whole, tmp_path / "whole")
+    train(SftTrainer(*load_for_sft(str(tiny), settings), settings), tmp_path, until=5)
+    resumed = SftTrainer.resume(tmp_path / "checkpoint", settings)
+    assert resumed.step == 5
+    seen = train(resumed, tmp_path)
+    assert [p.step for p in seen] == [6, 7, 8]
+    assert [p.loss for p in seen] == pytest.approx([p.loss for p in expected[5:]], rel=1e-5)
+    for ours, theirs in zip(resumed.network.parameters(), whole.network.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_checkpoints_hold_no_pickle(tiny: Path, tmp_path: Path) -> None:
+    settings = SftSettings(steps=2, batch_size=2, checkpoint_every=1)
+    train(SftTrainer(*load_for_sft(str(tiny), settings), settings), tmp_path)
+    suffixes = {path.suffix for path in (tmp_path / "checkpoint").iterdir()}
+    assert suffixes == {".json", ".safetensors", ".jinja"}
+    assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["step"] == 1
+
+
+@pytest.mark.parametrize("damage", ["missing", "state", "optimizer", "model"])
+def test_a_damaged_checkpoint_is_a_user_error(tiny: Path, tmp_path: Path, damage: str) -> None:
+    settings = SftSettings(steps=2, batch_size=2, checkpoint_every=1)
+    train(SftTrainer(*load_for_sft(str(tiny), settings), settings), tmp_path)
+    checkpoint = tmp_path / "checkpoint"
+    names = {"state": "state.json", "optimizer": "optimizer.safetensors", "model": "model.safetensors"}
+    if damage == "missing":
+        checkpoint = tmp_path / "nothing"
+    else:
+        (checkpoint / names[damage]).write_bytes(b"\x00\x01")
+    with pytest.raises(UserError):
+        SftTrainer.resume(checkpoint, settings)
+
+
+def test_a_checkpoint_refuses_other_settings(tiny: Path, tmp_path: Path) -> None:
+    settings = SftSettings(steps=2, batch_size=2, checkpoint_every=1)
+    train(SftTrainer(*load_for_sft(str(tiny), settings), settings), tmp_path)
+    with pytest.raises(UserError, match="learning_rate"):
+        SftTrainer.resume(tmp_path / "checkpoint", settings.model_copy(update={"learning_rate": 0.5}))
+
+
+def without_done(tiny: Path, folder: Path) -> Path:
+    """Copies a model and takes `[DONE]`, its last token, out of tokenizer and embeddings."""
+    network, inputs = load_for_sft(str(tiny), SftSettings())
+    network.resize_token_embeddings(inputs.done_id, mean_resizing=False)
+    network.save_pretrained(folder)
+    inputs.processor.save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "[DONE]"]
+    file.write_text(json.dumps(content))
+    return folder
+
+
+def test_a_model_without_done_gets_it(tiny: Path, tmp_path: Path) -> None:
+    bare = without_done(tiny, tmp_path / "bare")
+    assert len(PreTrainedTokenizerFast.from_pretrained(bare).encode("[DONE]")) > 1
+    settings = SftSettings(
+        steps=2, batch_size=4, micro_batch=2, dtype="bfloat16", gradient_checkpointing=True, learning_rate=1e-4
+    )
+    network, inputs = load_for_sft(str(bare), settings)
+    rows = network.get_input_embeddings().weight
+    torch.testing.assert_close(rows[-1].float(), rows[:-1].float().mean(dim=0), rtol=0.02, atol=1e-3)
+    trainer = SftTrainer(network, inputs, settings)
+    assert all(torch.isfinite(torch.tensor(p.loss)) for p in train(trainer, tmp_path))
+    trainer.save_model(tmp_path / "made")
+    made = PolicyInputs.load(str(tmp_path / "made"))
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "made")
+    assert made.done_id == inputs.done_id
+    assert model.config.text_config.vocab_size == made.done_id + 1
+    assert model.dtype == torch.bfloat16
+
+
+def test_a_model_that_cannot_be_loaded_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        load_for_sft(str(tmp_path / "nowhere"), SftSettings())
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
+    settings = SftSettings(steps=100, learning_rate=1.0, warmup_steps=10)
+    rates = [learning_rate(step, settings) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0) == pytest.approx(rates[10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 0.01
