@@ -52,7 +52,9 @@ class VllmSampler:
         self._inputs = PolicyInputs.load(model_path)
         self._versions = AdapterVersions(self._add, self._remove, path_of)
         self._forbidden = dict.fromkeys(self._inputs.forbidden_ids, float("-inf"))
+        before = multiprocessing.active_children()
         self._engine = _start_engine(config, self._inputs.model, len(self._forbidden))
+        self._processes = [child for child in multiprocessing.active_children() if child not in before]
 
     @property
     def newest(self) -> int:
@@ -85,12 +87,13 @@ class VllmSampler:
 
     async def check_health(self) -> None:
         """Raises `SamplerUnavailableError` when the engine's process is gone."""
-        if self._engine.errored:
+        # An engine process that was asked to end (SIGTERM) is gone without the engine calling it an error.
+        if self._engine.errored or not all(process.is_alive() for process in self._processes):
             raise SamplerUnavailableError("the vLLM engine died")
 
     def stats(self) -> dict[str, Any]:
         """Returns `AdapterVersions.stats` and the engine's process ids, ``engine_pids``."""
-        return {**self._versions.stats(), "engine_pids": [child.pid for child in multiprocessing.active_children()]}
+        return {**self._versions.stats(), "engine_pids": [process.pid for process in self._processes]}
 
     def shutdown(self) -> None:
         """Ends the engine and its processes."""

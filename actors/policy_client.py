@@ -1,0 +1,94 @@
+"""Asks the policy server for responses, through replicas that die and come back."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from actors.sampling import SampleRequest, SampleResponse, SamplerUnavailableError
+from shared.config import RunConfig
+
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 2.0
+
+_TRY_AGAIN = (SamplerUnavailableError, RayServeException, RayActorError, TaskCancelledError, TimeoutError)
+
+
+class PolicyServerError(RuntimeError):
+    """No response came in time. Never a reason to give a trajectory a reward: the rollout is abandoned."""
+
+
+@dataclass
+class PolicyClient:
+    """A client of the policy server, for use on an event loop; many requests may be in flight.
+
+    A request that fails with its replica is asked again, of whichever replica answers; the response says
+    which policy version made it.
+
+    Attributes:
+        handle: The deployment's handle.
+        request_timeout_s: Longest one try may take, seconds.
+        deadline_s: Longest all tries of a request may take: covers the restart of a replica.
+        retries: Tries that failed so far and were repeated, over all requests.
+    """
+
+    handle: DeploymentHandle
+    request_timeout_s: float
+    deadline_s: float
+    retries: int = 0
+
+    @classmethod
+    def from_config(cls, handle: DeploymentHandle, config: RunConfig) -> "PolicyClient":
+        """Returns a client with the time limits of a run's configuration."""
+        sampler = config.sampler
+        return cls(handle, sampler.request_timeout_s, sampler.start_timeout_s + sampler.request_timeout_s)
+
+    async def sample(self, request: SampleRequest) -> SampleResponse:
+        """Samples one response.
+
+        Raises:
+            PolicyServerError: No replica answered before the deadline.
+            UnknownVersionError: The request names a version that was never published.
+            UserError: The request can never be answered, for example a prompt beyond the longest.
+        """
+        started = time.monotonic()
+        pause = FIRST_PAUSE_S
+        while True:
+            try:
+                response: SampleResponse = await asyncio.wait_for(
+                    self.handle.sample.remote(request), self.request_timeout_s
+                )
+            except _TRY_AGAIN as error:
+                waited = time.monotonic() - started
+                if waited + pause > self.deadline_s:
+                    raise PolicyServerError(
+                        f"waited {waited:.0f} s for a response of {self.handle.deployment_name} in application "
+                        f"{self.handle.app_name!r} (sampler.request_timeout_s, sampler.start_timeout_s): "
+                        f"{_one_line(error)}"
+                    ) from None
+                self.retries += 1
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+            except RayTaskError as error:
+                raise error.cause from None
+            else:
+                return response
+
+    async def status(self) -> list[dict[str, Any]]:
+        """Returns every running replica's `PolicyServer.status`; replicas that do not answer are left out."""
+        try:
+            answers = await asyncio.wait_for(
+                self.handle.broadcast("status").results_async(return_exceptions=True), self.request_timeout_s
+            )
+        except (RayServeException, RayError, TimeoutError):
+            return []
+        return [answer for answer in answers if isinstance(answer, dict)]
+
+
+def _one_line(error: Exception) -> str:
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return f"{type(cause).__name__} {' '.join(str(cause).split())[:200]}".strip()

@@ -1,0 +1,233 @@
+"""Serves the policy: a Ray Serve deployment whose replicas each hold a sampler and follow the adapter store."""
+
+import asyncio
+import logging
+import os
+import re
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatus, LoggingConfig
+
+from actors.adapter_store import find_adapter_store
+from actors.sampling import (
+    PolicySampler,
+    SampleRequest,
+    SampleResponse,
+    SamplerUnavailableError,
+    UnknownVersionError,
+)
+from shared.config import RunConfig
+from shared.errors import UserError
+
+log = logging.getLogger(__name__)
+
+DEPLOYMENT = "PolicyServer"
+
+WAIT_FOR_ADAPTER_S = 30.0
+"""Longest single wait on the adapter store; then the replica asks again."""
+
+STORE_ANSWER_S = 30.0
+"""How long a lookup in the adapter store may take, its restart included."""
+
+RETRY_S = 1.0
+"""Pause after a failed lookup or load."""
+
+POLL_S = 0.2
+"""Pause between looks at a starting deployment."""
+
+HEALTH_CHECK_PERIOD_S = 1.0
+"""Three failed checks and Serve replaces the replica."""
+
+HEALTH_CHECK_TIMEOUT_S = 60.0
+"""Generous: on few cores a busy replica answers late, and replacing it costs an engine start."""
+
+GRACEFUL_SHUTDOWN_S = 20.0
+
+START_TRIES = 3
+"""Constructions of a replica before the deployment is given up."""
+
+
+class PolicyServer:
+    """One replica: a sampler, and a task that waits for newer adapters."""
+
+    def __init__(self, config: RunConfig, model_path: str, store_name: str) -> None:
+        """Starts the sampler. Serve calls this on the event loop that later answers the requests."""
+        self._store_name = store_name
+        self._replica = serve.get_replica_context().replica_id.unique_id
+        self._adapter_error: str | None = None
+        self._sampler = _make_sampler(config, model_path, self._path_of)
+        self._caught_up = asyncio.Event()
+        self._following = asyncio.get_running_loop().create_task(self._follow_store())
+
+    async def sample(self, request: SampleRequest) -> SampleResponse:
+        """Samples one response; see `PolicySampler.sample`."""
+        if not self._caught_up.is_set():
+            # A replica that starts late must not answer with an old version first.
+            await self._catch_up()
+        return await self._sampler.sample(request)
+
+    async def status(self) -> dict[str, Any]:
+        """Returns the sampler's stats, ``replica``, ``pid``, and ``adapter_error``: why the newest adapter is
+        not in use, or None."""
+        return {
+            **self._sampler.stats(),
+            "replica": self._replica,
+            "pid": os.getpid(),
+            "adapter_error": self._adapter_error,
+        }
+
+    async def check_health(self) -> None:
+        """Raises when the sampler cannot answer, or new adapters are no longer followed."""
+        await self._sampler.check_health()
+        if self._following.done():
+            raise SamplerUnavailableError("the task that follows the adapter store ended")
+
+    def __del__(self) -> None:
+        """Ends the sampler and its processes; Serve calls this once, before the replica goes."""
+        following, sampler = getattr(self, "_following", None), getattr(self, "_sampler", None)
+        if following is not None:
+            following.cancel()
+        if sampler is not None:
+            sampler.shutdown()
+
+    async def _follow_store(self) -> None:
+        while True:
+            try:
+                if self._caught_up.is_set():
+                    newer = await self._ask_store("wait_newer", self._sampler.newest, WAIT_FOR_ADAPTER_S)
+                else:
+                    newer = await self._ask_store("newest")
+                if newer is not None and newer[1] is not None:
+                    await self._sampler.load(*newer)
+                self._caught_up.set()
+                # Also without news: requests that kept an old adapter may have ended meanwhile.
+                await self._sampler.retire()
+                self._adapter_error = None
+            except (UserError, SamplerUnavailableError) as error:
+                self._adapter_error = str(error)
+                log.warning("replica %s: %s", self._replica, error)
+                await asyncio.sleep(RETRY_S)
+
+    async def _catch_up(self) -> None:
+        try:
+            await asyncio.wait_for(self._caught_up.wait(), STORE_ANSWER_S)
+        except TimeoutError:
+            reason = self._adapter_error or "no answer"
+            raise SamplerUnavailableError(
+                f"waited {STORE_ANSWER_S:.0f} s for the adapter store {self._store_name!r}: {reason}"
+            ) from None
+
+    async def _path_of(self, version: int) -> Path:
+        path: Path = await self._ask_store("path", version)
+        return path
+
+    async def _ask_store(self, method: str, *arguments: Any) -> Any:
+        # Looked up by name each time: after a crash of the driver the store is another actor.
+        try:
+            store = find_adapter_store(self._store_name)
+            answer = getattr(store, method).remote(*arguments)
+            return await asyncio.wait_for(answer, WAIT_FOR_ADAPTER_S + STORE_ANSWER_S)
+        except UnknownVersionError as error:
+            # Ray's own class for it names this process; the plain one travels.
+            raise UnknownVersionError(str(error.args[0]).strip().splitlines()[-1]) from None
+        except (ValueError, TimeoutError, RayError) as error:
+            raise SamplerUnavailableError(
+                f"the adapter store {self._store_name!r} does not answer ({type(error).__name__})"
+            ) from None
+
+
+def deploy_policy_server(config: RunConfig, model_path: str, store_name: str, name: str) -> DeploymentHandle:
+    """Deploys the policy server on the connected Ray cluster and waits until every replica is ready.
+
+    Args:
+        config: The run's configuration.
+        model_path: Model directory or hub name, the same on every node.
+        store_name: Name of the run's adapter store (`start_adapter_store`).
+        name: Name of the Serve application.
+
+    Returns:
+        The handle for `PolicyClient`.
+
+    Raises:
+        UserError: A replica cannot start, or not within ``sampler.start_timeout_s``.
+    """
+    sampler = config.sampler
+    # Requests come over handles only: no proxy, no port.
+    serve.start(proxy_location="Disabled", logging_config=_quiet_logging())
+    deployment = serve.deployment(
+        PolicyServer,
+        name=DEPLOYMENT,
+        num_replicas=sampler.replicas,
+        ray_actor_options={"num_cpus": sampler.cpus_per_replica, "num_gpus": sampler.gpus_per_replica},
+        # More than run at once, so that the engine always has the next ones waiting.
+        max_ongoing_requests=2 * sampler.max_num_seqs + 16,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+        graceful_shutdown_wait_loop_s=0.2,
+        max_constructor_retry_count=START_TRIES,
+        logging_config=_quiet_logging(),
+    )
+    application = deployment.bind(config, model_path, store_name)
+    target = serve.RunTarget(target=application, name=name, route_prefix=None)
+    (handle,) = serve.run_many([target], wait_for_applications_running=False)
+    try:
+        _wait_until_running(name, sampler.start_timeout_s)
+    except UserError:
+        shutdown_policy_server(name)
+        raise
+    return handle
+
+
+def shutdown_policy_server(name: str) -> None:
+    """Ends a policy server and its processes; nothing happens when there is none of this name."""
+    if name in serve.status().applications:
+        serve.delete(name)
+
+
+def _wait_until_running(name: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        application = serve.status().applications.get(name)
+        deployment = None if application is None else application.deployments.get(DEPLOYMENT)
+        message = "" if deployment is None else deployment.message
+        if application is not None and application.status == ApplicationStatus.RUNNING:
+            return
+        if application is not None and application.status == ApplicationStatus.DEPLOY_FAILED:
+            raise UserError(f"the policy server cannot start: {_reason(message)}")
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"waited {timeout_s:.0f} s (sampler.start_timeout_s) for the policy server {name!r} to start: "
+                f"{_reason(message) or 'no message'}"
+            )
+        time.sleep(POLL_S)
+
+
+def _reason(message: str) -> str:
+    """Returns the line of Serve's message that says what is wrong: the last error of the traceback in it."""
+    errors = re.findall(r"^(?:[\w.]+\.)?UserError: (.+)$", message, flags=re.MULTILINE)
+    if errors:
+        return str(errors[-1])
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def _make_sampler(config: RunConfig, model_path: str, path_of: Callable[[int], Awaitable[Path]]) -> PolicySampler:
+    # Imported here: each engine brings libraries that the other, and the driver, can do without.
+    if config.sampler.engine == "vllm":
+        from actors.vllm_sampler import VllmSampler
+
+        return VllmSampler(config, model_path, path_of)
+    from actors.transformers_sampler import TransformersSampler
+
+    return TransformersSampler(config, model_path, path_of)
+
+
+def _quiet_logging() -> LoggingConfig:
+    return LoggingConfig(log_level="WARNING", enable_access_log=False)
