@@ -1,0 +1,234 @@
+"""Playing groups of rollouts: from a task instance to trajectories."""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from actors.groups import GroupRequest, PlaySettings, new_group_id
+from actors.sampling import SampleRequest, SampleResponse
+from envs.base import TaskEnv
+from shared.policy_inputs import PolicyInputs
+from shared.response import parse_response, token_spans
+from shared.trajectory import EndReason, Step, Trajectory, Validity
+
+EXPERT_VERSION = -1
+"""Policy version of the steps that the expert made."""
+
+
+class ResponseSource(Protocol):
+    """Whatever answers for the policy: a client of the policy server, or a sampler itself."""
+
+    async def sample(self, request: SampleRequest) -> SampleResponse:
+        """Samples one response."""
+
+
+@dataclass
+class PlayedGroup:
+    """A finished group.
+
+    Attributes:
+        group_id: Its id, new with every attempt.
+        trajectories: The rollouts in order, the expert's last where there is one.
+        env_seconds: Time in the environments, encoding their pictures included.
+        wait_seconds: Time waiting for responses, summed over the rollouts.
+    """
+
+    group_id: str
+    trajectories: list[Trajectory] = field(default_factory=list)
+    env_seconds: float = 0.0
+    wait_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Response:
+    """A response as it is recorded: what was sampled, or what an expert or exploration put in its place."""
+
+    token_ids: list[int]
+    log_probs: list[float]
+    version: int
+
+
+async def play_group(
+    make_env: Callable[[], TaskEnv],
+    source: ResponseSource,
+    inputs: PolicyInputs,
+    request: GroupRequest,
+    settings: PlaySettings,
+) -> PlayedGroup:
+    """Plays `group_size` rollouts of one instance, all of them at once.
+
+    A malformed or inadmissible response ends its episode at the reward floor and is recorded as such. A
+    response that could not be had at all fails the whole group: it is no behaviour of the policy.
+
+    Args:
+        make_env: Makes an environment; each rollout has its own.
+        source: Who answers for the policy.
+        inputs: The policy's tokenizer.
+        request: Which instance.
+        settings: How to play.
+
+    Returns:
+        The trajectories, and the expert's when asked for and every rollout failed.
+
+    Raises:
+        Exception: What `source` raised; the group's other rollouts are cancelled.
+    """
+    group = PlayedGroup(new_group_id(request.group_index))
+    rollouts = [_Rollout(make_env(), inputs, request, settings, group, index) for index in range(settings.group_size)]
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            played = [tasks.create_task(rollout.play(source)) for rollout in rollouts]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    group.trajectories = [task.result() for task in played]
+    if settings.expert_on_failure and not any(trajectory.success for trajectory in group.trajectories):
+        expert = _Rollout(make_env(), inputs, request, settings, group, settings.group_size)
+        group.trajectories.append(expert.demonstrate())
+    return group
+
+
+class _Rollout:
+    """One episode in the making."""
+
+    def __init__(
+        self,
+        env: TaskEnv,
+        inputs: PolicyInputs,
+        request: GroupRequest,
+        settings: PlaySettings,
+        group: PlayedGroup,
+        index: int,
+    ) -> None:
+        self._env = env
+        self._inputs = inputs
+        self._request = request
+        self._settings = settings
+        self._group = group
+        self._index = index
+        self._rng = np.random.default_rng([settings.seed, request.group_index, request.instance_seed, index])
+        self._steps: list[Step] = []
+        self._images: dict[bytes, int] = {}
+        self._log_rewards: list[float] = []
+        self._original_rewards: list[float] = []
+
+    async def play(self, source: ResponseSource) -> Trajectory:
+        """Returns the trajectory of the policy that `source` answers for."""
+        self._start()
+        while self._env.end is None:
+            prompt, image = self._look()
+            started = time.perf_counter()
+            sampled = await source.sample(self._sample_request(prompt, image))
+            self._group.wait_seconds += time.perf_counter() - started
+            response = _Response(sampled.token_ids, sampled.log_probs, sampled.version)
+            if self._settings.epsilon > 0 and self._rng.random() < self._settings.epsilon:
+                response = self._explored(response)
+            self._take(response, prompt, image)
+        return self._finished("", expert=False)
+
+    def demonstrate(self) -> Trajectory:
+        """Returns the expert's trajectory."""
+        self._start()
+        while self._env.end is None:
+            prompt, image = self._look()
+            token_ids = self._inputs.encode_response(self._env.demonstration(self._env.expert_action(), self._rng))
+            self._take(_Response(token_ids, [math.nan] * len(token_ids), EXPERT_VERSION), prompt, image)
+        return self._finished("-expert", expert=True)
+
+    def _start(self) -> None:
+        started = time.perf_counter()
+        self._env.reset(seed=self._request.instance_seed, options={"split": self._request.split})
+        self._log_rewards.append(self._env.log_reward)
+        self._group.env_seconds += time.perf_counter() - started
+
+    def _look(self) -> tuple[str, bytes]:
+        started = time.perf_counter()
+        prompt, image = self._env.prompt(), self._env.image_png()
+        self._group.env_seconds += time.perf_counter() - started
+        return prompt, image
+
+    def _sample_request(self, prompt: str, image: bytes) -> SampleRequest:
+        settings = self._settings
+        seed = None
+        if settings.sampling_seed is not None:
+            key = [settings.sampling_seed, self._request.instance_seed, self._index, len(self._steps)]
+            seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+        return SampleRequest(prompt, image, settings.max_tokens, settings.temperature, settings.version, seed)
+
+    def _explored(self, response: _Response) -> _Response:
+        """Returns the response with a random admissible action instead of its own.
+
+        The chain of thought stays exactly as sampled. Where the tokenizer would not give these same tokens
+        back in front of the new action, or no action can be read, the response stays as it is.
+        """
+        text = self._inputs.decode(response.token_ids)
+        parsed = parse_response(text)
+        if parsed.action_chars is None:
+            return response
+        kept = token_spans(response.token_ids, parsed.action_chars, self._inputs.decode).cot_end
+        actions = self._env.admissible_actions
+        action = actions[int(self._rng.integers(len(actions)))]
+        token_ids = self._inputs.encode_response(f'{text[: parsed.action_chars[0]]}{action}"}}')
+        if token_ids[:kept] != response.token_ids[:kept]:
+            return response
+        forced = [math.nan] * (len(token_ids) - kept)
+        return _Response(token_ids, response.log_probs[:kept] + forced, response.version)
+
+    def _take(self, response: _Response, prompt: str, image: bytes) -> None:
+        """Steps the environment with a response and records both."""
+        text = self._inputs.decode(response.token_ids)
+        parsed = parse_response(text)
+        spans = token_spans(response.token_ids, parsed.action_chars, self._inputs.decode)
+        if parsed.action is None:
+            validity = Validity.MALFORMED
+        elif parsed.action in self._env.admissible_actions:
+            validity = Validity.VALID
+        else:
+            validity = Validity.INADMISSIBLE
+        started = time.perf_counter()
+        reward = self._env.step(parsed.action if parsed.action is not None else "")[1]
+        if self._env.end is not EndReason.DONE:
+            self._log_rewards.append(self._env.log_reward)
+        self._group.env_seconds += time.perf_counter() - started
+        self._original_rewards.append(float(reward))
+        self._steps.append(
+            Step(
+                prompt=prompt,
+                image=self._images.setdefault(image, len(self._images)),
+                response_ids=response.token_ids,
+                response_text=text,
+                cot_end=spans.cot_end,
+                action_end=spans.action_end,
+                sampler_log_probs=response.log_probs,
+                policy_version=response.version,
+                action=parsed.action,
+                validity=validity,
+            )
+        )
+
+    def _finished(self, suffix: str, expert: bool) -> Trajectory:
+        env = self._env
+        if env.end is None:
+            raise RuntimeError(f"{env.instance_id}: the episode is not over")
+        trajectory = Trajectory(
+            trajectory_id=f"{self._group.group_id}-{self._index:03d}{suffix}",
+            group_id=self._group.group_id,
+            instance_id=env.instance_id,
+            instance_seed=self._request.instance_seed,
+            task=env.task,
+            split=self._request.split,
+            steps=self._steps,
+            images=list(self._images),
+            log_rewards=self._log_rewards,
+            original_rewards=self._original_rewards,
+            end=env.end,
+            success=env.success,
+            outcome=env.outcome,
+            expert=expert,
+        )
+        env.close()
+        return trajectory

@@ -1,0 +1,68 @@
+"""Response sources whose answers a test decides."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from actors.sampling import SampleRequest, SampleResponse
+from envs.base import TaskEnv
+from envs.registry import make_env
+from shared.config import NumberLineSettings
+from shared.policy_inputs import PolicyInputs
+
+
+@dataclass
+class Texts:
+    """Answers with texts in turn, the last one for ever.
+
+    Attributes:
+        tokenise: Turns a text into tokens; the demonstrations' way when None.
+    """
+
+    inputs: PolicyInputs
+    texts: list[str]
+    version: int = 3
+    tokenise: Callable[[str], list[int]] | None = None
+    requests: list[SampleRequest] = field(default_factory=list)
+
+    async def sample(self, request: SampleRequest) -> SampleResponse:
+        text = self.texts[min(len(self.requests), len(self.texts) - 1)]
+        self.requests.append(request)
+        token_ids = (self.tokenise or self.inputs.encode_response)(text)
+        return SampleResponse(token_ids, [-0.25] * len(token_ids), text, self.version)
+
+
+@dataclass
+class Player:
+    """Plays by looking into the environments that it hands out.
+
+    Attributes:
+        choose: The action at an environment's state.
+        together: The largest number of requests that waited at the same time.
+    """
+
+    inputs: PolicyInputs
+    choose: Callable[[TaskEnv], str] = lambda env: env.expert_action()
+    settings: NumberLineSettings = NumberLineSettings()  # noqa: RUF009 - frozen
+    version: int = 3
+    envs: list[TaskEnv] = field(default_factory=list)
+    requests: list[SampleRequest] = field(default_factory=list)
+    together: int = 0
+    waiting: int = 0
+
+    def make_env(self) -> TaskEnv:
+        self.envs.append(make_env(self.settings))
+        return self.envs[-1]
+
+    async def sample(self, request: SampleRequest) -> SampleResponse:
+        self.requests.append(request)
+        self.waiting += 1
+        self.together = max(self.together, self.waiting)
+        await asyncio.sleep(0.001)
+        self.waiting -= 1
+        env = next(e for e in self.envs if e.prompt() == request.prompt and e.image_png() == request.image)
+        text = env.demonstration(self.choose(env), np.random.default_rng(len(self.requests)))
+        token_ids = self.inputs.encode_response(text)
+        return SampleResponse(token_ids, [-0.25] * len(token_ids), text, self.version)
