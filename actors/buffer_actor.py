@@ -32,6 +32,9 @@ class ReplayBufferActor:
         self._changed = asyncio.Condition()
         self._appended = _Rate()
         self._sampled = _Rate()
+        self._closed = False
+        # Data-parallel learners ask for the same step one after another and must get the same batch.
+        self._drawn: dict[int, pa.RecordBatch] = {}
         try:
             self._held = ReplayBuffer(settings, seed, Path(directory))
         except UserError as problem:
@@ -54,15 +57,20 @@ class ReplayBufferActor:
 
     async def wait_sample(
         self, step: int, groups: int, version: int, min_accepted: int, timeout_s: float
-    ) -> pa.RecordBatch:
+    ) -> pa.RecordBatch | None:
         """Waits until enough was accepted, then samples whole groups (see `ReplayBuffer.sample`).
+
+        Every request for one step gets the same batch.
 
         Args:
             step: The learner's step; with the seed it fixes the draw.
-            groups: Number of groups.
+            groups: Number of groups; fewer are given while there are fewer.
             version: The learner's policy version.
             min_accepted: Policy trajectories that must have been accepted since the run began.
             timeout_s: Longest wait, seconds.
+
+        Returns:
+            The batch, or None once the buffer is closed.
 
         Raises:
             TimeoutError: It took longer; the message says what is missing.
@@ -70,7 +78,7 @@ class ReplayBufferActor:
         buffer = self._buffer
 
         def ready() -> bool:
-            return buffer.accepted >= min_accepted and buffer.available(version) >= groups
+            return self._closed or (buffer.accepted >= min_accepted and buffer.available(version) >= 1)
 
         try:
             async with asyncio.timeout(timeout_s), self._changed:
@@ -78,13 +86,23 @@ class ReplayBufferActor:
         except TimeoutError:
             raise TimeoutError(
                 f"replay buffer: no batch for step {step} within {timeout_s:g} s: {buffer.accepted} of "
-                f"{min_accepted} trajectories accepted, {buffer.available(version)} of {groups} groups fresh "
+                f"{min_accepted} trajectories accepted, {buffer.available(version)} groups fresh "
                 f"enough at version {version}; are rollout workers and the policy server alive?"
             ) from None
-        started = time.perf_counter()
-        batch = buffer.sample(step, groups, version)
-        self._sampled.add(batch, started)
-        return batch
+        if self._closed:
+            return None
+        if step not in self._drawn:
+            started = time.perf_counter()
+            batch = buffer.sample(step, min(groups, buffer.available(version)), version)
+            self._sampled.add(batch, started)
+            self._drawn = {s: b for s, b in self._drawn.items() if s == step - 1} | {step: batch}
+        return self._drawn[step]
+
+    async def close(self) -> None:
+        """Ends all waiting: learners get None instead of a batch, now and later."""
+        async with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
     async def stats(self) -> dict[str, Any]:
         """Returns `ReplayBuffer.stats` and the actor's own figures.

@@ -12,15 +12,18 @@ from typing import Any
 
 import ray
 import ray.train
+from ray import serve
 
-from actors.adapter_store import get_store
+from actors.adapter_store import find_adapter_store
 from actors.buffer_actor import get_buffer
 from actors.policy_client import PolicyClient
+from actors.policy_server import DEPLOYMENT
 from actors.sampling import BASE_VERSION, SampleRequest
 from cluster.checkpoints import latest_checkpoint, prune_checkpoints
 from cluster.run_log import append_row
 from envs.registry import make_env
 from learner.learner import Learner
+from learner.mismatch import compare
 from shared.config import RunConfig
 from shared.errors import UserError
 from shared.policy_inputs import PolicyInputs
@@ -72,7 +75,7 @@ class _Loop:
     def __init__(self, job: LearnerJob, folder: RunFolder, rank: int, world_size: int) -> None:
         self.config = RunConfig.model_validate(job.config)
         self.job, self.folder, self.rank, self.world_size = job, folder, rank, world_size
-        self.store = get_store(job.store_name)
+        self.store = find_adapter_store(job.store_name)
         self.buffer = get_buffer(job.buffer_name)
         self.learner = Learner(self.config, job.model_path, rank=rank, world_size=world_size)
         checkpoint = latest_checkpoint(folder.checkpoints)
@@ -82,7 +85,7 @@ class _Loop:
 
     def run(self) -> None:
         total = self.config.learner.steps
-        first = self.learner.steps_done
+        first = self.learner.steps_taken
         if self.rank == 0:
             append_row(self.folder.metrics, "learner", {"step": first, "pid": os.getpid()})
             if first == 0:
@@ -100,8 +103,8 @@ class _Loop:
             batch_ref = self._request_batch(step + 1) if step + 1 < total else None
             metrics = self.learner.step(batch)
             self._finish_step(step + 1, batch, metrics, started, waited)
-        if self.rank == 0 and latest_checkpoint(self.folder.checkpoints, step=self.learner.steps_done) is None:
-            self._checkpoint(self.learner.steps_done)
+        if self.rank == 0 and latest_checkpoint(self.folder.checkpoints, step=self.learner.steps_taken) is None:
+            self._checkpoint(self.learner.steps_taken)
 
     def _request_batch(self, step: int) -> ray.ObjectRef:
         return self.buffer.wait_sample.remote(
@@ -163,18 +166,15 @@ class _Loop:
 
     def _check_sampler_agrees(self) -> None:
         trajectory = asyncio.run(_one_sampled_state(self.config, self.job))
-        ours = self.learner.token_log_probs([trajectory])[0]
-        theirs = trajectory.steps[0].sampler_log_probs
-        differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
-        worst = max(differences)
-        append_row(self.folder.metrics, "mismatch", {"max": worst, "tokens": len(differences)})
-        if worst > self.config.sampler.mismatch_tolerance:
-            place = differences.index(worst)
-            token = self.learner.inputs.decode([trajectory.steps[0].response_ids[place]])
+        mismatch = compare([trajectory], self.learner.score([trajectory]))
+        append_row(self.folder.metrics, "mismatch", {"max": mismatch.max, "tokens": mismatch.tokens})
+        if mismatch.max > self.config.sampler.mismatch_tolerance:
+            worst = mismatch.worst[0]
+            token = PolicyInputs.load(self.job.model_path).decode([worst.token_id])
             raise UserError(
-                f"sampler and learner disagree by {worst:.3g} nats (sampler.mismatch_tolerance is "
-                f"{self.config.sampler.mismatch_tolerance:g}) at token {place} ({token!r}): sampler "
-                f"{theirs[place]:.4f}, learner {ours[place]:.4f}; check policy.dtype and the model's processor"
+                f"sampler and learner disagree by {mismatch.max:.3g} nats (sampler.mismatch_tolerance is "
+                f"{self.config.sampler.mismatch_tolerance:g}) at token {worst.position} ({token!r}): sampler "
+                f"{worst.sampler:.4f}, learner {worst.learner:.4f}; check policy.dtype and the model's processor"
             )
 
 
@@ -182,7 +182,7 @@ async def _one_sampled_state(config: RunConfig, job: LearnerJob) -> Trajectory:
     """Returns a one-step trajectory: what the base model answers at the first evaluation instance."""
     env = make_env(config.task)
     env.reset(seed=config.evaluation.seed, options={"split": "id"})
-    client = PolicyClient.connect(job.server_name, config)
+    client = PolicyClient.from_config(serve.get_deployment_handle(DEPLOYMENT, job.server_name), config)
     prompt, image = env.prompt(), env.image_png()
     response = await client.sample(
         SampleRequest(prompt, image, config.policy.max_response_tokens, temperature=1.0, version=BASE_VERSION)

@@ -3,13 +3,15 @@
 import asyncio
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from actors.sampling import BASE_VERSION, PolicySampler, SampleRequest
+from cluster.models import resolve_model, shipped_models
 from envs.base import SPLITS, TaskEnv
 from envs.registry import default_settings, make_env
 from shared.config import PolicySettings, RunConfig, TaskSettings
@@ -80,11 +82,11 @@ class RandomPlayer:
 class PolicyPlayer:
     """A policy, sampled as in training; repeatable for the same instance and step."""
 
-    def __init__(self, sampler: PolicySampler, config: RunConfig, version: int) -> None:
+    def __init__(self, sampler: PolicySampler, config: RunConfig, version: int, loop: asyncio.Runner) -> None:
         self._sampler = sampler
         self._config = config
         self._version = version
-        self._loop = asyncio.Runner()
+        self._loop = loop
 
     def act(self, env: TaskEnv) -> Move:
         """Returns the policy's action and response."""
@@ -98,10 +100,6 @@ class PolicyPlayer:
         )
         text = self._loop.run(self._sampler.sample(request)).text
         return Move(parse_response(text).action, text)
-
-    def load(self, path: Path) -> None:
-        """Loads the adapter that answers."""
-        self._loop.run(self._sampler.load(self._version, path))
 
 
 @dataclass(frozen=True)
@@ -171,24 +169,26 @@ def task_env(settings: TaskSettings, split: str) -> TaskEnv:
 
 
 def named_policy(player: str, task: str) -> RunPolicy:
-    """Returns the policy that a run folder or model directory holds.
+    """Returns the policy that a run folder or model directory holds, or a shipped model.
 
     Raises:
         UserError: It is neither, it is a run of another task, or its adapter is missing.
     """
     default = default_settings(task)
     root = Path(player).expanduser()
-    if (root / "config.json").is_file():
-        return RunPolicy(RunConfig(task=default, policy=PolicySettings(model=str(root))), BASE_VERSION, None)
+    if player in shipped_models() or (root / "config.json").is_file():
+        model = player if player in shipped_models() else str(root)
+        return RunPolicy(RunConfig(task=default, policy=PolicySettings(model=model)), BASE_VERSION, None)
     folder = RunFolder(root)
     if not folder.config.is_file():
         raise UserError(
-            f"--player {player!r}: neither a run folder nor a model directory, nor one of {', '.join(BUILT_IN_PLAYERS)}"
+            f"--player {player!r}: neither a run folder, nor a model directory, nor one of "
+            + ", ".join([*BUILT_IN_PLAYERS, *shipped_models()])
         )
     config = load_config(folder.config)
     if config.task.name != task:
         raise UserError(f"--player {player!r}: this run is of task {config.task.name!r}; play that one")
-    version = _best_version(folder)
+    version = best_version(folder)
     if version == BASE_VERSION:
         return RunPolicy(config, version, None)
     if not folder.adapter(version).is_dir():
@@ -196,32 +196,20 @@ def named_policy(player: str, task: str) -> RunPolicy:
     return RunPolicy(config, version, folder.adapter(version))
 
 
-def policy_player(policy: RunPolicy) -> PolicyPlayer:
-    """Loads a policy and returns the player that samples it by transformers."""
+@contextmanager
+def policy_player(policy: RunPolicy) -> Iterator[PolicyPlayer]:
+    """Loads a policy and yields the player that samples it by transformers."""
     # Here, because the other players do without torch and its start-up time.
     from actors.transformers_sampler import TransformersSampler
-    from cluster.models import resolve_model
 
     sampler = TransformersSampler(policy.config, resolve_model(policy.config.policy.model))
-    player = PolicyPlayer(sampler, policy.config, policy.version)
-    if policy.adapter is not None:
-        player.load(policy.adapter)
-    return player
-
-
-def write_json(episodes: list[Episode], path: Path) -> None:
-    """Writes the episodes as a JSON list.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
-    text = json.dumps([asdict(episode) for episode in episodes], indent=2)
     try:
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"--json {path}: cannot be written ({error.strerror}); name a file in a folder that exists"
-        ) from None
+        with asyncio.Runner() as loop:
+            if policy.adapter is not None:
+                loop.run(sampler.load(policy.version, policy.adapter))
+            yield PolicyPlayer(sampler, policy.config, policy.version, loop)
+    finally:
+        sampler.shutdown()
 
 
 def write_picture(env: TaskEnv, number: int, folder: Path) -> Path:
@@ -244,8 +232,12 @@ def _step_seed(env: TaskEnv) -> int:
     return int(np.random.default_rng(key).integers(2**31))
 
 
-def _best_version(folder: RunFolder) -> int:
-    """The adapter version that evaluated best, else the newest, else the base model."""
+def best_version(folder: RunFolder) -> int:
+    """Returns the adapter version that evaluated best, else the newest, else the base model.
+
+    Raises:
+        UserError: The file that names the best cannot be read.
+    """
     if folder.best.is_file():
         try:
             return int(json.loads(folder.best.read_text(encoding="utf-8"))["version"])

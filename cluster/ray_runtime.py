@@ -62,14 +62,12 @@ def ray_cluster(config: RunConfig) -> Iterator[str]:
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
-    if config.cluster.address is not None:
-        context = _connect(config.cluster.address)
-    else:
-        context = _start_local(config)
+    address = config.cluster.address
+    context = _start_local(config) if address is None else _connect(address)
     try:
         yield str(context.dashboard_url)
     finally:
-        if config.cluster.address is None:
+        if address is None:
             serve.shutdown()
         ray.shutdown()
 

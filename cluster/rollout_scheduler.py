@@ -10,7 +10,7 @@ import ray
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
 from actors.admission import Admission
-from actors.rollout_worker import GroupRequest, GroupSummary
+from actors.groups import GroupRequest, GroupSummary
 from cluster.evaluation import EvaluationPlan
 from shared.errors import UserError
 from shared.trajectory import Trajectory, from_arrow
@@ -178,15 +178,18 @@ class RolloutScheduler:
             self._on_evaluation(call.job)
 
     def _collect_groups(self, call: _Call, summaries: list[GroupSummary]) -> None:
-        finished = [s for s in summaries if s.error is None]
-        failed = {s.group_index: s.error for s in summaries if s.error is not None}
+        finished = [s for s in summaries if s.failure is None]
+        failed = {s.request.group_index: s.failure for s in summaries if s.failure is not None}
+        refused = next((s.failure for s in summaries if s.refused), None)
+        if refused is not None:
+            raise UserError(refused)
         if finished:
             self._failures_in_a_row = 0
             self._admission.note_accepted(len(finished))
             self._on_groups(finished)
         if failed:
             lost = tuple(r for r in call.requests if r.group_index in failed)
-            self._note_failure(_Call(call.tag, call.method, lost), str(next(iter(failed.values()))))
+            self._note_failure(_Call(call.tag, call.method, lost), next(iter(failed.values())))
 
     def _note_failure(self, call: _Call, reason: str) -> None:
         self.last_failure = reason.strip().splitlines()[-1] if reason.strip() else "unknown"

@@ -66,17 +66,17 @@ def start(request: SftRequest, out: Path, console: Console) -> bool:
     """
     if (out / _CHECKPOINT).exists() or (out / _REPORT).exists():
         raise UserError(f"{out}: holds a model or an unfinished training; go on with --resume, or choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        _write_report(out, {"command": shlex.join(["gflowvlm", *sys.argv[1:]]), "request": request.model_dump()})
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from None
     with tempfile.TemporaryDirectory(prefix="gflowvlm-tiny-") as folder:
         if request.model == TINY:
             model = str(build_tiny_policy(folder, seed=request.sft.seed))
         else:
             model = resolve_model(request.model)
         network, inputs = load_for_sft(model, request.sft)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _write_report(out, {"command": shlex.join(["gflowvlm", *sys.argv[1:]]), "request": request.model_dump()})
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from None
     return _train(SftTrainer(network, inputs, request.sft), request, out, console)
 
 

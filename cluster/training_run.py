@@ -13,12 +13,13 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
-from actors.adapter_store import create_store
+from actors.adapter_store import start_adapter_store
 from actors.admission import Admission
-from actors.buffer_actor import create_buffer
+from actors.buffer_actor import create_buffer_actor
+from actors.groups import GroupSummary
 from actors.policy_client import PolicyClient
 from actors.policy_server import deploy_policy_server
-from actors.rollout_worker import GroupSummary, create_rollout_worker
+from actors.rollout_worker import create_rollout_worker
 from actors.sampling import BASE_VERSION
 from cluster.checkpoints import latest_checkpoint
 from cluster.evaluation import EvaluationPlan, evaluate_trajectories
@@ -63,7 +64,7 @@ class TrainingRun:
         checkpoint = latest_checkpoint(folder.checkpoints)
         self.step = int(checkpoint.name.removeprefix("step-")) if checkpoint is not None else 0
         self.version = BASE_VERSION
-        self._newest: deque[tuple[bool, bool, int]] = deque(maxlen=NEWEST_TRAJECTORIES)
+        self._newest: deque[list[Any]] = deque(maxlen=NEWEST_TRAJECTORIES)
         last = next((r for r in reversed(self._rows) if r["kind"] == "rollout"), {})
         self._env_steps = int(last.get("env_steps", 0))
         self._response_tokens = int(last.get("response_tokens", 0))
@@ -91,12 +92,14 @@ class TrainingRun:
     def _start_actors(self) -> None:
         config = self.config
         self.display.say("starting the adapter store, the replay buffer and the policy server")
-        self.store = create_store(self.folder, f"{self._name}-store")
-        self.buffer = create_buffer(config, self.folder.trajectories, f"{self._name}-buffer")
+        start_adapter_store(f"{self._name}-store", self.folder.root)
+        self.buffer = create_buffer_actor(config, self.folder.root, f"{self._name}-buffer")
         started = time.monotonic()
-        deploy_policy_server(config, self.model_path, store_name=f"{self._name}-store", name=f"{self._name}-policy")
+        handle = deploy_policy_server(
+            config, self.model_path, store_name=f"{self._name}-store", name=f"{self._name}-policy"
+        )
         self.display.say(f"policy server is up ({config.sampler.engine}, {time.monotonic() - started:.0f} s)")
-        self.client = PolicyClient.connect(f"{self._name}-policy", config)
+        self.client = PolicyClient.from_config(handle, config)
         stats = ray.get(self.buffer.stats.remote(), timeout=ACTOR_TIMEOUT_S)
         workers = [
             create_rollout_worker(
@@ -113,7 +116,7 @@ class TrainingRun:
             batch=config.fresh_per_step * config.learner.publish_every,
             group_size=config.rollout.group_size,
             version=self.step // config.learner.publish_every,
-            accepted=stats["groups_accepted"] * config.rollout.group_size,
+            accepted=stats["accepted"],
         )
         self.admission = admission
         self.scheduler = RolloutScheduler(
@@ -121,7 +124,7 @@ class TrainingRun:
             admission,
             groups_per_worker=config.rollout.groups_per_worker,
             run_seed=config.seed,
-            next_group=stats["next_group_index"],
+            next_group=0 if stats["largest_group_index"] is None else stats["largest_group_index"] + 1,
             on_groups=self._note_groups,
             on_evaluation=self._note_evaluation,
         )
@@ -209,10 +212,13 @@ class TrainingRun:
 
     def _note_groups(self, summaries: list[GroupSummary]) -> None:
         for summary in summaries:
-            self._env_steps += summary.env_steps
-            self._response_tokens += summary.response_tokens
-            self._tokens_since_start += summary.response_tokens
-            self._newest.extend(zip(summary.successes, summary.invalid, summary.lengths, strict=True))
+            tokens = sum(summary.response_tokens)
+            self._env_steps += sum(summary.length)
+            self._response_tokens += tokens
+            self._tokens_since_start += tokens
+            invalid = [m + i > 0 for m, i in zip(summary.malformed, summary.inadmissible, strict=True)]
+            rollouts = zip(summary.expert, summary.success, invalid, summary.length, strict=True)
+            self._newest.extend(played for expert, *played in rollouts if not expert)
 
     def _note_evaluation(self, job: EvaluationJob) -> None:
         figures = evaluate_trajectories(self.config, job.plan, job.version, job.sampled, job.greedy).as_dict()

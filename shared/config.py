@@ -204,6 +204,8 @@ class RunConfig(Settings):
             )
         if self.objective.loss == "var_tb" and self.rollout.group_size < 2:
             raise ValueError("objective.loss var_tb needs rollout.group_size of at least 2 (a variance within a group)")
+        if self.buffer.replay_staleness <= self.buffer.max_staleness:
+            raise ValueError("buffer.replay_staleness must exceed buffer.max_staleness, or new data could be too old")
         if self.learner.groups_per_batch < self.learner.workers:
             raise ValueError("learner.groups_per_batch must be at least learner.workers (each learner needs a group)")
         if self.policy.max_response_tokens >= self.sampler.max_model_len:

@@ -124,7 +124,8 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 def _show_report(console: Console, folder: RunFolder, report: list[dict[str, object]], seconds: float) -> None:
     table = Table("", title="before and after, on instances not used in training or to choose the adapter")
     for row in report:
-        table.add_column(f"{row['split']}\n{'base' if row['version'] == 0 else f'version {row["version"]}'}")
+        policy = "base" if row["version"] == 0 else f"version {row['version']}"
+        table.add_column(f"{row['split']}\n{policy}")
     for key in (
         "success",
         "success_greedy",

@@ -1,0 +1,56 @@
+"""`gflowvlm eval`: how good a run's policy is, outside the run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cluster.json_file import write_json_file
+from envs.base import SPLITS
+from shared.errors import UserError
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the application."""
+
+    @app.command(name="eval")
+    def evaluate(
+        run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+        split: Annotated[str, typer.Option(help="`id` (in distribution) or `ood` (out of distribution).")] = "id",
+        instances: Annotated[int, typer.Option(min=1, max=100_000, help="Task instances.")] = 100,
+        samples: Annotated[int, typer.Option(min=1, max=1024, help="N of Div@N: trajectories an instance.")] = 8,
+        seed: Annotated[
+            int, typer.Option(min=0, max=2**30 - 200_000, help="Seed of the first instance; training uses others.")
+        ] = 20_000_033,
+        version: Annotated[
+            int | None, typer.Option(min=0, help="Adapter version; 0 is the base model [default: the best].")
+        ] = None,
+        engine: Annotated[
+            str | None, typer.Option(help="`vllm` or `transformers` [default: the run's].", show_default=False)
+        ] = None,
+        json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    ) -> None:
+        """Evaluate a run's best adapter: success, diversity, validity, and the match to the target R^beta / Z.
+
+        Beside the success stands that of the perfect sampler of the same target, and beside the total
+        variation its noise floor: no policy can be expected to do better than those.
+        """
+        from cluster.evaluation import EvaluationPlan
+        from cluster.run_evaluation import evaluate_run
+
+        if split not in SPLITS:
+            raise UserError(f"--split {split!r}: there is no such split; use {' or '.join(SPLITS)}")
+        if engine not in (None, "vllm", "transformers"):
+            raise UserError(f"--engine {engine!r}: there is no such engine; use vllm or transformers")
+        console = Console()
+        plan = EvaluationPlan(split, instances, samples, seed)
+        figures = evaluate_run(run, plan, version=version, engine=engine, console=console)
+        table = Table("figure", "value", title=f"{run}, adapter version {figures['version']}, {split}")
+        for name, value in figures.items():
+            if name not in ("version", "split"):
+                table.add_row(name, "-" if value is None else f"{value:.4g}")
+        console.print(table)
+        if json_file is not None:
+            write_json_file(figures, json_file)

@@ -1,0 +1,98 @@
+"""Evaluating a run's policy in this process, without Ray."""
+
+import asyncio
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from actors.episode import PlayedGroup, play_group
+from actors.groups import GroupRequest, PlaySettings
+from actors.sampling import BASE_VERSION, PolicySampler
+from cluster.evaluation import EvaluationPlan, evaluate_trajectories
+from cluster.models import resolve_model
+from cluster.playing import best_version
+from cluster.run_setup import open_run
+from envs.registry import make_env
+from shared.config import RunConfig
+from shared.errors import UserError
+from shared.policy_inputs import PolicyInputs
+
+GROUPS_AT_ONCE = 8
+
+
+def evaluate_run(
+    directory: Path, plan: EvaluationPlan, *, version: int | None, engine: str | None, console: Console
+) -> dict[str, Any]:
+    """Returns the figures of a run's policy (the keys of `Evaluation`).
+
+    Args:
+        directory: The run's folder.
+        plan: What to play.
+        version: Adapter version; None for the best.
+        engine: ``vllm`` or ``transformers``; None for the run's.
+        console: Where progress is shown.
+
+    Raises:
+        UserError: There is no such run or version.
+    """
+    folder, config = open_run(directory)
+    version = best_version(folder) if version is None else version
+    if version != BASE_VERSION and not folder.adapter(version).is_dir():
+        raise UserError(f"{directory}: there is no adapter version {version}; `ls {folder.adapters}` shows them")
+    model = resolve_model(config.policy.model)
+
+    async def play() -> tuple[list[PlayedGroup], list[PlayedGroup]]:
+        sampler = _make_sampler(config, model, engine if engine is not None else config.sampler.engine)
+        try:
+            if version != BASE_VERSION:
+                await sampler.load(version, folder.adapter(version))
+            return await _play(config, model, sampler, plan, version, console)
+        finally:
+            sampler.shutdown()
+
+    console.print(f"starting the {engine if engine is not None else config.sampler.engine} sampler")
+    sampled, greedy = asyncio.run(play())
+    return evaluate_trajectories(
+        config,
+        plan,
+        version,
+        [t for group in sampled for t in group.trajectories],
+        [t for group in greedy for t in group.trajectories],
+    ).as_dict()
+
+
+def _make_sampler(config: RunConfig, model: str, engine: str) -> PolicySampler:
+    if engine == "vllm":
+        from actors.vllm_sampler import VllmSampler
+
+        return VllmSampler(config, model)
+    from actors.transformers_sampler import TransformersSampler
+
+    return TransformersSampler(config, model)
+
+
+async def _play(
+    config: RunConfig, model: str, sampler: PolicySampler, plan: EvaluationPlan, version: int, console: Console
+) -> tuple[list[PlayedGroup], list[PlayedGroup]]:
+    inputs = PolicyInputs.load(model)
+    free = asyncio.Semaphore(GROUPS_AT_ONCE)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("playing", total=2 * plan.instances)
+
+        async def played(index: int, seed: int, settings: PlaySettings) -> PlayedGroup:
+            async with free:
+                request = GroupRequest(index, seed, plan.split)
+                group = await play_group(partial(make_env, config.task), sampler, inputs, request, settings)
+                progress.advance(task)
+                return group
+
+        settings = partial(PlaySettings, max_tokens=config.policy.max_response_tokens, version=version)
+        sampled = settings(group_size=plan.samples, temperature=1.0, sampling_seed=plan.seed)
+        greedy = settings(group_size=1, temperature=0.0)
+        return (
+            await asyncio.gather(*(played(i, seed, sampled) for i, seed in enumerate(plan.seeds))),
+            await asyncio.gather(*(played(i, seed, greedy) for i, seed in enumerate(plan.seeds))),
+        )
