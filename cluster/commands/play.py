@@ -2,6 +2,9 @@
 
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +15,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from cluster.json_file import write_json_file
 from cluster.playing import (
     Episode,
     ExpertPlayer,
@@ -22,7 +26,6 @@ from cluster.playing import (
     play_episodes,
     policy_player,
     task_env,
-    write_json,
     write_picture,
 )
 from envs.base import TaskEnv
@@ -74,17 +77,18 @@ def register(app: typer.Typer) -> None:
         Numbers it was never trained on: `gflowvlm play numberline --player RUN --split ood`
         """
         console = Console()
-        env, chosen = _env_and_player(task, player, split, console)
-        if images is None and isinstance(chosen, HumanPlayer):
-            images = Path(tempfile.mkdtemp(prefix="gflowvlm-play-"))
-        screen = _Screen(console, images)
-        finished = []
-        seeds = range(seed, seed + episodes)
-        for episode in play_episodes(env, chosen, split, seeds, screen.show_state, screen.show_move):
-            finished.append(episode)
+        with _env_and_player(task, player, split, console) as (env, chosen):
+            by_hand = isinstance(chosen, HumanPlayer)
+            if images is None and by_hand:
+                images = Path(tempfile.mkdtemp(prefix="gflowvlm-play-"))
+            screen = _Screen(console, images, every_prompt=by_hand)
+            finished = []
+            seeds = range(seed, seed + episodes)
+            for episode in play_episodes(env, chosen, split, seeds, screen.show_state, screen.show_move):
+                finished.append(episode)
         console.print(_summary(finished))
         if json_file is not None:
-            write_json(finished, json_file)
+            write_json_file([asdict(episode) for episode in finished], json_file)
             console.print(f"Every episode: {escape(str(json_file))}", soft_wrap=True)
         if images is not None:
             console.print(f"Pictures: {escape(str(images))}", soft_wrap=True)
@@ -114,9 +118,10 @@ class HumanPlayer:
 class _Screen:
     """Shows states and moves as they happen, and keeps the pictures."""
 
-    def __init__(self, console: Console, images: Path | None) -> None:
+    def __init__(self, console: Console, images: Path | None, every_prompt: bool) -> None:
         self._console = console
         self._images = images
+        self._every_prompt = every_prompt
 
     def show_state(self, number: int, env: TaskEnv) -> None:
         """Shows a new state; the first of an episode under the episode's name."""
@@ -128,7 +133,8 @@ class _Screen:
         if self._images is not None:
             path = write_picture(env, number, self._images)
             self._console.print(Text(str(path), style="dim"), soft_wrap=True)
-        self._console.print(Text(env.prompt(), style="dim"))
+        if first or (self._every_prompt and env.end is None):
+            self._console.print(Text(env.prompt(), style="dim"), soft_wrap=True)
 
     def show_move(self, env: TaskEnv, move: Move) -> None:
         """Shows a move and, after the last one, how the episode ended."""
@@ -153,19 +159,23 @@ def half_blocks(env: TaskEnv, columns: int) -> Text:
     return text
 
 
-def _env_and_player(task: str, player: str, split: str, console: Console) -> tuple[TaskEnv, Player]:
+@contextmanager
+def _env_and_player(task: str, player: str, split: str, console: Console) -> Iterator[tuple[TaskEnv, Player]]:
+    built_in: dict[str, Player] = {
+        "human": HumanPlayer(console),
+        "expert": ExpertPlayer(),
+        "random": RandomPlayer(),
+    }
     settings = default_settings(task)
-    if player == "human":
-        return task_env(settings, split), HumanPlayer(console)
-    if player == "expert":
-        return task_env(settings, split), ExpertPlayer()
-    if player == "random":
-        return task_env(settings, split), RandomPlayer()
+    if player in built_in:
+        yield task_env(settings, split), built_in[player]
+        return
     policy = named_policy(player, task)
     env = task_env(policy.config.task, split)
     which = "base model" if policy.adapter is None else f"adapter version {policy.version}"
-    console.print(Text(f"Playing {policy.config.policy.model}, {which}, by transformers."), soft_wrap=True)
-    return env, policy_player(policy)
+    with policy_player(policy) as chosen:
+        console.print(Text(f"Playing {policy.config.policy.model}, {which}, by transformers."), soft_wrap=True)
+        yield env, chosen
 
 
 def _summary(episodes: list[Episode]) -> Table | Text:
