@@ -1,0 +1,91 @@
+"""`gflowvlm sft` end to end on a few steps: the folder it writes, stopping, resuming, refusals."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from cluster.commands import sft
+from cluster.models import resolve_model, shipped_models
+from shared.errors import UserError
+from shared.policy_inputs import PolicyInputs
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = "import typer; from cluster.commands import sft; app = typer.Typer(); sft.register(app); app()"
+
+
+def run(*arguments: str) -> Result:
+    app = typer.Typer()
+    sft.register(app)
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_it_writes_a_model_with_its_figures(tmp_path: Path) -> None:
+    out = tmp_path / "made"
+    result = run("--out", str(out), "--steps", "4", "--batch", "4", "--episodes", "2", "--checkpoint-every", "2")
+    assert result.exit_code == 0, result.output
+    assert PolicyInputs.load(str(out)).done_id is not None
+    report = json.loads((out / "training.json").read_text())
+    assert report["request"]["noise"] == 0.5
+    assert report["request"]["sft"]["steps"] == 4
+    assert [(f["split"], f["temperature"]) for f in report["figures"]] == [
+        ("id", 1.0), ("id", 0.0), ("ood", 1.0), ("ood", 0.0),
+    ]  # fmt: skip
+    assert report["figures"][0]["malformed"] == 1.0
+    assert report["wall_seconds"] > 0
+    assert not (out / "checkpoint").exists()
+    again = run("--out", str(out), "--steps", "4")
+    assert isinstance(again.exception, UserError)
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_training_that_can_be_resumed(tmp_path: Path) -> None:
+    out = tmp_path / "made"
+    options = ["--out", str(out), "--steps", "60", "--batch", "2", "--episodes", "0", "--checkpoint-every", "5"]
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, *options], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "checkpoint" / "state.json").exists():
+            assert time.monotonic() < deadline, "no checkpoint was written within 120 s"
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+    stopped_at = json.loads((out / "checkpoint" / "state.json").read_text())["step"]
+    assert 5 <= stopped_at < 60
+    result = run("--resume", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    assert (out / "model.safetensors").exists()
+
+
+def test_resuming_nothing_is_a_user_error(tmp_path: Path) -> None:
+    assert isinstance(run("--resume", "--out", str(tmp_path)).exception, UserError)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--noise", "1.5"), ("--lr", "-1"), ("--steps", "0"), ("--dtype", "int4"), ("--task", "x")]
+)
+def test_a_value_out_of_bounds_is_a_user_error_that_names_it(tmp_path: Path, option: str, value: str) -> None:
+    error = run("--out", str(tmp_path / "made"), option, value).exception
+    assert isinstance(error, UserError)
+    assert option.lstrip("-") in str(error)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_missing_model_is_a_user_error(tmp_path: Path) -> None:
+    error = run("--out", str(tmp_path / "made"), "--model", str(tmp_path / "none")).exception
+    assert isinstance(error, UserError)
+    assert not (tmp_path / "made" / "training.json").exists()
+
+
+def test_shipped_models_resolve_to_loadable_directories() -> None:
+    assert "numberline-tiny" in shipped_models()
+    assert PolicyInputs.load(resolve_model("numberline-tiny")).done_id is not None
+    assert resolve_model("some/hub-name") == "some/hub-name"
