@@ -138,6 +138,7 @@ class _Loop:
             self._publish()
         publish_s = time.monotonic() - published
         if self.rank == 0:
+            metrics["response_tokens_scored"] = metrics.pop("response_tokens")
             row = {
                 "step": done,
                 "version": self.version,

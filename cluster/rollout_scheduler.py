@@ -2,10 +2,11 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
@@ -20,8 +21,8 @@ PROBE_TIMEOUT_S = 1.0
 EVALUATION_CHUNK = 4
 """Instances of an evaluation that a worker plays in one call."""
 
-MAX_GROUP_FAILURES = 20
-"""Failures in a row without any finished group after which the run stops."""
+MAX_FAILURES_IN_A_ROW = 50
+"""Failed calls without any finished group between them after which the run stops."""
 
 _TRAINING_SEEDS = 2**30
 
@@ -86,7 +87,7 @@ class RolloutScheduler:
     Args:
         workers: Handles of the `RolloutWorker` actors.
         admission: The capacity rule; counts on over a resume.
-        groups_per_worker: Training groups in one call.
+        groups_per_worker: Training groups that one worker plays at the same time.
         run_seed: Seed of the run.
         next_group: Index of the next training group.
         on_groups: Called with the summaries of finished training groups.
@@ -104,13 +105,15 @@ class RolloutScheduler:
         on_groups: Callable[[list[GroupSummary]], None],
         on_evaluation: Callable[[EvaluationJob], None],
     ) -> None:
-        self._manager = FaultTolerantActorManager(list(workers), max_remote_requests_in_flight_per_actor=1)
+        self._manager = FaultTolerantActorManager(
+            list(workers), max_remote_requests_in_flight_per_actor=max(1, groups_per_worker)
+        )
         self._admission = admission
         self._groups_per_worker = groups_per_worker
         self._run_seed = run_seed
         self._next_group = next_group
         self._on_groups, self._on_evaluation = on_groups, on_evaluation
-        self._running: dict[tuple[int, str], _Call] = {}
+        self._running: dict[int, list[_Call]] = {actor_id: [] for actor_id in self._manager.actor_ids()}
         self._again: deque[_Call] = deque()
         self._evaluations: deque[_Call] = deque()
         self._dead: set[int] = set()
@@ -154,13 +157,10 @@ class RolloutScheduler:
             UserError: Groups fail again and again without any that finishes.
         """
         for result in self._manager.fetch_ready_async_reqs(timeout_seconds=wait_s):
-            call = self._running.pop((result.actor_id, result.tag), None)
-            if call is None:
-                continue
             if result.ok:
-                self._collect(call, result.get())
+                self._collect(result.actor_id, result.tag, result.get())
             else:
-                self._note_failure(call, str(result.get()))
+                self.last_failure = _last_line(str(result.get()))
         self._recover_lost_calls()
         self._dispatch(train)
 
@@ -168,38 +168,43 @@ class RolloutScheduler:
         """Ends the workers."""
         self._manager.clear()
 
-    def _collect(self, call: _Call, result: Any) -> None:
-        if call.job is None:
-            self._collect_groups(call, result)
+    def _collect(self, actor_id: int, tag: str, result: Any) -> None:
+        summaries: list[GroupSummary] = result if tag == ROLLOUT else result[1]
+        requests = tuple(summary.request for summary in summaries)
+        call = next((c for c in self._running[actor_id] if (c.tag, c.requests) == (tag, requests)), None)
+        if call is None:
             return
-        (call.job.sampled if call.tag == SAMPLED else call.job.greedy).extend(from_arrow(result))
-        if call.job.finished and call.job in self._jobs:
-            self._jobs.remove(call.job)
-            self._on_evaluation(call.job)
-
-    def _collect_groups(self, call: _Call, summaries: list[GroupSummary]) -> None:
+        self._running[actor_id].remove(call)
+        hopeless = next((s.failure for s in summaries if s.permanent), None)
+        if hopeless is not None:
+            raise UserError(hopeless)
         finished = [s for s in summaries if s.failure is None]
-        failed = {s.request.group_index: s.failure for s in summaries if s.failure is not None}
-        refused = next((s.failure for s in summaries if s.refused), None)
-        if refused is not None:
-            raise UserError(refused)
-        if finished:
-            self._failures_in_a_row = 0
+        if call.job is not None:
+            self._collect_evaluation(call, call.job, result[0])
+        elif finished:
             self._admission.note_accepted(len(finished))
             self._on_groups(finished)
-        if failed:
-            lost = tuple(r for r in call.requests if r.group_index in failed)
-            self._note_failure(_Call(call.tag, call.method, lost), next(iter(failed.values())))
+        if finished:
+            self._failures_in_a_row = 0
+        lost = tuple(s.request for s in summaries if s.failure is not None)
+        if lost:
+            self.last_failure = _last_line(next(s.failure for s in summaries if s.failure is not None))
+            self._play_again(replace(call, requests=lost))
 
-    def _note_failure(self, call: _Call, reason: str) -> None:
-        self.last_failure = reason.strip().splitlines()[-1] if reason.strip() else "unknown"
+    def _collect_evaluation(self, call: _Call, job: EvaluationJob, batch: pa.RecordBatch) -> None:
+        (job.sampled if call.tag == SAMPLED else job.greedy).extend(from_arrow(batch))
+        if job.finished and job in self._jobs:
+            self._jobs.remove(job)
+            self._on_evaluation(job)
+
+    def _play_again(self, call: _Call) -> None:
         self._failures_in_a_row += 1
         self.groups_failed += len(call.requests)
         self._requeue(call)
-        if self._failures_in_a_row > MAX_GROUP_FAILURES:
+        if self._failures_in_a_row > MAX_FAILURES_IN_A_ROW:
             raise UserError(
                 f"rollouts failed {self._failures_in_a_row} times in a row, last: {self.last_failure}; "
-                "look at the policy server and worker logs in the Ray dashboard"
+                "look at the policy server's and workers' logs in the Ray dashboard"
             )
 
     def _requeue(self, call: _Call) -> None:
@@ -213,28 +218,28 @@ class RolloutScheduler:
         dead = {i for i in self._manager.actor_ids() if not self._manager.is_actor_healthy(i)}
         self.worker_deaths += len(dead - self._dead)
         self._dead = dead
-        for key in [k for k in self._running if k[0] in dead]:
-            self._note_failure(self._running.pop(key), "the rollout worker died")
+        for actor_id in dead:
+            lost, self._running[actor_id] = self._running[actor_id], []
+            for call in lost:
+                self._play_again(call)
         if dead:
             self._manager.probe_unhealthy_actors(timeout_seconds=PROBE_TIMEOUT_S, mark_healthy=True)
 
     def _dispatch(self, train: bool) -> None:
         for actor_id in self._manager.healthy_actor_ids():
-            if train and (actor_id, ROLLOUT) not in self._running:
-                self._send(actor_id, self._next_rollout())
-            if self._evaluations and not any((actor_id, tag) in self._running for tag in (SAMPLED, GREEDY)):
+            tags = [call.tag for call in self._running[actor_id]]
+            for _ in range(self._groups_per_worker - tags.count(ROLLOUT)):
+                self._send(actor_id, self._next_rollout() if train else None)
+            if self._evaluations and tags.count(ROLLOUT) == len(tags):
                 self._send(actor_id, self._evaluations.popleft())
 
     def _next_rollout(self) -> _Call | None:
         if self._again:
             return self._again.popleft()
-        groups = self._admission.admit(self._groups_per_worker)
-        if groups == 0:
+        if self._admission.admit(1) == 0:
             return None
-        indices = range(self._next_group, self._next_group + groups)
-        self._next_group += groups
-        requests = (GroupRequest(i, training_seed(self._run_seed, i), "id") for i in indices)
-        return _Call(ROLLOUT, "sample", tuple(requests))
+        index, self._next_group = self._next_group, self._next_group + 1
+        return _Call(ROLLOUT, "sample", (GroupRequest(index, training_seed(self._run_seed, index), "id"),))
 
     def _send(self, actor_id: int, call: _Call | None) -> None:
         if call is None:
@@ -243,6 +248,11 @@ class RolloutScheduler:
             call.method, tag=call.tag, kwargs=[call.kwargs], remote_actor_ids=[actor_id]
         )
         if sent == 1:
-            self._running[(actor_id, call.tag)] = call
+            self._running[actor_id].append(call)
         else:
             self._requeue(call)
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else "no reason given"

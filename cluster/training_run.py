@@ -19,7 +19,7 @@ from actors.buffer_actor import create_buffer_actor
 from actors.groups import GroupSummary
 from actors.policy_client import PolicyClient
 from actors.policy_server import deploy_policy_server
-from actors.rollout_worker import create_rollout_worker
+from actors.rollout_worker import RolloutWorker, worker_config
 from actors.sampling import BASE_VERSION
 from cluster.checkpoints import latest_checkpoint
 from cluster.evaluation import EvaluationPlan, evaluate_trajectories
@@ -101,15 +101,23 @@ class TrainingRun:
         self.display.say(f"policy server is up ({config.sampler.engine}, {time.monotonic() - started:.0f} s)")
         self.client = PolicyClient.from_config(handle, config)
         stats = ray.get(self.buffer.stats.remote(), timeout=ACTOR_TIMEOUT_S)
+        rollout = config.rollout
+        worker = ray.remote(RolloutWorker).options(
+            num_cpus=rollout.cpus_per_worker,
+            max_restarts=rollout.max_restarts,
+            # One call a group, one for an evaluation, and a ping.
+            max_concurrency=rollout.groups_per_worker + 2,
+        )
         workers = [
-            create_rollout_worker(
-                config,
+            worker.remote(
+                config=worker_config(config),
+                run_config=config,
                 model_path=self.model_path,
+                source=self.client,
+                buffer=self.buffer,
                 worker_index=i,
-                server_name=f"{self._name}-policy",
-                buffer_name=f"{self._name}-buffer",
             )
-            for i in range(config.rollout.workers)
+            for i in range(rollout.workers)
         ]
         admission = Admission(
             max_staleness=config.buffer.max_staleness,
