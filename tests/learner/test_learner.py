@@ -1,0 +1,152 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from learner.learner import Learner
+from learner.mismatch import compare
+from learner.model import adapter_parameters
+from learner.optimization import MAX_SKIPPED_IN_A_ROW, learning_rate
+from shared.config import LearnerSettings
+from shared.errors import UserError
+from shared.trajectory import EndReason
+
+
+def gradients(learner):
+    return torch.cat([parameter.grad.flatten() for _, parameter in adapter_parameters(learner.policy)])
+
+
+def parameters(learner):
+    return torch.cat([parameter.detach().flatten() for _, parameter in adapter_parameters(learner.policy)])
+
+
+@pytest.mark.parametrize("loss", ["var_tb", "subtb", "db"])
+def test_gradients_do_not_depend_on_the_token_budget(tiny_model, make_config, make_trajectory, loss):
+    batch = make_trajectory.batch()
+    results, metrics = [], []
+    for budget in (100_000, 300):
+        objective = {"loss": loss, "residual_clip": None}
+        config = make_config(objective=objective, learner={"token_budget": budget, "grad_clip": 1e6})
+        learner = Learner(config, tiny_model)
+        metrics.append(learner.step(batch))
+        results.append(gradients(learner))
+    assert metrics[0]["micro_batches"] == 1
+    assert metrics[1]["micro_batches"] > 4
+    assert float(results[0].abs().max()) > 0
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5 * float(results[0].abs().max()))
+    assert metrics[1]["loss"] == pytest.approx(metrics[0]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["var_tb", "subtb", "db"])
+def test_repeated_steps_on_a_batch_lower_its_loss(tiny_model, make_config, make_trajectory, loss):
+    config = make_config(objective={"loss": loss}, learner={"learning_rate": 5e-3, "final_learning_rate": 5e-3})
+    learner = Learner(config, tiny_model)
+    batch = make_trajectory.batch()
+    losses = [learner.step(batch)["loss"] for _ in range(8)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_reports_what_it_did(tiny_model, make_config, make_trajectory):
+    learner = Learner(make_config(), tiny_model)
+    batch = make_trajectory.batch()
+    metrics = learner.step(batch)
+    assert metrics["trajectories"] == metrics["trajectories_used"] == len(batch)
+    assert metrics["responses"] == sum(len(t.steps) for t in batch)
+    assert metrics["response_tokens"] == sum(t.response_tokens for t in batch)
+    assert metrics["updated"] == 1.0
+    assert metrics["lr"] == learner.config.learner.learning_rate
+    assert metrics["log_pf_mean"] < 0
+    assert metrics["groups"] == 2
+    assert metrics["mismatch_share"] == 0.0
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert learner.steps_taken == 1
+
+
+def test_its_own_log_probabilities_are_no_mismatch(tiny_model, make_config, make_trajectory):
+    learner = Learner(make_config(), tiny_model)
+    batch = make_trajectory.batch()
+    scores = learner.score(batch)
+    sampled = [
+        dataclasses.replace(
+            t,
+            steps=[dataclasses.replace(s, sampler_log_probs=p) for s, p in zip(t.steps, values, strict=True)],
+        )
+        for t, values in zip(batch, scores, strict=True)
+    ]
+    metrics = learner.step(sampled)
+    assert metrics["mismatch_share"] == 1.0
+    assert metrics["mismatch_max"] < 1e-5
+    assert compare(sampled, learner.score(sampled)).max > 1e-5  # the step moved the policy
+
+
+def test_remembered_reference_scores_change_nothing(tiny_model, make_config, make_trajectory):
+    batch = make_trajectory.batch(instances=3)
+    half = len(batch) // 2
+    fresh, warm = (Learner(make_config(learner={"learning_rate": 1e-12}), tiny_model) for _ in range(2))
+    warm.step(batch[:half])
+    assert warm.step(batch)["loss"] == pytest.approx(fresh.step(batch)["loss"], rel=1e-6)
+
+
+def test_a_batch_without_signal_makes_no_update(tiny_model, make_config, make_trajectory):
+    learner = Learner(make_config(), tiny_model)
+    learner.step(make_trajectory.batch())
+    before = parameters(learner)
+    alone = [make_trajectory(["+"], EndReason.STEP_LIMIT, instance=i) for i in range(2)]
+    metrics = learner.step(alone)
+    assert (metrics["updated"], metrics["trajectories_used"], metrics["grad_norm"]) == (0.0, 0.0, 0.0)
+    assert torch.equal(parameters(learner), before)
+
+
+def test_gradients_that_are_not_finite_are_skipped_and_then_end_the_run(tiny_model, make_config, make_trajectory):
+    learner = Learner(make_config(), tiny_model)
+    batch = make_trajectory.batch(instances=1)
+    learner.step(batch)
+    _, poisoned = adapter_parameters(learner.policy)[-1]
+    with torch.no_grad():
+        poisoned[0, 0] = math.inf
+    before = parameters(learner)
+    for skipped in range(1, MAX_SKIPPED_IN_A_ROW):
+        assert learner.step(batch)["skipped_updates"] == skipped
+    torch.testing.assert_close(parameters(learner), before, rtol=0, atol=0)
+    with pytest.raises(UserError, match="not finite 5 times in a row"):
+        learner.step(batch)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_model, make_config, make_trajectory):
+    batch = make_trajectory.batch(instances=1)
+    results = []
+    for checkpointing in (False, True):
+        learner = Learner(make_config(policy={"gradient_checkpointing": checkpointing}), tiny_model)
+        recomputed = []
+        hook = (
+            learner.policy.get_base_model()
+            .get_decoder()
+            .layers[0]
+            .mlp.register_forward_pre_hook(lambda *_, calls=recomputed: calls.append(1))
+        )
+        learner.step(batch)
+        hook.remove()
+        results.append((gradients(learner), len(recomputed)))
+    torch.testing.assert_close(results[1][0], results[0][0])
+    assert results[1][1] == results[0][1] + 1
+
+
+def test_bfloat16_with_checkpointing_and_a_small_budget_learns(tiny_model, make_config, make_trajectory):
+    config = make_config(
+        policy={"dtype": "bfloat16", "gradient_checkpointing": True},
+        objective={"loss": "subtb"},
+        learner={"token_budget": 512},
+    )
+    metrics = Learner(config, tiny_model).step(make_trajectory.batch())
+    assert math.isfinite(metrics["loss"])
+    assert metrics["grad_norm"] > 0
+
+
+def test_learning_rate_rises_then_falls_to_the_final_rate():
+    settings = LearnerSettings(steps=11, warmup_steps=4, learning_rate=1.0, final_learning_rate=0.1)
+    rates = [learning_rate(settings, step) for step in range(12)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[4:11] == sorted(rates[4:11], reverse=True)
+    assert rates[10] == rates[11] == pytest.approx(0.1)
+    assert rates[7] == pytest.approx(0.55)

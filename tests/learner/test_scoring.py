@@ -1,0 +1,100 @@
+import pytest
+import torch
+
+from learner.model import adapter_parameters, load_policy
+from learner.scoring import Scorer, steps_of
+from shared.config import PolicySettings
+from shared.trajectory import EndReason
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model):
+    policy = load_policy(PolicySettings(), tiny_model, seed=0, device=CPU)
+    with torch.no_grad():
+        for _, parameter in adapter_parameters(policy):
+            parameter.add_(0.02)
+    return policy
+
+
+@pytest.fixture
+def steps(make_trajectory):
+    return steps_of(make_trajectory.batch())
+
+
+def token_log_probs(policy, inputs, step):
+    """Brute force: one unpadded sequence, all logits, log-softmax."""
+    encoded = dict(inputs.encode([step.prompt], [step.image]))
+    prompt = encoded["input_ids"].shape[1]
+    response = torch.tensor([step.response_ids])
+    encoded["input_ids"] = torch.cat([encoded["input_ids"], response], dim=1)
+    encoded["attention_mask"] = torch.ones_like(encoded["input_ids"])
+    with torch.no_grad():
+        table = policy(**encoded, use_cache=False).logits[0, prompt - 1 : -1].log_softmax(dim=-1)
+    return table, table[torch.arange(len(step.response_ids)), response[0]]
+
+
+def test_padded_scores_equal_those_of_unpadded_sequences(policy, tiny_inputs, steps):
+    scorer = Scorer(policy, tiny_inputs, CPU, token_budget=100_000)
+    (batch,) = scorer.pack(steps)
+    assert len({len(step.response_ids) for step in batch.steps}) > 2
+    with torch.no_grad():
+        scores = scorer.score_steps(batch)
+    for row, step in enumerate(batch.steps):
+        table, tokens = token_log_probs(policy, tiny_inputs, step)
+        malformed = step.action_end == step.cot_end
+        expected = [
+            tokens[step.cot_end : step.action_end].sum(),
+            tokens[: step.cot_end].sum(),
+            torch.tensor(0.0) if malformed else table[step.cot_end, tiny_inputs.done_id],
+        ]
+        torch.testing.assert_close(scores.stacked()[row], torch.stack(expected), atol=2e-4, rtol=1e-5)
+        n = len(step.response_ids)
+        torch.testing.assert_close(scores.token_log_probs[row, :n], tokens, atol=2e-5, rtol=1e-5)
+        assert bool((scores.token_log_probs[row, n:] == 0).all())
+
+
+def test_choosing_to_stop_scores_the_same_as_the_stop_probability(policy, tiny_inputs, make_trajectory):
+    steps = steps_of([make_trajectory(["+", "[DONE]"], EndReason.DONE)])
+    scorer = Scorer(policy, tiny_inputs, CPU, token_budget=100_000)
+    (batch,) = scorer.pack(steps)
+    with torch.no_grad():
+        scores = scorer.score_steps(batch)
+    chosen = [i for i, step in enumerate(batch.steps) if step is steps[1]]
+    assert torch.equal(scores.log_act[chosen], scores.log_stop[chosen])
+    assert not torch.equal(scores.log_act, scores.log_stop)
+
+
+def test_malformed_response_is_all_chain_of_thought(policy, tiny_inputs, make_trajectory):
+    scorer = Scorer(policy, tiny_inputs, CPU, token_budget=100_000)
+    (batch,) = scorer.pack(steps_of([make_trajectory([None], EndReason.INVALID)]))
+    with torch.no_grad():
+        scores = scorer.score_steps(batch)
+    assert float(scores.log_act) == 0.0
+    assert float(scores.log_stop) == 0.0
+    assert float(scores.log_cot) == pytest.approx(float(scores.token_log_probs.sum()), abs=1e-3)
+
+
+def test_packing_keeps_the_budget_and_every_step_once(policy, tiny_inputs, steps):
+    scorer = Scorer(policy, tiny_inputs, CPU, token_budget=400)
+    batches = scorer.pack(steps)
+    assert sorted(i for batch in batches for i in batch.index) == list(range(len(steps)))
+    assert len(batches) < len(steps)
+    for batch in batches:
+        inputs, responses, _ = scorer._model_inputs(batch)
+        assert inputs["input_ids"].numel() <= 400
+        assert inputs["input_ids"].shape[1] > responses.shape[1]
+    assert scorer.pack([]) == []
+
+
+def test_a_step_beyond_the_budget_is_a_micro_batch_of_its_own(policy, tiny_inputs, steps):
+    assert all(len(batch.index) == 1 for batch in Scorer(policy, tiny_inputs, CPU, token_budget=64).pack(steps))
+
+
+def test_models_that_cannot_leave_logits_out_score_the_same(policy, tiny_inputs, steps):
+    scorer = Scorer(policy, tiny_inputs, CPU, token_budget=100_000)
+    (batch,) = scorer.pack(steps)
+    expected = scorer.score_steps(batch).stacked()
+    scorer._keeps_logits = False
+    torch.testing.assert_close(scorer.score_steps(batch).stacked(), expected)
