@@ -1,0 +1,1 @@
+"""The parts of `gflowvlm bench`: each measures one thing and starts nothing that it does not need."""

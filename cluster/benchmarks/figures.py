@@ -1,0 +1,64 @@
+"""What a benchmark gives back."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+Say = Callable[[str], None]
+"""Shows a line of progress."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured.
+
+    Attributes:
+        rounds: Rounds of sampling per engine.
+        requests_per_slot: Requests per round for every sequence in flight.
+        publishes: Adapters published, idle and again under load.
+        learner_steps: Learner steps timed.
+        seconds: Time for a measurement that can be cut anywhere.
+        replay_groups: Groups appended to the replay buffer.
+    """
+
+    rounds: int = 5
+    requests_per_slot: int = 4
+    publishes: int = 40
+    learner_steps: int = 5
+    seconds: float = 4.0
+    replay_groups: int = 256
+
+
+QUICK = Scale(rounds=3, requests_per_slot=2, publishes=20, learner_steps=2, seconds=1.0, replay_groups=64)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number.
+
+    Attributes:
+        part: The part that measured it.
+        name: Unique name, the key in the JSON file.
+        value: The number.
+        unit: Its unit.
+        description: What it says and under which conditions.
+        at_least: The least it should be, where the project promises something.
+    """
+
+    part: str
+    name: str
+    value: float
+    unit: str
+    description: str
+    at_least: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the number is as large as promised; None where nothing is."""
+        return None if self.at_least is None else self.value >= self.at_least
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns everything but the name."""
+        values = asdict(self)
+        del values["name"]
+        return {**values, "met": self.met}

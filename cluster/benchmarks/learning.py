@@ -1,0 +1,53 @@
+"""How fast the learner is, alone in this process."""
+
+import statistics
+import time
+
+import torch
+
+from cluster.benchmarks.figures import Figure, Say, Scale
+from cluster.benchmarks.workload import made_groups
+from learner.learner import Learner
+from shared.config import RunConfig
+from shared.policy_inputs import PolicyInputs
+
+PART = "learner"
+
+
+def bench_learner(config: RunConfig, model_path: str, scale: Scale, say: Say) -> list[Figure]:
+    """Times optimisation steps on batches of the run's size, each of trajectories not seen before.
+
+    Runs with as many threads as Ray gives the learner of a run.
+    """
+    threads = max(1, int(config.learner.cpus_per_worker))
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return _timed(config, model_path, scale, say, threads)
+    finally:
+        torch.set_num_threads(usual)
+
+
+def _timed(config: RunConfig, model_path: str, scale: Scale, say: Say, threads: int) -> list[Figure]:
+    say(f"loading {config.policy.model}")
+    inputs = PolicyInputs.load(model_path)
+    learner = Learner(config, model_path)
+    groups = config.learner.groups_per_batch
+    seconds, trajectories, tokens = [], 0, 0
+    # The first step warms up and is not counted.
+    for number in range(scale.learner_steps + 1):
+        batch = [t for group in made_groups(config, inputs, groups, first=number * groups) for t in group]
+        started = time.perf_counter()
+        learner.step(batch)
+        elapsed = time.perf_counter() - started
+        say(f"step {number} of {scale.learner_steps}: {len(batch)} trajectories in {elapsed:.2f} s")
+        if number > 0:
+            seconds.append(elapsed)
+            trajectories += len(batch)
+            tokens += sum(t.response_tokens for t in batch)
+    how = f"{config.objective.loss}, batches of {groups} groups, {learner.device.type}, {threads} thread(s)"
+    return [
+        Figure(PART, "learner_trajectories_per_s", trajectories / sum(seconds), "trajectories/s", how),
+        Figure(PART, "learner_tokens_per_s", tokens / sum(seconds), "tokens/s", f"response tokens; {how}"),
+        Figure(PART, "learner_step_s", statistics.median(seconds), "s", f"median; {how}"),
+    ]

@@ -1,0 +1,81 @@
+"""How fast the replay buffer takes and gives trajectories, in this process and as a Ray actor."""
+
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import ray
+
+from actors.buffer_actor import create_buffer_actor
+from actors.replay_buffer import ReplayBuffer
+from cluster.benchmarks.figures import Figure, Say, Scale
+from cluster.benchmarks.workload import copied_groups, made_groups
+from shared.config import RunConfig
+from shared.policy_inputs import PolicyInputs
+from shared.trajectory import to_record_batch
+
+PART = "replay"
+ANSWER_TIMEOUT_S = 60.0
+_DIFFERENT_GROUPS = 16
+
+
+def bench_replay(config: RunConfig, model_path: str, scale: Scale, say: Say) -> list[Figure]:
+    """Appends groups one by one, then samples batches of the run's size; needs a connected Ray."""
+    say(f"making {scale.replay_groups} groups of {config.rollout.group_size} trajectories")
+    inputs = PolicyInputs.load(model_path)
+    groups = copied_groups(made_groups(config, inputs, _DIFFERENT_GROUPS), scale.replay_groups)
+    batches = [to_record_batch(group) for group in groups]
+    with tempfile.TemporaryDirectory(prefix="gflowvlm-bench-") as folder:
+        say(f"appending and sampling in this process, files in {folder}")
+        buffer = ReplayBuffer(config.buffer, config.seed, Path(folder) / "pure")
+        figures = _rates("replay_append", "one group a call, on disk before the call returns", buffer.append, batches)
+        figures += _sample_rates("replay_sample", config, scale, "in this process", buffer.sample)
+
+        say("appending and sampling through the Ray actor")
+        actor = create_buffer_actor(config, Path(folder) / "actor", f"bench-{uuid.uuid4().hex[:8]}")
+
+        def append(batch: pa.RecordBatch) -> object:
+            return ray.get(actor.append.remote(batch), timeout=ANSWER_TIMEOUT_S)
+
+        def sample(step: int, groups: int, version: int) -> pa.RecordBatch:
+            answer = actor.wait_sample.remote(step, groups, version, min_accepted=0, timeout_s=ANSWER_TIMEOUT_S)
+            return ray.get(answer, timeout=ANSWER_TIMEOUT_S)
+
+        try:
+            figures += _rates("replay_actor_append", "the same through Ray, one client", append, batches)
+            figures += _sample_rates("replay_actor_sample", config, scale, "through Ray, one client", sample)
+        finally:
+            ray.kill(actor)
+    return figures
+
+
+def _rates(
+    name: str, what: str, call: Callable[[pa.RecordBatch], object], batches: list[pa.RecordBatch]
+) -> list[Figure]:
+    started = time.perf_counter()
+    for batch in batches:
+        call(batch)
+    elapsed = time.perf_counter() - started
+    return _figures(name, what, sum(b.num_rows for b in batches), sum(b.nbytes for b in batches), elapsed)
+
+
+def _sample_rates(
+    name: str, config: RunConfig, scale: Scale, where: str, sample: Callable[[int, int, int], pa.RecordBatch]
+) -> list[Figure]:
+    groups, step, rows, size = config.learner.groups_per_batch, 0, 0, 0
+    started = time.perf_counter()
+    while time.perf_counter() - started < scale.seconds / 2:
+        batch = sample(step, groups, 0)
+        step, rows, size = step + 1, rows + batch.num_rows, size + batch.nbytes
+    elapsed = time.perf_counter() - started
+    return _figures(name, f"batches of {groups} groups out of {scale.replay_groups}, {where}", rows, size, elapsed)
+
+
+def _figures(name: str, what: str, rows: int, size: int, elapsed: float) -> list[Figure]:
+    return [
+        Figure(PART, f"{name}_trajectories_per_s", rows / elapsed, "trajectories/s", what),
+        Figure(PART, f"{name}_mb_per_s", size / elapsed / 1e6, "MB/s", f"Arrow bytes; {what}"),
+    ]

@@ -1,0 +1,53 @@
+"""Runs the chosen parts, with Ray where one of them needs it."""
+
+import time
+from contextlib import ExitStack
+
+from rich.console import Console
+
+from cluster.benchmarks.figures import Figure, Say, Scale
+from cluster.models import resolve_model
+from cluster.ray_runtime import ray_cluster
+from shared.config import RunConfig
+
+_NEED_ENGINE = {"sampler", "serve", "adapter"}
+_NEED_RAY = {"serve", "adapter", "replay"}
+
+
+def run_parts(config: RunConfig, parts: set[str], scale: Scale, console: Console) -> list[Figure]:
+    """Measures the chosen parts, one after another; a part that is not chosen is not even imported.
+
+    Raises:
+        UserError: The model, the engine or Ray cannot be had here.
+    """
+    began = time.perf_counter()
+    model_path = resolve_model(config.policy.model)
+    figures: list[Figure] = []
+
+    def teller(part: str) -> Say:
+        def say(text: str) -> None:
+            console.print(f"[{time.perf_counter() - began:5.0f} s] {part}: {text}", highlight=False, markup=False)
+
+        return say
+
+    if "environment" in parts:
+        from cluster.benchmarks.environments import bench_environment
+
+        figures += bench_environment(config, scale, teller("environment"))
+    if "learner" in parts:
+        from cluster.benchmarks.learning import bench_learner
+
+        figures += bench_learner(config, model_path, scale, teller("learner"))
+    with ExitStack() as stack:
+        if parts & _NEED_RAY:
+            teller("ray")("starting")
+            stack.enter_context(ray_cluster(config))
+        if "replay" in parts:
+            from cluster.benchmarks.replay import bench_replay
+
+            figures += bench_replay(config, model_path, scale, teller("replay"))
+        if parts & _NEED_ENGINE:
+            from cluster.benchmarks.serving import bench_serving
+
+            figures += bench_serving(config, model_path, parts & _NEED_ENGINE, scale, teller("sampler"))
+    return figures
