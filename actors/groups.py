@@ -54,9 +54,9 @@ class GroupSummary:
     Attributes:
         request: What was asked.
         group_id: The group's id; empty when it failed.
-        failure: Why there are no trajectories, or None. A failed group has lasting effects nowhere.
-        refused: Whether it failed because the replay buffer refused it (a full disk): playing it again
-            will not help.
+        failure: Why there are no trajectories, or None. A failed group has left nothing anywhere.
+        permanent: Whether a person must help before another try can do better: a full disk, a request that
+            can never be answered.
         trajectory_ids: Ids, the expert's last.
         expert: Whether the expert made it.
         success: Whether it solved the task.
@@ -73,7 +73,7 @@ class GroupSummary:
     request: GroupRequest
     group_id: str = ""
     failure: str | None = None
-    refused: bool = False
+    permanent: bool = False
     trajectory_ids: list[str] = field(default_factory=list)
     expert: list[bool] = field(default_factory=list)
     success: list[bool] = field(default_factory=list)

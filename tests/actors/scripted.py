@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -66,3 +67,40 @@ class Player:
         text = env.demonstration(self.choose(env), np.random.default_rng(len(self.requests)))
         token_ids = self.inputs.encode_response(text)
         return SampleResponse(token_ids, [-0.25] * len(token_ids), text, self.version)
+
+
+@dataclass
+class Fixed:
+    """Answers with one text, after a pause; can travel to another process.
+
+    Attributes:
+        error: What requests raise whose prompt contains `fails_on`.
+        together: The largest number of requests that waited at the same time.
+    """
+
+    model_path: str
+    text: str = '{"thoughts": "on", "action": "+"}'
+    pause_s: float = 0.0
+    version: int = 3
+    error: Exception | None = None
+    fails_on: str = ""
+    together: int = 0
+    waiting: int = 0
+    requests: list[SampleRequest] = field(default_factory=list)
+
+    async def sample(self, request: SampleRequest) -> SampleResponse:
+        if self.error is not None and self.fails_on in request.prompt:
+            raise self.error
+        self.requests.append(request)
+        self.waiting += 1
+        self.together = max(self.together, self.waiting)
+        await asyncio.sleep(self.pause_s)
+        self.waiting -= 1
+        token_ids = _inputs(self.model_path).encode_response(self.text)
+        version = self.version if request.version is None else request.version
+        return SampleResponse(token_ids, [-0.25] * len(token_ids), self.text, version)
+
+
+@cache
+def _inputs(model_path: str) -> PolicyInputs:
+    return PolicyInputs.load(model_path)

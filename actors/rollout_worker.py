@@ -1,0 +1,265 @@
+"""Rollout workers: RLlib environment runners that play groups of rollouts of a vision-language policy."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+import gymnasium
+import pyarrow as pa
+from ray.exceptions import RayActorError, RayTaskError
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.env.env_runner import EnvRunner
+
+from actors.buffer_actor import get_buffer
+from actors.episode import PlayedGroup, ResponseSource, play_group
+from actors.groups import GroupRequest, GroupSummary, PlaySettings
+from actors.policy_client import PolicyServerError
+from actors.sampling import SamplerUnavailableError, UnknownVersionError
+from envs.base import TaskEnv
+from envs.registry import make_env
+from shared.config import RunConfig
+from shared.errors import UserError
+from shared.policy_inputs import PolicyInputs
+from shared.trajectory import Trajectory, Validity, to_record_batch
+
+APPEND_TRY_S = 60.0
+"""Longest one append may take before it is sent again."""
+
+APPEND_DEADLINE_S = 300.0
+"""Longest all tries of an append may take: covers a restart of the replay buffer with a long history."""
+
+APPEND_PAUSE_S = 0.5
+
+_Result = TypeVar("_Result")
+
+
+class ReplayBufferError(RuntimeError):
+    """The replay buffer did not acknowledge a group in time."""
+
+
+def worker_config(config: RunConfig) -> AlgorithmConfig:
+    """Returns the RLlib configuration that an `EnvRunner` needs of a run.
+
+    It only says what happens on failure: environments, policy and sampling are this project's.
+    """
+    return (
+        AlgorithmConfig()
+        .env_runners(num_env_runners=config.rollout.workers)
+        .fault_tolerance(restart_failed_env_runners=True, delay_between_env_runner_restarts_s=0.5)
+    )
+
+
+class RolloutWorker(EnvRunner):
+    """Plays groups, all requests in flight at once, and appends each finished group to the replay buffer.
+
+    Every method that plays takes keywords only and never raises for a failed group (`FaultAwareApply.apply`
+    would end the process): failures are in the summaries. A defect does raise, and ends the process.
+    One thread runs an event loop for all calls, so several calls play at the same time: give the actor a
+    `max_concurrency` of the calls wanted and one more, for `ping`.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: AlgorithmConfig,
+        run_config: RunConfig,
+        model_path: str,
+        source: ResponseSource,
+        buffer: Any = None,
+        worker_index: int = 0,
+    ) -> None:
+        """Makes a worker.
+
+        Args:
+            config: What `worker_config` returns.
+            run_config: The run's configuration.
+            model_path: The policy's directory or hub name, for its tokenizer.
+            source: Who answers for the policy, for example a `PolicyClient`.
+            buffer: Name or handle of the replay buffer's actor; `rollout` does without. Give remote workers
+                the name: of a handle among an actor's arguments, Ray warns that it may not survive a restart.
+            worker_index: Number of the worker.
+        """
+        super().__init__(config=config, worker_index=worker_index)
+        self._run = run_config
+        self._inputs = PolicyInputs.load(model_path)
+        self._source = source
+        self._buffer = get_buffer(buffer) if isinstance(buffer, str) else buffer
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
+        self._thread.start()
+
+    def make_env(self) -> TaskEnv:
+        """Returns a new environment of the run's task."""
+        return make_env(self._run.task)
+
+    def assert_healthy(self) -> None:
+        """Raises AssertionError when the worker cannot play."""
+        assert self._thread.is_alive(), "the rollout worker's event loop has ended"
+
+    def get_spaces(self) -> dict[str, tuple[gymnasium.Space, gymnasium.Space]]:
+        """Returns the observation and action space of the task."""
+        env = self.make_env()
+        return {"__env__": (env.observation_space, env.action_space)}
+
+    def sample(
+        self, *, requests: Sequence[GroupRequest], version: int | None = None, **kwargs: Any
+    ) -> list[GroupSummary]:
+        """Plays groups with the run's rollout settings and appends each to the replay buffer.
+
+        Args:
+            requests: The groups, all played at the same time.
+            version: Policy version that must answer; None for the newest at every step.
+            **kwargs: Ignored, for RLlib.
+
+        Returns:
+            One summary per request, in order; without `failure`, the group was acknowledged.
+        """
+        if self._buffer is None:
+            raise ValueError("this rollout worker was made without a replay buffer")
+        rollout = self._run.rollout
+        settings = PlaySettings(
+            group_size=rollout.group_size,
+            temperature=self._run.sampler.temperature,
+            max_tokens=self._run.policy.max_response_tokens,
+            epsilon=rollout.epsilon,
+            version=version,
+            expert_on_failure=rollout.expert_on_failure,
+            seed=self._run.seed,
+        )
+
+        async def record(group: PlayedGroup) -> None:
+            await append_group(self._buffer, to_record_batch(group.trajectories))
+
+        return [summary for summary, _ in self._play(requests, settings, record)]
+
+    def rollout(
+        self,
+        *,
+        requests: Sequence[GroupRequest],
+        group_size: int,
+        temperature: float,
+        version: int | None = None,
+        sampling_seed: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[pa.RecordBatch, list[GroupSummary]]:
+        """Plays groups without exploration or experts and returns them instead of recording them.
+
+        Args:
+            requests: The groups, all played at the same time.
+            group_size: Rollouts of each instance.
+            temperature: Sampling temperature; 0 is greedy.
+            version: Policy version that must answer; None for the newest.
+            sampling_seed: Makes the responses repeatable for the same engine.
+            **kwargs: Ignored, for RLlib.
+
+        Returns:
+            The trajectories of the groups that did not fail, and one summary per request, both in order.
+        """
+        settings = PlaySettings(
+            group_size=group_size,
+            temperature=temperature,
+            max_tokens=self._run.policy.max_response_tokens,
+            version=version,
+            sampling_seed=sampling_seed,
+        )
+
+        async def keep(_: PlayedGroup) -> None:
+            return None
+
+        played = self._play(requests, settings, keep)
+        trajectories = [trajectory for _, members in played for trajectory in members]
+        return to_record_batch(trajectories), [summary for summary, _ in played]
+
+    def stop(self) -> None:
+        """Ends the worker's event loop."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _play(
+        self,
+        requests: Sequence[GroupRequest],
+        settings: PlaySettings,
+        finish: Callable[[PlayedGroup], Coroutine[Any, Any, None]],
+    ) -> list[tuple[GroupSummary, list[Trajectory]]]:
+        async def play_all() -> list[tuple[GroupSummary, list[Trajectory]]]:
+            async with asyncio.TaskGroup() as tasks:
+                groups = [tasks.create_task(self._play_one(request, settings, finish)) for request in requests]
+            return [group.result() for group in groups]
+
+        played = self._wait(play_all())
+        steps = sum(len(trajectory.steps) for _, members in played for trajectory in members)
+        if steps > 0:
+            self.num_env_steps_sampled_lifetime += steps
+            self._log_env_steps(self._metrics_num_env_steps_sampled, steps)
+        return played
+
+    async def _play_one(
+        self,
+        request: GroupRequest,
+        settings: PlaySettings,
+        finish: Callable[[PlayedGroup], Coroutine[Any, Any, None]],
+    ) -> tuple[GroupSummary, list[Trajectory]]:
+        try:
+            group = await play_group(self.make_env, self._source, self._inputs, request, settings)
+            await finish(group)
+        except (PolicyServerError, SamplerUnavailableError, ReplayBufferError) as error:
+            return GroupSummary(request, failure=str(error)), []
+        except (UserError, UnknownVersionError) as error:
+            return GroupSummary(request, failure=str(error), permanent=True), []
+        return summarise(request, group), group.trajectories
+
+    def _wait(self, work: Coroutine[Any, Any, _Result]) -> _Result:
+        # No time limit of its own: every wait inside (for a response, for the buffer) has one.
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+async def append_group(buffer: Any, batch: pa.RecordBatch, deadline_s: float = APPEND_DEADLINE_S) -> None:
+    """Appends a group to the replay buffer, again and again while the buffer is away.
+
+    Trajectory ids make repeated appends harmless.
+
+    Raises:
+        UserError: The buffer refused it.
+        ReplayBufferError: It was not acknowledged before the deadline (seconds).
+    """
+    started = time.monotonic()
+    while True:
+        try:
+            await asyncio.wait_for(buffer.append.remote(batch), min(APPEND_TRY_S, deadline_s))
+        except (RayActorError, TimeoutError) as error:
+            waited = time.monotonic() - started
+            if waited + APPEND_PAUSE_S > deadline_s:
+                raise ReplayBufferError(
+                    f"waited {waited:.0f} s for the replay buffer to take a group ({type(error).__name__})"
+                ) from None
+            await asyncio.sleep(APPEND_PAUSE_S)
+        except RayTaskError as error:
+            raise error.cause from None
+        else:
+            return
+
+
+def summarise(request: GroupRequest, group: PlayedGroup) -> GroupSummary:
+    """Returns the summary of a group that was played."""
+
+    def count(trajectory: Trajectory, validity: Validity) -> int:
+        return sum(step.validity is validity for step in trajectory.steps)
+
+    members = group.trajectories
+    answered = {step.policy_version for t in members if not t.expert for step in t.steps}
+    return GroupSummary(
+        request=request,
+        group_id=group.group_id,
+        trajectory_ids=[t.trajectory_id for t in members],
+        expert=[t.expert for t in members],
+        success=[t.success for t in members],
+        length=[t.length for t in members],
+        response_tokens=[t.response_tokens for t in members],
+        malformed=[count(t, Validity.MALFORMED) for t in members],
+        inadmissible=[count(t, Validity.INADMISSIBLE) for t in members],
+        log_reward=[t.log_rewards[-1] for t in members],
+        versions=sorted(answered),
+        env_seconds=group.env_seconds,
+        wait_seconds=group.wait_seconds,
+    )
