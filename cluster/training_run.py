@@ -92,7 +92,8 @@ class TrainingRun:
     def _start_actors(self) -> None:
         config = self.config
         self.display.say("starting the adapter store, the replay buffer and the policy server")
-        start_adapter_store(f"{self._name}-store", self.folder.root)
+        # Held, because an actor goes with its last handle.
+        self.store = start_adapter_store(f"{self._name}-store", self.folder.root)
         self.buffer = create_buffer_actor(config, self.folder.root, f"{self._name}-buffer")
         started = time.monotonic()
         handle = deploy_policy_server(

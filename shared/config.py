@@ -144,7 +144,7 @@ class LearnerSettings(Settings):
     publish_every: int = Field(1, ge=1, description="Learner steps per published adapter version.")
     checkpoint_every: int = Field(1, ge=1, description="Learner steps per checkpoint.")
     keep_checkpoints: int = Field(3, ge=1)
-    max_failures: int = Field(10, ge=0, description="Restarts of a failed learner before the run gives up.")
+    max_failures: int = Field(3, ge=0, description="Restarts of a failed learner before the run gives up.")
     data_timeout_s: float = Field(600.0, gt=0, le=86_400, description="Longest wait for a batch.")
 
 
