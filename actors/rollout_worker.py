@@ -39,7 +39,7 @@ class ReplayBufferError(RuntimeError):
     """The replay buffer did not acknowledge a group in time."""
 
 
-def worker_config(config: RunConfig) -> AlgorithmConfig:
+def _worker_config(config: RunConfig) -> AlgorithmConfig:
     """Returns the RLlib configuration that an `EnvRunner` needs of a run.
 
     It only says what happens on failure: environments, policy and sampling are this project's.
@@ -63,7 +63,6 @@ class RolloutWorker(EnvRunner):
     def __init__(
         self,
         *,
-        config: AlgorithmConfig,
         run_config: RunConfig,
         model_path: str,
         source: ResponseSource,
@@ -73,7 +72,6 @@ class RolloutWorker(EnvRunner):
         """Makes a worker.
 
         Args:
-            config: What `worker_config` returns.
             run_config: The run's configuration.
             model_path: The policy's directory or hub name, for its tokenizer.
             source: Who answers for the policy, for example a `PolicyClient`.
@@ -81,7 +79,7 @@ class RolloutWorker(EnvRunner):
                 the name: of a handle among an actor's arguments, Ray warns that it may not survive a restart.
             worker_index: Number of the worker.
         """
-        super().__init__(config=config, worker_index=worker_index)
+        super().__init__(config=_worker_config(run_config), worker_index=worker_index)
         self._run = run_config
         self._inputs = PolicyInputs.load(model_path)
         self._source = source

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-from ray import serve
 
 from shared.config import RunConfig
 from shared.errors import UserError
@@ -67,8 +66,6 @@ def ray_cluster(config: RunConfig) -> Iterator[str]:
     try:
         yield str(context.dashboard_url)
     finally:
-        if address is None:
-            serve.shutdown()
         ray.shutdown()
 
 

@@ -1,33 +1,23 @@
 """The driver: puts a run together and keeps it going until the last learner step."""
 
+import asyncio
 import json
-import threading
 import time
-import uuid
 from collections import deque
-from pathlib import Path
 from typing import Any
 
-import ray
-import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
-from actors.adapter_store import start_adapter_store
 from actors.admission import Admission
-from actors.buffer_actor import create_buffer_actor
 from actors.groups import GroupSummary
-from actors.policy_client import PolicyClient
-from actors.policy_server import deploy_policy_server
-from actors.rollout_worker import RolloutWorker, worker_config
 from actors.sampling import BASE_VERSION
 from cluster.checkpoints import latest_checkpoint
 from cluster.evaluation import EvaluationPlan, evaluate_trajectories
-from cluster.learner_loop import ACTOR_TIMEOUT_S, LearnerJob, learner_loop
 from cluster.models import resolve_model
 from cluster.plots import draw_learning_curve
 from cluster.progress import RunDisplay
 from cluster.rollout_scheduler import EvaluationJob, RolloutScheduler
+from cluster.run_actors import RunActors
 from cluster.run_log import Row, RowTail, append_row, read_rows
 from cluster.telemetry import Telemetry
 from shared.config import RunConfig
@@ -37,7 +27,7 @@ from shared.run_folder import RunFolder
 PUMP_WAIT_S = 0.1
 SNAPSHOT_INTERVAL_S = 5.0
 NEWEST_TRAJECTORIES = 128
-STOP_TIMEOUT_S = 60.0
+STATUS_TIMEOUT_S = 1.0
 
 REPORT_SEED_OFFSET = 1_000_000
 """The final report is on other instances than those the best adapter was chosen by."""
@@ -71,9 +61,7 @@ class TrainingRun:
         self._tokens_since_start = 0
         self._started = time.monotonic()
         self._snapshot_at = 0.0
-        self._learner_error: BaseException | None = None
-        self._learner_thread: threading.Thread | None = None
-        self._name = f"gflowvlm-{uuid.uuid4().hex[:8]}"
+        self._server_seen: dict[str, tuple[float, float]] = {}
 
     def run(self) -> list[Row]:
         """Runs to the last learner step and the final report; returns the report's rows.
@@ -82,55 +70,25 @@ class TrainingRun:
             UserError: The run cannot go on; the message says why.
             KeyboardInterrupt: The run was interrupted; it can be resumed.
         """
-        with self.display:
-            self._start_actors()
-            try:
+        try:
+            with self.display, RunActors(self.folder, self.config, self.model_path, self.display.say) as self._actors:
+                self._make_scheduler()
                 return self._play_and_learn()
-            finally:
-                self._stop()
+        finally:
+            self.telemetry.close()
 
-    def _start_actors(self) -> None:
-        config = self.config
-        self.display.say("starting the adapter store, the replay buffer and the policy server")
-        # Held, because an actor goes with its last handle.
-        self.store = start_adapter_store(f"{self._name}-store", self.folder.root)
-        self.buffer = create_buffer_actor(config, self.folder.root, f"{self._name}-buffer")
-        started = time.monotonic()
-        handle = deploy_policy_server(
-            config, self.model_path, store_name=f"{self._name}-store", name=f"{self._name}-policy"
-        )
-        self.display.say(f"policy server is up ({config.sampler.engine}, {time.monotonic() - started:.0f} s)")
-        self.client = PolicyClient.from_config(handle, config)
-        stats = ray.get(self.buffer.stats.remote(), timeout=ACTOR_TIMEOUT_S)
-        rollout = config.rollout
-        worker = ray.remote(RolloutWorker).options(
-            num_cpus=rollout.cpus_per_worker,
-            max_restarts=rollout.max_restarts,
-            # One call a group, one for an evaluation, and a ping.
-            max_concurrency=rollout.groups_per_worker + 2,
-        )
-        workers = [
-            worker.remote(
-                config=worker_config(config),
-                run_config=config,
-                model_path=self.model_path,
-                source=self.client,
-                buffer=self.buffer,
-                worker_index=i,
-            )
-            for i in range(rollout.workers)
-        ]
-        admission = Admission(
+    def _make_scheduler(self) -> None:
+        config, stats = self.config, self._actors.buffer_stats()
+        self.admission = Admission(
             max_staleness=config.buffer.max_staleness,
             batch=config.fresh_per_step * config.learner.publish_every,
             group_size=config.rollout.group_size,
             version=self.step // config.learner.publish_every,
             accepted=stats["accepted"],
         )
-        self.admission = admission
         self.scheduler = RolloutScheduler(
-            workers,
-            admission,
+            self._actors.workers,
+            self.admission,
             groups_per_worker=config.rollout.groups_per_worker,
             run_seed=config.seed,
             next_group=0 if stats["largest_group_index"] is None else stats["largest_group_index"] + 1,
@@ -141,57 +99,19 @@ class TrainingRun:
     def _play_and_learn(self) -> list[Row]:
         if self.config.evaluation.at_start:
             self._evaluate_if_new(step=0, version=BASE_VERSION)
-        self._start_learner()
+        self._actors.start_learner()
         self._started = time.monotonic()
-        while not (self._learner_finished() and not self.scheduler.evaluating):
-            self.scheduler.pump(train=not self._learner_finished(), wait_s=PUMP_WAIT_S)
+        while not (self._actors.learner_finished and not self.scheduler.evaluating):
+            self.scheduler.pump(train=not self._actors.learner_finished, wait_s=PUMP_WAIT_S)
             self._follow_log()
             self._snapshot()
         self._follow_log()
-        if self._learner_error is not None:
+        if self._actors.learner_error is not None:
             raise UserError(
                 f"the learner failed {self.config.learner.max_failures + 1} times, last: "
-                f"{_last_line(self._learner_error)}; resume with `gflowvlm train --resume {self.folder.root}`"
+                f"{_last_line(self._actors.learner_error)}; resume with `gflowvlm train --resume {self.folder.root}`"
             )
         return self._report()
-
-    def _start_learner(self) -> None:
-        job = LearnerJob(
-            config=self.config.model_dump(mode="json"),
-            model_path=self.model_path,
-            run_dir=str(self.folder.root),
-            store_name=f"{self._name}-store",
-            buffer_name=f"{self._name}-buffer",
-            server_name=f"{self._name}-policy",
-        )
-        settings = self.config.learner
-        trainer = TorchTrainer(
-            learner_loop,
-            train_loop_config=vars(job),
-            torch_config=TorchConfig(backend="nccl" if settings.gpus_per_worker > 0 else "gloo"),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=settings.workers,
-                use_gpu=settings.gpus_per_worker > 0,
-                resources_per_worker={"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker},
-            ),
-            run_config=ray.train.RunConfig(
-                name=self._name,
-                storage_path=str(self.folder.root / "ray_train"),
-                failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
-            ),
-        )
-
-        def fit() -> None:
-            try:
-                trainer.fit()
-            except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-                self._learner_error = error
-
-        self._learner_thread = threading.Thread(target=fit, name="learner", daemon=True)
-        self._learner_thread.start()
-
-    def _learner_finished(self) -> bool:
-        return self._learner_thread is not None and not self._learner_thread.is_alive()
 
     def _follow_log(self) -> None:
         for row in self._tail.new_rows():
@@ -262,6 +182,9 @@ class TrainingRun:
             "worker_restarts": self.scheduler.worker_deaths,
             "tokens_per_s": self._tokens_since_start / (now - self._started),
         }
+        idle = self._sampler_idle_share()
+        if idle is not None:
+            values["sampler_idle_share"] = idle
         if newest:
             values["rollout_success"] = sum(success for success, _, _ in newest) / len(newest)
             values["rollout_invalid"] = sum(invalid for _, invalid, _ in newest) / len(newest)
@@ -292,23 +215,22 @@ class TrainingRun:
         draw_learning_curve(read_rows(self.folder.metrics), self.folder.learning_curve, self.folder.root.name)
         return report
 
-    def _stop(self) -> None:
-        if not self._learner_finished() and self._learner_thread is not None:
-            self.display.say("stopping: the learner ends its step and writes a checkpoint")
-            try:
-                ray.get(self.buffer.close.remote(), timeout=STOP_TIMEOUT_S)
-            except (ray.exceptions.RayError, TimeoutError) as error:
-                self.display.say(f"the replay buffer did not answer ({_last_line(error)})")
-            self._learner_thread.join(timeout=STOP_TIMEOUT_S)
-        self.scheduler.stop()
-        self.telemetry.close()
+    def _sampler_idle_share(self) -> float | None:
+        """Share of the time since the last call in which no request was in flight, mean over replicas."""
+        try:
+            replicas = asyncio.run(asyncio.wait_for(self._actors.client.status(), STATUS_TIMEOUT_S))
+        except TimeoutError:
+            return None
+        seen = {r["replica"]: (float(r["busy_s"]), float(r["up_s"])) for r in replicas}
+        shares = []
+        for replica, (busy, up) in seen.items():
+            busy_before, up_before = self._server_seen.get(replica, (0.0, 0.0))
+            if replica in self._server_seen and up > up_before:
+                shares.append(1.0 - (busy - busy_before) / (up - up_before))
+        self._server_seen = seen
+        return sum(shares) / len(shares) if shares else None
 
 
 def _last_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__
-
-
-def has_run_to_the_end(folder: RunFolder) -> bool:
-    """Returns whether the run has its final report."""
-    return Path(folder.summary).exists()

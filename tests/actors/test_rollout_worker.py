@@ -19,7 +19,7 @@ from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 from actors.buffer_actor import create_buffer_actor
 from actors.groups import GroupRequest, GroupSummary
 from actors.policy_client import PolicyServerError
-from actors.rollout_worker import ReplayBufferError, RolloutWorker, append_group, worker_config
+from actors.rollout_worker import ReplayBufferError, RolloutWorker, append_group
 from actors.sampling import UnknownVersionError
 from learner.tiny_policy import build_processor
 from shared.config import NumberLineSettings, RolloutSettings, RunConfig
@@ -44,7 +44,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def make_worker(model_path: str, source: Any) -> RolloutWorker:
-    return RolloutWorker(config=worker_config(CONFIG), run_config=CONFIG, model_path=model_path, source=source)
+    return RolloutWorker(run_config=CONFIG, model_path=model_path, source=source)
 
 
 def test_rollouts_are_returned_with_their_summaries(model_path: str) -> None:
@@ -143,7 +143,6 @@ def cluster(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             ray.remote(RolloutWorker)
             .options(num_cpus=0.1, max_restarts=CONFIG.rollout.max_restarts, max_concurrency=CONCURRENT_CALLS)
             .remote(
-                config=worker_config(CONFIG),
                 run_config=CONFIG,
                 model_path=model_path,
                 source=Fixed(model_path, pause_s=0.2),
