@@ -12,17 +12,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from shared.errors import UserError
+
 Row = dict[str, Any]
 
 
 def append_row(path: Path, kind: str, content: Mapping[str, Any]) -> None:
-    """Appends one row with a single write, so that rows of two processes never mix."""
+    """Appends one row with a single write, so that rows of two processes never mix.
+
+    Raises:
+        UserError: The row cannot be written.
+    """
     line = json.dumps({"kind": kind, "time": round(time.time(), 3), **content}) + "\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{path}: cannot be written ({reason}); free some space, then resume") from None
 
 
 def read_rows(path: Path) -> list[Row]:

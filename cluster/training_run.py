@@ -111,6 +111,11 @@ class TrainingRun:
                 f"the learner failed {self.config.learner.max_failures + 1} times, last: "
                 f"{_last_line(self._actors.learner_error)}; resume with `gflowvlm train --resume {self.folder.root}`"
             )
+        if self.step < self.config.learner.steps:
+            raise UserError(
+                f"the learner ended at step {self.step} of {self.config.learner.steps}; "
+                f"resume with `gflowvlm train --resume {self.folder.root}`"
+            )
         return self._report()
 
     def _follow_log(self) -> None:

@@ -70,15 +70,7 @@ def load_checkpoint(policy: Any, optimization: Optimization, directory: Path) ->
     Raises:
         UserError: The checkpoint is missing, corrupted or of another adapter; the message names the file.
     """
-    state = _read_state(directory / _STATE)
-    for name, expected in state["sha256"].items():
-        path = directory / name
-        try:
-            found = _sha256(path)
-        except OSError as error:
-            raise _corrupted(path, error.strerror or str(error)) from None
-        if found != expected:
-            raise _corrupted(path, "its content is not what was written")
+    state = check_checkpoint(directory)
     adapter = _read_tensors(directory / _ADAPTER)
     current = get_peft_model_state_dict(policy, save_embedding_layers=False)
     if {name: t.shape for name, t in adapter.items()} != {name: t.shape for name, t in current.items()}:
@@ -92,6 +84,24 @@ def load_checkpoint(policy: Any, optimization: Optimization, directory: Path) ->
         raise _corrupted(directory / _OPTIMIZER, str(error)) from None
     set_peft_model_state_dict(policy, adapter)
     optimization.counters = Counters(state["step"], state["skipped"], state["skipped_in_a_row"])
+
+
+def check_checkpoint(directory: Path) -> dict[str, Any]:
+    """Returns the state in a checkpoint after comparing every file with what was written.
+
+    Raises:
+        UserError: The checkpoint is missing or corrupted; the message names the file.
+    """
+    state = _read_state(directory / _STATE)
+    for name, expected in state["sha256"].items():
+        path = directory / name
+        try:
+            found = _sha256(path)
+        except OSError as error:
+            raise _corrupted(path, error.strerror or str(error)) from None
+        if found != expected:
+            raise _corrupted(path, "its content is not what was written")
+    return state
 
 
 @contextmanager
@@ -187,4 +197,4 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _corrupted(path: Path, reason: str) -> UserError:
-    return UserError(f"{path}: corrupted checkpoint ({reason}); resume from an older one")
+    return UserError(f"{path}: corrupted checkpoint ({reason}); remove its folder to resume from the one before")

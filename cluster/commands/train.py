@@ -70,11 +70,16 @@ def _resolve(preset: str | None, config: Path | None, overrides: list[str]) -> R
 
 
 def _reopened(directory: Path) -> tuple[RunFolder, RunConfig, None]:
+    from cluster.checkpoints import latest_checkpoint
     from cluster.run_setup import open_run
+    from learner.checkpoint import check_checkpoint
 
     folder, config = open_run(directory)
     if folder.summary.exists():
         raise UserError(f"{directory}: this run has ended; look at it with `gflowvlm eval {directory}`")
+    checkpoint = latest_checkpoint(folder.checkpoints)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
     return folder, config, None
 
 

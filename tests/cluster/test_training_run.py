@@ -1,0 +1,169 @@
+"""Whole runs through real Ray, Serve, vLLM and Ray Train: what happens when processes die.
+
+One run is started in a process of its own; the test kills parts of it and reads its folder.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.run_log import read_rows
+from shared.run_folder import RunFolder
+from shared.trajectory import from_arrow, read_parquet
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = [
+    "learner.steps=14",
+    "evaluation.every=14",
+    "evaluation.instances=2",
+    "evaluation.samples=2",
+    "rollout.workers=2",
+    "rollout.groups_per_worker=1",
+    "learner.groups_per_batch=2",
+    "evaluation.at_start=false",
+]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def start(*arguments, log):
+    return subprocess.Popen(
+        [sys.executable, "-m", "cluster.cli", "train", *map(str, arguments)],
+        cwd=log.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition, what, run, log, timeout_s=300.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert run.poll() is None, f"the run ended while waiting for {what}:\n{log.read_text()[-4000:]}"
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}:\n{log.read_text()[-4000:]}"
+        time.sleep(0.2)
+
+
+def newest_step(folder):
+    return max((r["step"] for r in read_rows(folder.metrics) if r["kind"] == "step"), default=0)
+
+
+def processes_of(run, *names):
+    """Pids of the run's Ray processes whose title holds one of the names."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        title = " ".join(process.info["cmdline"] or [])
+        if any(name in title for name in names) and belongs_to(process, run.pid):
+            found.append(process.info["pid"])
+    return found
+
+
+def belongs_to(process, driver):
+    try:
+        return driver in [parent.pid for parent in process.parents()]
+    except psutil.Error:
+        return False
+
+
+def acknowledged(folder):
+    return Counter(
+        t.trajectory_id
+        for path in sorted(folder.trajectories.glob("*.parquet"))
+        for t in from_arrow(read_parquet(path))
+    )
+
+
+def assert_steps_and_versions_go_on(folder, last):
+    steps = [r for r in read_rows(folder.metrics) if r["kind"] == "step"]
+    assert [r["step"] for r in steps] == list(range(1, last + 1))
+    versions = [r["version"] for r in steps]
+    assert versions == sorted(set(versions))
+    assert all(folder.adapter(version).is_dir() for version in versions)
+
+
+def assert_nothing_is_left(run):
+    deadline = time.monotonic() + 30
+    while True:
+        left = [p.info for p in psutil.process_iter(["pid", "cmdline"]) if os_session(p.info["pid"]) == run.pid]
+        if not left:
+            return
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+
+
+def os_session(pid):
+    try:
+        return os.getsid(pid)
+    except (ProcessLookupError, PermissionError):
+        return None
+
+
+def test_a_run_goes_on_when_any_of_its_processes_is_killed(tmp_path):
+    folder, log = RunFolder(tmp_path / "run"), tmp_path / "log"
+    run = start("--run", folder.root, *SETTINGS, log=log)
+    try:
+        wait_for(lambda: newest_step(folder) >= 2, "the second step", run, log)
+        for number, title in enumerate(
+            ("ray::RolloutWorker", "ray::ReplayBufferActor", "ray::RayTrainWorker", "ray::ServeReplica")
+        ):
+            before = acknowledged(folder)
+            step = newest_step(folder)
+            victims = processes_of(run, title)
+            assert victims, f"no process {title}: {log.read_text()[-2000:]}"
+            os.kill(victims[0], signal.SIGKILL)
+            wait_for(lambda step=step: newest_step(folder) >= step + 2, f"two steps after killing {title}", run, log)
+            after = acknowledged(folder)
+            assert set(before) <= set(after), f"kill number {number} lost trajectories"
+            assert set(after.values()) == {1}
+        assert run.wait(timeout=400) == 0, log.read_text()[-4000:]
+    finally:
+        run.kill()
+        run.wait(timeout=30)
+    assert_steps_and_versions_go_on(folder, 14)
+    assert json.loads(folder.summary.read_text())["steps"] == 14
+    assert_nothing_is_left(run)
+
+
+def test_a_run_resumes_after_ctrl_c_and_after_its_driver_is_killed(tmp_path):
+    folder, log = RunFolder(tmp_path / "run"), tmp_path / "log"
+    run = start("--run", folder.root, *SETTINGS, log=log)
+    try:
+        wait_for(lambda: newest_step(folder) >= 2, "the second step", run, log)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(timeout=180) == 130, log.read_text()[-4000:]
+    finally:
+        run.kill()
+    assert "--resume" in log.read_text()
+    assert_nothing_is_left(run)
+    interrupted_at = newest_step(folder)
+    before = acknowledged(folder)
+
+    run = start("--resume", folder.root, log=log)
+    try:
+        wait_for(lambda: newest_step(folder) >= interrupted_at + 2, "two steps after resuming", run, log)
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait(timeout=30)
+    finally:
+        run.kill()
+    killed_at = newest_step(folder)
+    assert interrupted_at < killed_at
+
+    run = start("--resume", folder.root, log=log)
+    try:
+        assert run.wait(timeout=500) == 0, log.read_text()[-4000:]
+    finally:
+        run.kill()
+    assert_steps_and_versions_go_on(folder, 14)
+    after = acknowledged(folder)
+    assert set(before) <= set(after)
+    assert set(after.values()) == {1}
+    assert_nothing_is_left(run)
