@@ -99,7 +99,7 @@ def test_a_damaged_checkpoint_is_named_and_leaves_the_learner_as_it_was(learner,
 
 def test_a_checkpoint_of_another_adapter_is_refused(learner, tiny_model, make_config, tmp_path):
     learner.save(tmp_path / "c")
-    with pytest.raises(UserError, match="policy.lora_"):
+    with pytest.raises(UserError, match=r"policy\.lora_"):
         Learner(make_config(policy={"lora_rank": 4}), tiny_model).load(tmp_path / "c")
 
 
