@@ -31,17 +31,19 @@ SETTINGS = [
     "evaluation.at_start=false",
 ]
 
+MARK = "GFLOWVLM_TEST_RUN"
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def start(*arguments, log):
+    """Starts a run; everything it starts carries its log's path in the environment."""
     return subprocess.Popen(
         [sys.executable, "-m", "cluster.cli", "train", *map(str, arguments)],
         cwd=log.parent,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", MARK: str(log)},
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
-        start_new_session=True,
     )
 
 
@@ -57,21 +59,18 @@ def newest_step(folder):
     return max((r["step"] for r in read_rows(folder.metrics) if r["kind"] == "step"), default=0)
 
 
-def processes_of(run, *names):
-    """Pids of the run's Ray processes whose title holds one of the names."""
+def processes_of(log, *names):
+    """Processes of a run, those whose title holds one of the names where names are given."""
     found = []
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        title = " ".join(process.info["cmdline"] or [])
-        if any(name in title for name in names) and belongs_to(process, run.pid):
-            found.append(process.info["pid"])
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == str(log) and process.status() != psutil.STATUS_ZOMBIE:
+                title = " ".join(process.cmdline())
+                if not names or any(name in title for name in names):
+                    found.append(process)
+        except psutil.Error:
+            continue
     return found
-
-
-def belongs_to(process, driver):
-    try:
-        return driver in [parent.pid for parent in process.parents()]
-    except psutil.Error:
-        return False
 
 
 def acknowledged(folder):
@@ -90,21 +89,11 @@ def assert_steps_and_versions_go_on(folder, last):
     assert all(folder.adapter(version).is_dir() for version in versions)
 
 
-def assert_nothing_is_left(run):
-    deadline = time.monotonic() + 30
-    while True:
-        left = [p.info for p in psutil.process_iter(["pid", "cmdline"]) if os_session(p.info["pid"]) == run.pid]
-        if not left:
-            return
+def assert_nothing_is_left(log):
+    deadline = time.monotonic() + 60
+    while left := processes_of(log):
         assert time.monotonic() < deadline, left
         time.sleep(0.5)
-
-
-def os_session(pid):
-    try:
-        return os.getsid(pid)
-    except (ProcessLookupError, PermissionError):
-        return None
 
 
 def test_a_run_goes_on_when_any_of_its_processes_is_killed(tmp_path):
@@ -117,9 +106,9 @@ def test_a_run_goes_on_when_any_of_its_processes_is_killed(tmp_path):
         ):
             before = acknowledged(folder)
             step = newest_step(folder)
-            victims = processes_of(run, title)
+            victims = processes_of(log, title)
             assert victims, f"no process {title}: {log.read_text()[-2000:]}"
-            os.kill(victims[0], signal.SIGKILL)
+            victims[0].kill()
             wait_for(lambda step=step: newest_step(folder) >= step + 2, f"two steps after killing {title}", run, log)
             after = acknowledged(folder)
             assert set(before) <= set(after), f"kill number {number} lost trajectories"
@@ -130,7 +119,7 @@ def test_a_run_goes_on_when_any_of_its_processes_is_killed(tmp_path):
         run.wait(timeout=30)
     assert_steps_and_versions_go_on(folder, 14)
     assert json.loads(folder.summary.read_text())["steps"] == 14
-    assert_nothing_is_left(run)
+    assert_nothing_is_left(log)
 
 
 def test_a_run_resumes_after_ctrl_c_and_after_its_driver_is_killed(tmp_path):
@@ -143,14 +132,14 @@ def test_a_run_resumes_after_ctrl_c_and_after_its_driver_is_killed(tmp_path):
     finally:
         run.kill()
     assert "--resume" in log.read_text()
-    assert_nothing_is_left(run)
+    assert_nothing_is_left(log)
     interrupted_at = newest_step(folder)
     before = acknowledged(folder)
 
     run = start("--resume", folder.root, log=log)
     try:
         wait_for(lambda: newest_step(folder) >= interrupted_at + 2, "two steps after resuming", run, log)
-        os.kill(run.pid, signal.SIGKILL)
+        run.kill()
         run.wait(timeout=30)
     finally:
         run.kill()
@@ -166,4 +155,4 @@ def test_a_run_resumes_after_ctrl_c_and_after_its_driver_is_killed(tmp_path):
     after = acknowledged(folder)
     assert set(before) <= set(after)
     assert set(after.values()) == {1}
-    assert_nothing_is_left(run)
+    assert_nothing_is_left(log)
