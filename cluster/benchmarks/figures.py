@@ -4,6 +4,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+PARTS = ("environment", "sampler", "serve", "adapter", "replay", "learner")
+"""What can be measured, in the order in which results are shown."""
+
 Say = Callable[[str], None]
 """Shows a line of progress."""
 
@@ -21,7 +24,7 @@ class Scale:
         replay_groups: Groups appended to the replay buffer.
     """
 
-    rounds: int = 5
+    rounds: int = 7
     requests_per_slot: int = 4
     publishes: int = 40
     learner_steps: int = 5
@@ -29,7 +32,7 @@ class Scale:
     replay_groups: int = 256
 
 
-QUICK = Scale(rounds=3, requests_per_slot=2, publishes=20, learner_steps=2, seconds=1.0, replay_groups=64)
+QUICK = Scale(rounds=3, requests_per_slot=3, publishes=20, learner_steps=2, seconds=1.0, replay_groups=64)
 
 
 @dataclass(frozen=True)

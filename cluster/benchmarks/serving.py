@@ -192,7 +192,7 @@ def _throughput(
     rates: dict[str, list[float]] = {name: [] for name in engines}
     # Round 0 warms up and is not counted.
     for number in range(scale.rounds + 1) if engines else ():
-        requests = made_requests(config, inputs, count, first=1000 * number)
+        requests = made_requests(config, inputs, count if number > 0 else in_flight, first=1000 * number)
         for name, engine in engines.items():
             rate = engine.round(requests, in_flight)
             if number > 0:

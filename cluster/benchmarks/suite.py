@@ -5,10 +5,12 @@ from contextlib import ExitStack
 
 from rich.console import Console
 
-from cluster.benchmarks.figures import Figure, Say, Scale
+from cluster.benchmarks.figures import PARTS, Figure, Say, Scale
+from cluster.benchmarks.quiet import quiet_stderr
 from cluster.models import resolve_model
 from cluster.ray_runtime import ray_cluster
 from shared.config import RunConfig
+from shared.policy_inputs import PolicyInputs
 
 _NEED_ENGINE = {"sampler", "serve", "adapter"}
 _NEED_RAY = {"serve", "adapter", "replay"}
@@ -20,8 +22,17 @@ def run_parts(config: RunConfig, parts: set[str], scale: Scale, console: Console
     Raises:
         UserError: The model, the engine or Ray cannot be had here.
     """
+    with quiet_stderr():
+        figures = _measured(config, parts, scale, console)
+    return sorted(figures, key=lambda figure: PARTS.index(figure.part))
+
+
+def _measured(config: RunConfig, parts: set[str], scale: Scale, console: Console) -> list[Figure]:
     began = time.perf_counter()
     model_path = resolve_model(config.policy.model)
+    if parts != {"environment"}:
+        # A missing model is told before anything is started.
+        PolicyInputs.load(model_path)
     figures: list[Figure] = []
 
     def teller(part: str) -> Say:

@@ -10,13 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cluster.benchmarks.figures import QUICK, Figure, Scale
+from cluster.benchmarks.figures import PARTS, QUICK, Figure, Scale
 from cluster.json_file import write_json_file
 from cluster.machine import machine, machine_lines, versions
 from cluster.preset_library import DEFAULT_PRESET, load_preset
 from shared.errors import UserError
-
-PARTS = ("sampler", "serve", "environment", "learner", "adapter", "replay")
 
 
 def register(app: typer.Typer) -> None:

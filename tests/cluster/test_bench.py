@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from itertools import chain
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from actors.sampling import SampleRequest, SampleResponse
 from cluster.benchmarks.figures import QUICK, Figure, Scale
 from cluster.benchmarks.finished_run import bench_run
+from cluster.benchmarks.quiet import quiet_stderr
 from cluster.benchmarks.serving import sample_all
 from cluster.benchmarks.suite import run_parts
 from cluster.benchmarks.workload import copied_groups, made_groups, made_requests
@@ -54,6 +56,12 @@ def _command() -> typer.Typer:
     return app
 
 
+@quiet_stderr()
+def _fail_loudly() -> None:
+    os.write(2, b"the root cause")
+    raise UserError("the engine cannot start")
+
+
 def _measured(config: RunConfig, *parts: str) -> dict[str, float]:
     return {figure.name: figure.value for figure in run_parts(config, set(parts), BRIEF, Console(quiet=True))}
 
@@ -63,6 +71,13 @@ def test_an_unknown_part_is_named_with_those_that_exist() -> None:
     assert isinstance(result.exception, UserError)
     assert "gpu" in str(result.exception)
     assert "environment" in str(result.exception)
+
+
+def test_a_missing_model_is_told_before_anything_is_started() -> None:
+    result = CliRunner().invoke(_command(), ["bench", "--parts", "replay", "policy.model=/nowhere/model"])
+    assert isinstance(result.exception, UserError)
+    assert "no such directory" in str(result.exception)
+    assert "starting" not in result.output
 
 
 def test_one_part_is_measured_alone_and_written_as_json(tmp_path: Path) -> None:
@@ -166,6 +181,14 @@ def test_a_run_without_steps_is_refused(tmp_path: Path, config: RunConfig) -> No
     RunFolder(tmp_path).config.write_text(dump_config(config))
     with pytest.raises(UserError, match="no learner step"):
         bench_run(tmp_path)
+
+
+def test_what_an_engine_prints_is_shown_only_when_it_fails(capfd: pytest.CaptureFixture[str]) -> None:
+    with quiet_stderr():
+        os.write(2, b"loading weights")
+    with pytest.raises(UserError):
+        _fail_loudly()
+    assert capfd.readouterr().err == "the root cause"
 
 
 @pytest.mark.slow
