@@ -13,6 +13,7 @@ from actors.groups import GroupSummary
 from actors.sampling import BASE_VERSION
 from cluster.checkpoints import latest_checkpoint
 from cluster.evaluation import EvaluationPlan, evaluate_trajectories
+from cluster.memory import memory_gib
 from cluster.models import resolve_model
 from cluster.plots import draw_learning_curve
 from cluster.progress import RunDisplay
@@ -61,6 +62,7 @@ class TrainingRun:
         self._tokens_since_start = 0
         self._started = time.monotonic()
         self._snapshot_at = 0.0
+        self._peak_memory_gib = 0.0
         self._server_seen: dict[str, tuple[float, float]] = {}
 
     def run(self) -> list[Row]:
@@ -187,6 +189,9 @@ class TrainingRun:
             "worker_restarts": self.scheduler.worker_deaths,
             "tokens_per_s": self._tokens_since_start / (now - self._started),
         }
+        if self.config.cluster.address is None:
+            values["memory_gib"] = memory_gib()
+            self._peak_memory_gib = max(self._peak_memory_gib, values["memory_gib"])
         idle = self._sampler_idle_share()
         if idle is not None:
             values["sampler_idle_share"] = idle
@@ -214,8 +219,14 @@ class TrainingRun:
         while self.scheduler.evaluating:
             self.scheduler.pump(train=False, wait_s=PUMP_WAIT_S)
         report = [r for r in self._tail.new_rows() if r["kind"] == REPORT]
+        summary = {
+            "steps": self.step,
+            "version": best,
+            "peak_memory_gib": self._peak_memory_gib if self.config.cluster.address is None else None,
+            "report": report,
+        }
         partial = self.folder.summary.with_suffix(".partial")
-        partial.write_text(json.dumps({"steps": self.step, "version": best, "report": report}, indent=1))
+        partial.write_text(json.dumps(summary, indent=1))
         partial.replace(self.folder.summary)
         draw_learning_curve(read_rows(self.folder.metrics), self.folder.learning_curve, self.folder.root.name)
         return report

@@ -55,6 +55,7 @@ ROLLOUT_METRICS = (
     MetricSpec("groups_running", "groups", "Groups being played now."),
     MetricSpec("groups_failed", "groups", "Groups that failed and were played again, in total."),
     MetricSpec("worker_restarts", "restarts", "Rollout worker restarts in total."),
+    MetricSpec("memory_gib", "GiB", "Memory of all processes of the run, shared pages once (local cluster only)."),
     MetricSpec("sampler_idle_share", "share", "Share of the last seconds without a request in flight."),
     MetricSpec("tokens_per_s", "tokens/s", "Response tokens per second since the start of training."),
 )
