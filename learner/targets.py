@@ -199,8 +199,6 @@ def _node_log_rewards(trajectory: Trajectory, layout: _Layout, reference: Sequen
         until = torch.tensor([0.0, *reference], dtype=torch.float64).cumsum(dim=0)
         # States without a response of their own (forced stops) add nothing beyond the one before.
         count = [min(t + 1, len(reference)) for t in layout.nodes]
-        if layout.borrows:
-            count[0] = 0  # the flow through z_0 is that before any chain of thought
         log_rewards = log_rewards + target.reference_weight * until[count]
     return log_rewards
 
@@ -218,8 +216,8 @@ def _borrow_first_flow(
     """Gives state 0 of trajectories that began malformed the flow that their companions estimate.
 
     Returns:
-        log_p_stop with the entries that make log_reward[0] − log_p_stop[0] that flow, and which
-        trajectories (K,) have no companion to borrow from.
+        log_p_stop with the entries that make log_reward[0] − log_p_stop[0] that flow (so that whatever
+        log_reward[0] holds there cancels), and which trajectories (K,) have no companion to borrow from.
     """
     log_flow = (log_reward[:, 0] - log_p_stop[:, 0]).detach()
     lends = (instance[:, None] == instance) & scored_first

@@ -8,6 +8,7 @@ from learner.learner import Learner
 from learner.mismatch import compare
 from learner.model import adapter_parameters
 from learner.optimization import MAX_SKIPPED_IN_A_ROW, learning_rate
+from learner.scoring import steps_of
 from shared.config import LearnerSettings
 from shared.errors import UserError
 from shared.trajectory import EndReason
@@ -78,6 +79,34 @@ def test_its_own_log_probabilities_are_no_mismatch(tiny_model, make_config, make
     assert metrics["mismatch_share"] == 1.0
     assert metrics["mismatch_max"] < 1e-5
     assert compare(sampled, learner.score(sampled)).max > 1e-5  # the step moved the policy
+
+
+@pytest.mark.parametrize("loss", ["var_tb", "subtb"])
+def test_a_policy_that_is_the_reference_feels_nothing_of_its_chains_of_thought(
+    tiny_model, make_config, make_trajectory, loss
+):
+    """With reference_weight = cot_weight; the fresh adapter is the reference."""
+    batch = make_trajectory.batch()
+    losses = {}
+    for gamma, alpha in ((0.4, 0.4), (0.0, 0.0), (0.4, 0.0)):
+        config = make_config(policy={"cot_weight": gamma}, target={"reference_weight": alpha}, objective={"loss": loss})
+        losses[gamma, alpha] = Learner(config, tiny_model).step(batch)["loss"]
+    assert losses[0.4, 0.4] == pytest.approx(losses[0.0, 0.0], rel=1e-6)
+    assert losses[0.4, 0.0] != pytest.approx(losses[0.0, 0.0], rel=1e-2)
+
+
+def test_the_reference_stays_where_training_began(tiny_model, make_config, make_trajectory):
+    batch = make_trajectory.batch()
+    config = make_config(learner={"learning_rate": 5e-2})
+    moved, fresh = Learner(config, tiny_model), Learner(config, tiny_model)
+    moved.step(make_trajectory.batch())
+    scores = [ln._reference.log_cot(batch, ln._scorer.pack(steps_of(batch))) for ln in (moved, fresh)]
+    torch.testing.assert_close(scores[0], scores[1])
+    assert compare_first_token(moved, fresh, batch) > 1e-3
+
+
+def compare_first_token(first, second, batch):
+    return abs(first.score(batch)[0][0][0] - second.score(batch)[0][0][0])
 
 
 def test_remembered_reference_scores_change_nothing(tiny_model, make_config, make_trajectory):

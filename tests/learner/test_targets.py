@@ -50,10 +50,11 @@ def test_a_forced_stop_has_probability_one_and_no_chain_of_thought(make_trajecto
     assert (inputs.length.tolist(), inputs.stopped.tolist()) == ([2], [True])
 
 
-def test_a_cut_that_is_no_end_drops_the_last_transition(make_trajectory):
+@pytest.mark.parametrize("state_wise", [True, False])
+def test_a_cut_that_is_no_end_drops_the_last_transition(make_trajectory, state_wise):
     trajectory = make_trajectory(["+", "+"], EndReason.STEP_LIMIT, log_rewards=[1.0, 3.0, 0.5])
     scores = random_scores([trajectory])
-    inputs = loss_inputs([trajectory], scores, torch.tensor([-11.0, -22.0]), target(terminal=False))
+    inputs = loss_inputs([trajectory], scores, torch.tensor([-11.0, -22.0]), target(state_wise, terminal=False))
     assert (inputs.length.tolist(), inputs.stopped.tolist()) == ([1], [False])
     assert float(inputs.log_p_stop[0, 1]) == pytest.approx(float(scores[1, 2] + GAMMA * scores[1, 1]))
     assert float(inputs.log_reward[0, 1]) == pytest.approx(6.0 - 0.3 * 33)
