@@ -57,8 +57,35 @@ def test_waiting_ends_when_enough_was_accepted(tmp_path: Path) -> None:
 def test_waiting_too_long_says_for_what(tmp_path: Path) -> None:
     actor = create_buffer_actor(RunConfig(), tmp_path, "buffer-timeout")
     call(actor.append, to_record_batch(make_group(0)))
-    with pytest.raises(TimeoutError, match=r"step 3 within 0.2 s: 2 of 8 trajectories accepted, 1 of 4 groups"):
+    with pytest.raises(TimeoutError, match=r"step 3 within 0.2 s: 2 of 8 trajectories accepted, 1 groups fresh"):
         call(actor.wait_sample, 3, 4, 0, 8, 0.2)
+    with pytest.raises(TimeoutError, match=r"2 of 2 trajectories accepted, 0 groups fresh enough at version 999"):
+        call(actor.wait_sample, 3, 4, 999, 2, 0.2)
+
+
+def test_all_learners_get_the_same_batch_of_a_step(tmp_path: Path) -> None:
+    actor = create_buffer_actor(RunConfig(), tmp_path, "buffer-learners")
+    for index in range(6):
+        call(actor.append, to_record_batch(make_group(index)))
+    first = call(actor.wait_sample, 4, 3, 0, 0, 10.0)
+    call(actor.append, to_record_batch(make_group(6)))
+    assert call(actor.wait_sample, 4, 3, 0, 0, 10.0).equals(first)
+    assert not call(actor.wait_sample, 5, 3, 0, 0, 10.0).equals(first)
+    assert call(actor.wait_sample, 4, 3, 0, 0, 10.0).equals(first)
+
+
+def test_a_batch_has_fewer_groups_while_there_are_fewer(tmp_path: Path) -> None:
+    actor = create_buffer_actor(RunConfig(), tmp_path, "buffer-early")
+    call(actor.append, to_record_batch(make_group(0)))
+    assert call(actor.wait_sample, 0, 4, 0, 2, 10.0).num_rows == 2
+
+
+def test_closing_ends_all_waiting(tmp_path: Path) -> None:
+    actor = create_buffer_actor(RunConfig(), tmp_path, "buffer-closed")
+    waiting = actor.wait_sample.remote(step=0, groups=1, version=0, min_accepted=1, timeout_s=60)
+    call(actor.close)
+    assert ray.get(waiting, timeout=30) is None
+    assert call(actor.wait_sample, 1, 1, 0, 0, 10.0) is None
 
 
 def test_damaged_files_are_reported_at_start(tmp_path: Path) -> None:
