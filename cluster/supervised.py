@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cluster.demonstrations import Demonstrations, playgrounds
+from cluster.demonstrations import Demonstrations, playgrounds, reading_room
 from cluster.models import resolve_model
 from cluster.warm_start import WarmStartFigures, play_and_measure
 from learner.sft import SftProgress, SftSettings, SftTrainer, load_for_sft
@@ -42,6 +42,7 @@ class SftRequest(Settings):
         noise: Probability that a demonstrated action is a random admissible one.
         with_done: Whether the stop action is demonstrated.
         ood: Whether out-of-distribution numbers are demonstrated too.
+        reading_steps: First steps that teach reading only, see `Demonstrations`.
         episodes: Episodes played for each of the final figures; 0 for none.
         sft: The training settings.
     """
@@ -51,6 +52,7 @@ class SftRequest(Settings):
     noise: Fraction = 0.5
     with_done: bool = True
     ood: bool = True
+    reading_steps: int = Field(0, ge=0, le=10_000_000)
     episodes: int = Field(200, ge=0, le=100_000)
     sft: SftSettings = SftSettings()
 
@@ -99,7 +101,14 @@ def resume(out: Path, console: Console) -> bool:
 def _train(trainer: SftTrainer, request: SftRequest, out: Path, console: Console) -> bool:
     size = sum(parameter.numel() for parameter in trainer.network.parameters())
     console.print(f"Training all {size / 1e6:.2f} M parameters on {trainer.network.device}, {request.sft.steps} steps.")
-    source = Demonstrations(playgrounds(request.task, request.ood), request.noise, request.with_done, request.sft.seed)
+    source = Demonstrations(
+        playgrounds(request.task, request.ood),
+        request.noise,
+        request.with_done,
+        request.sft.seed,
+        reading_room(request.task, request.ood),
+        request.reading_steps,
+    )
     started, first_step = time.monotonic(), trainer.step
     with _interrupt_flag() as interrupted, _Display(console, request.sft.steps, first_step) as display:
         try:

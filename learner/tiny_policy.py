@@ -92,8 +92,8 @@ class TinyShape:
     text_hidden: int = 64
     text_mlp: int = 192
     text_layers: int = 3
-    text_heads: int = 2
-    key_value_heads: int = 1
+    text_heads: int = 4
+    key_value_heads: int = 2
     head_dim: int = 32
 
 

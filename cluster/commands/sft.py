@@ -24,10 +24,13 @@ def register(app: typer.Typer) -> None:
         model: Annotated[
             str, typer.Option(help="`tiny` (new, random weights), a shipped model, a model folder or a hub name.")
         ] = "tiny",
-        steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1500,
+        steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 2400,
         batch: Annotated[int, typer.Option(help="Examples in a step.")] = 32,
         micro_batch: Annotated[int, typer.Option(help="Examples in one forward pass.")] = 8,
         lr: Annotated[float, typer.Option(help="Peak learning rate; 1e-5 suits a 7B model.")] = 3e-3,
+        reading_steps: Annotated[
+            int, typer.Option(help="First steps that teach reading from short sequences; 0 for a model that reads.")
+        ] = 1000,
         noise: Annotated[float, typer.Option(help="Share of random actions: how weak the policy is to be.")] = 0.5,
         with_done: Annotated[bool, typer.Option(help="Demonstrate the stop action.")] = True,
         ood: Annotated[bool, typer.Option(help="Demonstrate out-of-distribution numbers too.")] = True,
@@ -78,6 +81,7 @@ def register(app: typer.Typer) -> None:
                         "noise": noise,
                         "with_done": with_done,
                         "ood": ood,
+                        "reading_steps": reading_steps,
                         "episodes": episodes,
                         "sft": settings,
                     }
