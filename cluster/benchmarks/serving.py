@@ -62,6 +62,7 @@ def bench_serving(config: RunConfig, model_path: str, parts: set[str], scale: Sc
         figures += _throughput(config, inputs, bare, served if SERVE in parts else None, scale, say)
         if served is not None and ADAPTER in parts:
             figures += _hand_over(config, inputs, served, adapter, scale, say)
+        say("stopping the engines")
     return figures
 
 

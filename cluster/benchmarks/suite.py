@@ -61,4 +61,6 @@ def _measured(config: RunConfig, parts: set[str], scale: Scale, console: Console
             from cluster.benchmarks.serving import bench_serving
 
             figures += bench_serving(config, model_path, parts & _NEED_ENGINE, scale, teller("sampler"))
+        if parts & _NEED_RAY:
+            teller("ray")("stopping")
     return figures
