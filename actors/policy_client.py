@@ -81,9 +81,8 @@ class PolicyClient:
     async def status(self) -> list[dict[str, Any]]:
         """Returns every running replica's `PolicyServer.status`; replicas that do not answer are left out."""
         try:
-            answers = await asyncio.wait_for(
-                self.handle.broadcast("status").results_async(return_exceptions=True), self.request_timeout_s
-            )
+            broadcast = self.handle.broadcast("status")
+            answers = await broadcast.results_async(timeout_s=self.request_timeout_s, return_exceptions=True)
         except (RayServeException, RayError, TimeoutError):
             return []
         return [answer for answer in answers if isinstance(answer, dict)]

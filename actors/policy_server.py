@@ -159,6 +159,7 @@ def deploy_policy_server(config: RunConfig, model_path: str, store_name: str, na
     """
     sampler = config.sampler
     # Requests come over handles only: no proxy, no port.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled", logging_config=_quiet_logging())
     deployment = serve.deployment(
         PolicyServer,

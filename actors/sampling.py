@@ -99,7 +99,8 @@ class SamplerUnavailableError(RuntimeError):
 class AdapterVersions:
     """Which adapter versions an engine holds, and how many requests in flight name each.
 
-    For use on one event loop. An adapter leaves the engine only when no request names it, never by age.
+    For use on one event loop. An adapter leaves the engine only when no request names it, never by age;
+    where all are in use, a further one waits for its place.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class AdapterVersions:
         add: Callable[[int, Path], Awaitable[None]],
         remove: Callable[[int], Awaitable[None]],
         path_of: Callable[[int], Awaitable[Path]] | None = None,
+        capacity: int = 4,
     ) -> None:
         """Starts with the base model only.
 
@@ -115,7 +117,9 @@ class AdapterVersions:
             remove: Drops an adapter from the engine.
             path_of: Finds the adapter of a version that a request names and the engine does not hold;
                 raises `UnknownVersionError`. None: such a request is refused.
+            capacity: Adapters that the engine may hold at once; at least 2.
         """
+        self._capacity = capacity
         self._add = add
         self._remove = remove
         self._path_of = path_of
@@ -123,6 +127,7 @@ class AdapterVersions:
         self._paths: dict[int, Path] = {}
         self._in_flight: Counter[int] = Counter()
         self._changes = asyncio.Lock()
+        self._freed = asyncio.Event()
         self._tokens = 0
         self._responses = 0
         self._started = time.monotonic()
@@ -144,6 +149,7 @@ class AdapterVersions:
             raise ValueError(f"adapter versions count from {BASE_VERSION + 1}, got {version}")
         await self._hold(version, path)
         self._newest = max(self._newest, version)
+        self._freed.set()
 
     @asynccontextmanager
     async def admit(self, version: int | None) -> AsyncIterator[int]:
@@ -166,12 +172,9 @@ class AdapterVersions:
 
     async def retire(self) -> None:
         """Drops adapters that are not the newest and that no request in flight names."""
-        for version in list(self._paths):
-            async with self._changes:
-                used = version == self._newest or self._in_flight[version] > 0
-                # Forgotten before the engine drops it: a request from now on loads it again.
-                if not used and self._paths.pop(version, None) is not None:
-                    await self._remove(version)
+        async with self._changes:
+            for version in self._unused():
+                await self._drop(version)
 
     def count(self, tokens: int) -> None:
         """Notes a finished response of so many tokens."""
@@ -193,10 +196,29 @@ class AdapterVersions:
         }
 
     async def _hold(self, version: int, path: Path) -> None:
-        async with self._changes:
-            if version not in self._paths:
-                await self._add(version, path)
-                self._paths[version] = path
+        while True:
+            async with self._changes:
+                if version in self._paths:
+                    return
+                if len(self._paths) >= self._capacity:
+                    for unused in self._unused()[:1]:
+                        await self._drop(unused)
+                if len(self._paths) < self._capacity:
+                    await self._add(version, path)
+                    self._paths[version] = path
+                    return
+                self._freed.clear()
+            # Not under the lock: the versions in use must go on being found, and new ones retired.
+            await self._freed.wait()
+
+    def _unused(self) -> list[int]:
+        return [v for v in sorted(self._paths) if v != self._newest and self._in_flight[v] == 0]
+
+    async def _drop(self, version: int) -> None:
+        if self._in_flight[version] == 0:
+            # Forgotten before the engine drops it: a request from now on loads it again.
+            del self._paths[version]
+            await self._remove(version)
 
     def _enter(self, version: int) -> None:
         if self._busy_since is None:
@@ -207,6 +229,7 @@ class AdapterVersions:
         self._in_flight[version] -= 1
         if self._in_flight[version] == 0:
             del self._in_flight[version]
+            self._freed.set()
         if self._in_flight.total() == 0 and self._busy_since is not None:
             self._busy_s += time.monotonic() - self._busy_since
             self._busy_since = None

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from actors.sampling import (
@@ -177,16 +178,25 @@ class TransformersSampler:
     async def _add(self, version: int, path: Path) -> None:
         try:
             await self._in_thread(self._add_adapter, version, path)
-        except (ValueError, RuntimeError, OSError, KeyError) as error:
+        except (ValueError, RuntimeError, OSError, KeyError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"adapter {path}: the sampler cannot apply it ({reason})") from None
 
     def _add_adapter(self, version: int, path: Path) -> None:
+        name = f"v{version}"
+        settings = PeftConfig.from_pretrained(str(path))
+        settings.inference_mode = True
         if isinstance(self._model, PeftModel):
-            self._model.load_adapter(str(path), f"v{version}", is_trainable=False, torch_device=str(self._device))
+            self._model.add_adapter(name, settings)
         else:
-            self._model = PeftModel.from_pretrained(self._model, str(path), f"v{version}")
-        self._model.eval()
+            self._model = PeftModel(self._model, settings, name).eval()
+        try:
+            unused = self._model.load_adapter(str(path), name, torch_device=str(self._device)).unexpected_keys
+            if unused:
+                raise ValueError(f"it adapts {unused[0]}, which the model does not have")
+        except (ValueError, RuntimeError, OSError, KeyError, SafetensorError):
+            self._model.delete_adapter(name)
+            raise
 
     async def _remove(self, version: int) -> None:
         await self._in_thread(lambda: self._model.delete_adapter(f"v{version}"))
@@ -215,11 +225,12 @@ class _DrawTokens(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Returns scores (N, vocabulary) whose arg max is the drawn token; notes (N,) log-probabilities."""
         raw = scores.float().log_softmax(dim=-1)
-        drawn = raw.index_fill(1, self._forbidden, float("-inf"))
+        drawn = raw.clone()
         for row, (temperature, generator) in enumerate(zip(self._temperatures, self._generators, strict=True)):
             if temperature > 0.0:
                 noise = torch.empty_like(drawn[row]).exponential_(generator=generator).log()
                 drawn[row] = drawn[row] / temperature - noise
+        drawn[:, self._forbidden] = float("-inf")
         self.log_probs.append(raw.gather(1, drawn.argmax(dim=-1, keepdim=True)).squeeze(1))
         return drawn
 

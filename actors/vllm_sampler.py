@@ -18,14 +18,14 @@ from shared.config import RunConfig
 from shared.errors import UserError
 from shared.policy_inputs import PolicyInputs, decode_image
 
-LORA_SLOTS = 3
-"""Adapter versions that one batch may mix: the newest, the one before it, and one under evaluation."""
-
-LORA_CACHE = 8
-"""Adapters kept in host memory; a request for another one reads it from its folder again."""
+ADAPTERS = 3
+"""Adapter versions held, and mixed in one batch: the newest, the one before it, and one under evaluation."""
 
 IMAGE_CACHE_GIB = 0.25
 """Processed images kept, per process: the K rollouts of a group start from the same picture."""
+
+SHUTDOWN_S = 10.0
+"""How long the engine's processes may take to end by themselves; vLLM kills them then."""
 
 GIB = 2**30
 
@@ -50,7 +50,7 @@ class VllmSampler:
             UserError: vLLM is not installed, or cannot serve this model under these settings.
         """
         self._inputs = PolicyInputs.load(model_path)
-        self._versions = AdapterVersions(self._add, self._remove, path_of)
+        self._versions = AdapterVersions(self._add, self._remove, path_of, ADAPTERS)
         self._forbidden = dict.fromkeys(self._inputs.forbidden_ids, float("-inf"))
         before = multiprocessing.active_children()
         self._engine = _start_engine(config, self._inputs.model, len(self._forbidden))
@@ -97,7 +97,7 @@ class VllmSampler:
 
     def shutdown(self) -> None:
         """Ends the engine and its processes."""
-        self._engine.shutdown()
+        self._engine.shutdown(timeout=SHUTDOWN_S)
 
     async def _generate(self, request: SampleRequest, version: int) -> Any:
         from vllm.exceptions import VLLMClientError
@@ -107,22 +107,21 @@ class VllmSampler:
             "prompt": self._inputs.render(request.prompt),
             "multi_modal_data": {"image": decode_image(request.image)},
         }
-        outputs = self._engine.generate(
-            prompt,
-            self._sampling_params(request),
-            uuid.uuid4().hex,
-            lora_request=None if version == BASE_VERSION else self._lora(version),
-            # The chat template has written every special token; the learner's encoding adds none either.
-            tokenization_kwargs={"add_special_tokens": False},
-        )
+        last = None
         try:
-            last = None
-            async for output in outputs:
+            async for output in self._engine.generate(
+                prompt,
+                self._sampling_params(request),
+                uuid.uuid4().hex,
+                lora_request=None if version == BASE_VERSION else self._lora(version),
+                # The chat template has written every special token; the learner's encoding adds none either.
+                tokenization_kwargs={"add_special_tokens": False},
+            ):
                 last = output
         except VLLMClientError as error:
             reason = " ".join(str(error).split())
             raise UserError(
-                f"the sampler refuses a request: {reason} (sampler.max_model_len, policy.max_response_tokens)"
+                f"vLLM refuses a request: {reason} (see sampler.max_model_len, sampler.temperature)"
             ) from None
         except (EngineDeadError, EngineGenerateError) as error:
             # vLLM's own exception types must not travel: unpickling one imports vLLM in the client.
@@ -192,8 +191,9 @@ def _start_engine(config: RunConfig, model: str, forbidden: int) -> Any:
         limit_mm_per_prompt={"image": 1},
         mm_processor_cache_gb=IMAGE_CACHE_GIB,
         enable_lora=True,
-        max_loras=LORA_SLOTS,
-        max_cpu_loras=LORA_CACHE,
+        # One slot more than adapters: vLLM's CPU kernels apply whatever stands in the last slot to the
+        # base model's requests of a mixed batch (their slot is -1), so it must stay empty.
+        max_loras=ADAPTERS + 1,
         max_lora_rank=_lora_rank(config.policy.lora_rank),
         # The model's own log-probabilities: before masks, at temperature 1, whatever is sampled from.
         logprobs_mode="raw_logprobs",

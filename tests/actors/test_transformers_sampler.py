@@ -1,0 +1,161 @@
+"""The transformers sampler: exact log-probabilities, one version per response, batches of any company."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+from actors.sampling import SampleRequest, SampleResponse
+from actors.transformers_sampler import TransformersSampler
+from shared.errors import UserError
+from shared.policy_inputs import PolicyInputs
+from tests.actors.tiny_adapters import config, request, write_adapter, write_policy
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_policy(tmp_path_factory.mktemp("policy"), adapters=2)
+
+
+def with_sampler(policy: Path, body: Callable[[TransformersSampler], Coroutine[Any, Any, Any]], **sampler: Any) -> Any:
+    async def run() -> Any:
+        made = TransformersSampler(config(**sampler), str(policy / "model"))
+        try:
+            return await asyncio.wait_for(body(made), 60)
+        finally:
+            made.shutdown()
+
+    return asyncio.run(run())
+
+
+async def sample_all(sampler: TransformersSampler, requests: list[SampleRequest]) -> list[SampleResponse]:
+    return await asyncio.gather(*(sampler.sample(r) for r in requests))
+
+
+@torch.inference_mode()
+def scores(policy: Path, asked: SampleRequest, response: SampleResponse, adapter: Path | None) -> list[float]:
+    """Raw log-probabilities of a response, one forward pass per response, nothing padded."""
+    model = AutoModelForImageTextToText.from_pretrained(policy / "model", dtype=torch.float32).eval()
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    inputs = PolicyInputs.load(str(policy / "model")).encode([asked.prompt], [asked.image])
+    length = inputs["input_ids"].shape[1]
+    ids = torch.tensor([response.token_ids])
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    log_probs = model(**inputs).logits[0, length - 1 : -1].log_softmax(-1)
+    return log_probs.gather(1, ids[0][:, None]).squeeze(1).tolist()
+
+
+def test_log_probabilities_are_the_raw_models_whatever_temperature_mask_and_company(policy: Path) -> None:
+    async def body(sampler: TransformersSampler) -> None:
+        await sampler.load(1, policy / "adapter-1")
+        asked = [request(i, temperature=t, version=v) for i, (t, v) in enumerate([(1.0, 0), (0.5, 1), (2.0, 1)])]
+        for one, response in zip(asked, await sample_all(sampler, asked), strict=True):
+            assert response.version == one.version
+            adapter = policy / "adapter-1" if response.version == 1 else None
+            expected = scores(policy, one, response, adapter)
+            assert response.log_probs == pytest.approx(expected, abs=1e-4)
+
+    with_sampler(policy, body)
+
+
+def test_forbidden_tokens_are_never_sampled_and_the_end_token_stops(policy: Path) -> None:
+    async def body(sampler: TransformersSampler) -> None:
+        inputs = PolicyInputs.load(str(policy / "model"))
+        # Hot enough that every token is about as likely as any other: forbidden ones would show up.
+        asked = [request(i, temperature=20.0, max_tokens=40) for i in range(96)]
+        responses = await sample_all(sampler, asked)
+        sampled = [token for response in responses for token in response.token_ids]
+        assert set(sampled).isdisjoint(inputs.forbidden_ids)
+        assert inputs.done_id in sampled
+        ended = [r for r in responses if inputs.end_id in r.token_ids]
+        assert ended
+        assert all(r.token_ids.index(inputs.end_id) == len(r.token_ids) - 1 for r in ended)
+        assert all(len(r.log_probs) == len(r.token_ids) <= 40 for r in responses)
+        assert all(r.text == inputs.decode(r.token_ids) for r in responses)
+
+    with_sampler(policy, body)
+
+
+def test_a_new_adapter_takes_effect_and_the_old_one_can_be_asked_for_until_it_is_retired(policy: Path) -> None:
+    async def body(sampler: TransformersSampler) -> None:
+        greedy = request(temperature=0.0)
+        base = await sampler.sample(greedy)
+        await sampler.load(1, policy / "adapter-1")
+        first = await sampler.sample(greedy)
+        await sampler.load(2, policy / "adapter-2")
+        second = await sampler.sample(greedy)
+        assert [base.version, first.version, second.version] == [0, 1, 2]
+        assert len({tuple(r.token_ids) for r in (base, first, second)}) == 3
+        asked = [request(temperature=0.0, version=v) for v in (2, 0, 1)]
+        mixed = await sample_all(sampler, asked)
+        assert [r.token_ids for r in mixed] == [second.token_ids, base.token_ids, first.token_ids]
+        await sampler.retire()
+        assert sampler.stats()["loaded_versions"] == [2]
+        assert (await sampler.sample(greedy)).token_ids == second.token_ids
+        assert (await sampler.sample(request(temperature=0.0, version=0))).token_ids == base.token_ids
+
+    with_sampler(policy, body)
+
+
+def test_a_seed_repeats_a_response_in_any_company(policy: Path) -> None:
+    async def body(sampler: TransformersSampler) -> None:
+        alone = await sampler.sample(request(seed=7))
+        company = await sample_all(sampler, [request(i) for i in range(5)] + [request(seed=7)])
+        assert company[-1].token_ids == alone.token_ids
+        assert len({tuple(r.token_ids) for r in company}) > 1
+
+    with_sampler(policy, body)
+
+
+def test_sampling_follows_the_softmax_at_the_requests_temperature(policy: Path) -> None:
+    draws, temperature = 600, 0.25
+    first = request(max_tokens=1)
+
+    async def body(sampler: TransformersSampler) -> list[int]:
+        asked = [replace(first, temperature=temperature, seed=seed) for seed in range(draws)]
+        return [response.token_ids[0] for response in await sample_all(sampler, asked)]
+
+    sampled = with_sampler(policy, body, max_num_seqs=256)
+    inputs = PolicyInputs.load(str(policy / "model"))
+    model = AutoModelForImageTextToText.from_pretrained(policy / "model", dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(**inputs.encode([first.prompt], [first.image])).logits[0, -1]
+    logits[inputs.forbidden_ids] = float("-inf")
+    expected = (logits / temperature).softmax(-1)
+    counted = torch.bincount(torch.tensor(sampled), minlength=len(expected)) / draws
+    # The ten likeliest tokens, within five standard errors.
+    for token in expected.topk(10).indices:
+        share = expected[token].item()
+        assert counted[token].item() == pytest.approx(share, abs=5 * (share * (1 - share) / draws) ** 0.5)
+
+
+def test_a_prompt_beyond_the_longest_fails_alone(policy: Path) -> None:
+    async def body(sampler: TransformersSampler) -> None:
+        long = replace(request(), prompt="Target: 5 " * 400)
+        with pytest.raises(UserError, match="max_model_len"):
+            await sampler.sample(long)
+        assert len((await sampler.sample(request())).token_ids) > 0
+        await sampler.check_health()
+
+    with_sampler(policy, body)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(policy: Path, tmp_path: Path) -> None:
+    async def body(sampler: TransformersSampler) -> None:
+        bad = write_adapter(policy / "model", tmp_path / "bad", seed=1)
+        (bad / "adapter_model.safetensors").write_bytes(b"no safetensors")
+        with pytest.raises(UserError, match="cannot apply"):
+            await sampler.load(1, bad)
+        assert sampler.newest == 0
+        await sampler.load(1, policy / "adapter-1")
+        assert (await sampler.sample(request())).version == 1
+
+    with_sampler(policy, body)
