@@ -12,6 +12,8 @@ from typing import Any
 
 import ray
 import ray.train
+import ray.train.torch
+import torch
 from ray import serve
 
 from actors.adapter_store import find_adapter_store
@@ -65,6 +67,8 @@ def learner_loop(job_values: dict[str, Any]) -> None:
     job = LearnerJob(**job_values)
     folder = RunFolder(Path(job.run_dir))
     context = ray.train.get_context()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ray.train.torch.get_device())
     try:
         _Loop(job, folder, context.get_world_rank(), context.get_world_size()).run()
     except UserError as error:
@@ -227,6 +231,8 @@ def _answer(call: Callable[[], ray.ObjectRef], what: str) -> Any:
     while True:
         try:
             return ray.get(call(), timeout=max(1.0, deadline - time.monotonic()))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"waited {ACTOR_TIMEOUT_S:.0f} s for {what}") from error

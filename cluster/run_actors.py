@@ -128,7 +128,7 @@ class RunActors:
             run_config=self._config,
             model_path=self._model_path,
             source=self.client,
-            buffer=self.buffer,
+            buffer=f"{self._name}-buffer",
             worker_index=index,
         )
 
