@@ -17,7 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from cluster.machine import GIB, memory_limit, versions
 from shared.config import RunConfig

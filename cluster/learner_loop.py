@@ -123,6 +123,10 @@ class _Loop:
         timeout = self.config.learner.data_timeout_s + ACTOR_TIMEOUT_S
         try:
             batch = ray.get(reference, timeout=timeout)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, TimeoutError):
+                raise UserError(f"learner step {step + 1}: {error.cause}") from None
+            raise error.cause from None
         except ray.exceptions.GetTimeoutError:
             raise UserError(
                 f"learner step {step + 1}: no batch from the replay buffer in {timeout:.0f} s; are rollout workers "

@@ -6,7 +6,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 GIB = 2**30
 PACKAGES = ("torch", "vllm", "ray", "transformers", "peft")
