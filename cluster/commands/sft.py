@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
         model: Annotated[
             str, typer.Option(help="`tiny` (new, random weights), a shipped model, a model folder or a hub name.")
         ] = "tiny",
-        steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 2400,
+        steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 4000,
         batch: Annotated[int, typer.Option(help="Examples in a step.")] = 32,
         micro_batch: Annotated[int, typer.Option(help="Examples in one forward pass.")] = 8,
         lr: Annotated[float, typer.Option(help="Peak learning rate; 1e-5 suits a 7B model.")] = 3e-3,

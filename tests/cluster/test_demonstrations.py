@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from cluster.demonstrations import Demonstrations, playgrounds
+from cluster.demonstrations import Demonstrations, playgrounds, reading_room
 from learner.sft import SftExample
 from shared.config import NumberLineSettings
 from shared.response import parse_response
@@ -65,3 +65,13 @@ def test_out_of_distribution_numbers_are_all_shown() -> None:
 
 def test_states_in_the_midst_of_episodes_are_shown() -> None:
     assert sum("State 1" in e.prompt for e in batches(4)) > 32
+
+
+def test_the_reading_stage_leaves_the_prompt_out_and_then_ends() -> None:
+    room = reading_room(SETTINGS, True)
+    source = Demonstrations(playgrounds(SETTINGS, True), 0.5, True, 0, room, reading_steps=32)
+    reading = [example for step in range(32) for example in source.batch(step, 8)]
+    assert all(example.prompt == "" for example in reading)
+    fields = [parse_response(example.response).fields for example in reading]
+    assert np.mean([abs(f["current"] - f["target"]) > SETTINGS.ood_max_distance for f in fields]) > 0.5
+    assert all(example.prompt != "" for example in source.batch(32, 8))
