@@ -24,13 +24,21 @@ def register(app: typer.Typer) -> None:
         model: Annotated[
             str, typer.Option(help="`tiny` (new, random weights), a shipped model, a model folder or a hub name.")
         ] = "tiny",
-        steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 4000,
+        steps: Annotated[
+            int | None, typer.Option(help="Optimiser steps; 4000 for `tiny`, 1500 otherwise.", show_default=False)
+        ] = None,
         batch: Annotated[int, typer.Option(help="Examples in a step.")] = 32,
         micro_batch: Annotated[int, typer.Option(help="Examples in one forward pass.")] = 8,
-        lr: Annotated[float, typer.Option(help="Peak learning rate; 1e-5 suits a 7B model.")] = 3e-3,
+        lr: Annotated[
+            float | None, typer.Option(help="Peak learning rate; 3e-3 for `tiny`, 1e-5 otherwise.", show_default=False)
+        ] = None,
         reading_steps: Annotated[
-            int, typer.Option(help="First steps that teach reading from short sequences; 0 for a model that reads.")
-        ] = 1000,
+            int | None,
+            typer.Option(
+                help="First steps that teach reading from short sequences; 1000 for `tiny`, 0 otherwise.",
+                show_default=False,
+            ),
+        ] = None,
         noise: Annotated[float, typer.Option(help="Share of random actions: how weak the policy is to be.")] = 0.5,
         with_done: Annotated[bool, typer.Option(help="Demonstrate the stop action.")] = True,
         ood: Annotated[bool, typer.Option(help="Demonstrate out-of-distribution numbers too.")] = True,
@@ -52,7 +60,7 @@ def register(app: typer.Typer) -> None:
         Make the shipped model again: `gflowvlm sft --out models/tiny`
 
         Prepare a 7B model: `gflowvlm sft --model HUB/NAME --out models/7b --dtype bfloat16
-        --gradient-checkpointing --lr 1e-5 --micro-batch 4 --image-size 336`
+        --gradient-checkpointing --micro-batch 4 --image-size 336`
         """
         # Imported here: torch and transformers take seconds, and `--help` does not need them.
         from cluster import supervised
@@ -62,11 +70,12 @@ def register(app: typer.Typer) -> None:
         if resume:
             finished = supervised.resume(out, console)
         else:
+            fresh = model == supervised.TINY
             settings = {
-                "steps": steps,
+                "steps": steps if steps is not None else 4000 if fresh else 1500,
                 "batch_size": batch,
                 "micro_batch": micro_batch,
-                "learning_rate": lr,
+                "learning_rate": lr if lr is not None else 3e-3 if fresh else 1e-5,
                 "dtype": dtype,
                 "gradient_checkpointing": gradient_checkpointing,
                 "checkpoint_every": checkpoint_every,
@@ -81,7 +90,7 @@ def register(app: typer.Typer) -> None:
                         "noise": noise,
                         "with_done": with_done,
                         "ood": ood,
-                        "reading_steps": reading_steps,
+                        "reading_steps": reading_steps if reading_steps is not None else 1000 if fresh else 0,
                         "episodes": episodes,
                         "sft": settings,
                     }
