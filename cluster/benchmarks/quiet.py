@@ -16,10 +16,12 @@ def quiet_stderr() -> Iterator[None]:
     with tempfile.TemporaryFile() as log:
         usual = os.dup(2)
         os.dup2(log.fileno(), 2)
-        failed = True
+        failed = False
         try:
             yield
-            failed = False
+        except Exception:
+            failed = True
+            raise
         finally:
             sys.stderr.flush()
             os.dup2(usual, 2)
