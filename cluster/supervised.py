@@ -74,9 +74,12 @@ def start(request: SftRequest, out: Path, console: Console) -> bool:
         else:
             model = resolve_model(request.model)
         network, inputs = load_for_sft(model, request.sft)
+    report = {"command": shlex.join(["gflowvlm", *sys.argv[1:]]), "request": request.model_dump()}
+    if (Path(model) / _REPORT).exists():
+        report["made_from"] = _read_report(Path(model))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write_report(out, {"command": shlex.join(["gflowvlm", *sys.argv[1:]]), "request": request.model_dump()})
+        _write_report(out, report)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from None
     return _train(SftTrainer(network, inputs, request.sft), request, out, console)
@@ -93,8 +96,8 @@ def resume(out: Path, console: Console) -> bool:
     """
     try:
         request = SftRequest.model_validate(_read_report(out)["request"])
-    except (OSError, ValueError, KeyError, TypeError, ValidationError):
-        raise UserError(f"{out}: no supervised fine-tuning to resume (no readable {_REPORT})") from None
+    except (KeyError, ValidationError):
+        raise UserError(f"{out}: its {_REPORT} holds no request; nothing there can be resumed") from None
     return _train(SftTrainer.resume(out / _CHECKPOINT, request.sft), request, out, console)
 
 
@@ -206,10 +209,14 @@ def _interrupt_flag() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _read_report(out: Path) -> dict[str, Any]:
-    content = json.loads((out / _REPORT).read_text(encoding="utf-8"))
+def _read_report(folder: Path) -> dict[str, Any]:
+    path = folder / _REPORT
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); is there a model made by `gflowvlm sft`?") from None
     if not isinstance(content, dict):
-        raise ValueError("no JSON object")
+        raise UserError(f"{path}: no JSON object; restore it, or start again in another --out")
     return content
 
 
