@@ -22,7 +22,7 @@ import psutil
 from cluster.machine import GIB, memory_limit, versions
 from shared.config import RunConfig
 
-PROBE_TIMEOUT_S = 60.0
+PROBE_TIMEOUT_S = 120.0
 NEEDED_DISK_GIB = 1.0
 COMFORTABLE_DISK_GIB = 5.0
 NEEDED_MEMORY_GIB = 4.0
@@ -143,7 +143,7 @@ def probe(code: str, *arguments: str, timeout_s: float = PROBE_TIMEOUT_S) -> Pro
             cwd=tempfile.gettempdir(),
         )
     except subprocess.TimeoutExpired:
-        return ProbeResult(None, {}, f"no answer in {timeout_s:.0f} s")
+        return ProbeResult(None, {}, f"no answer in {timeout_s:.0f} s; is the machine busy? then try again")
     errors = process.stderr.strip().splitlines()
     last = errors[-1].strip() if errors else f"exit status {process.returncode}"
     last = last.removeprefix("shared.errors.UserError: ")
