@@ -49,7 +49,7 @@ HEALTH_CHECK_TIMEOUT_S = 60.0
 
 GRACEFUL_SHUTDOWN_S = 20.0
 
-START_TRIES = 3
+START_TRIES = 2
 """Constructions of a replica before the deployment is given up."""
 
 
