@@ -1,5 +1,6 @@
 """The one way in: `gflowvlm COMMAND`."""
 
+import os
 import sys
 
 import typer
@@ -26,6 +27,8 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Runs the command line; a `UserError` is one line on stderr and exit status 2."""
+    # Remarks on model configurations are not for the user; what goes wrong is said as a UserError.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
     except UserError as error:

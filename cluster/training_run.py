@@ -74,6 +74,7 @@ class TrainingRun:
         """
         try:
             with self.display, RunActors(self.folder, self.config, self.model_path, self.display.say) as self._actors:
+                self.display.update(step=self.step)
                 self._make_scheduler()
                 return self._play_and_learn()
         finally:

@@ -56,6 +56,7 @@ class Learner:
             self._loss = partial(self._loss, subtb_lambda=config.objective.subtb_lambda)
         self._target = Target(
             reward_exponent=config.target.reward_exponent,
+            log_reward_floor=config.target.log_reward_floor,
             reference_weight=config.target.reference_weight,
             cot_weight=config.policy.cot_weight,
             cut_is_terminal=config.target.truncation == "terminal",

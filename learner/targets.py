@@ -36,6 +36,7 @@ companion the trajectory carries no state-wise signal: its length becomes 0 and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,6 +59,7 @@ class Target:
         cot_weight: γ.
         cut_is_terminal: Whether a cut at the step limit counts as a forced stop; else it is incomplete.
         state_wise: Whether the loss uses log P(⊤) at inner states.
+        log_reward_floor: Smallest log R^β, nats.
     """
 
     reward_exponent: float
@@ -65,6 +67,7 @@ class Target:
     cot_weight: float
     cut_is_terminal: bool
     state_wise: bool
+    log_reward_floor: float = -math.inf
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,7 @@ def _layout(trajectory: Trajectory, target: Target) -> _Layout:
 
 def _node_log_rewards(trajectory: Trajectory, layout: _Layout, reference: Sequence[float], target: Target) -> Tensor:
     log_rewards = torch.tensor(trajectory.log_rewards, dtype=torch.float64)[layout.nodes]
-    log_rewards = target.reward_exponent * log_rewards
+    log_rewards = (target.reward_exponent * log_rewards).clamp(min=target.log_reward_floor)
     if target.reference_weight > 0:
         until = torch.tensor([0.0, *reference], dtype=torch.float64).cumsum(dim=0)
         # States without a response of their own (forced stops) add nothing beyond the one before.

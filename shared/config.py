@@ -57,6 +57,13 @@ class TargetSettings(Settings):
     """The target distribution R(x)^beta P_ref(c)^alpha."""
 
     reward_exponent: float = Field(8.0, ge=0.0, le=100.0, description="Beta.")
+    log_reward_floor: float = Field(
+        -1000.0,
+        ge=-1e6,
+        le=1e6,
+        description="Smallest log R^beta, nats. Near the worst valid outcome's it keeps a few invalid ones "
+        "from outweighing a group.",
+    )
     reference_weight: Fraction = Field(0.4, description="Alpha: weight of the reference policy's log P_CoT.")
     truncation: Literal["terminal", "incomplete"] = Field(
         "terminal", description="A cut at the step limit is a forced stop, or an incomplete trajectory."
