@@ -83,7 +83,7 @@ class SamplerSettings(Settings):
     kv_cache_gib: float = Field(0.25, gt=0, le=1024, description="KV cache of one replica on CPU, GiB.")
     gpu_memory_utilization: float = Field(0.85, gt=0, lt=1)
     enforce_eager: bool = True
-    temperature: float = Field(1.0, gt=0, le=5, description="Sampling temperature of training rollouts.")
+    temperature: float = Field(1.0, gt=0, le=2, description="Sampling temperature of training rollouts.")
     request_timeout_s: float = Field(120.0, gt=0, le=3600)
     start_timeout_s: float = Field(300.0, gt=0, le=7200)
     mismatch_tolerance: float = Field(
