@@ -149,3 +149,11 @@ def test_large_reward_exponents_stay_finite(make_trajectory):
     rule = Target(100.0, 1.0, 1.0, cut_is_terminal=True, state_wise=True)
     scores = random_scores(trajectories)
     assert math.isfinite(float(loss("subtb", loss_inputs(trajectories, scores, scores[:, 1], rule)).loss))
+
+
+def test_the_floor_raises_only_what_lies_below_it(make_trajectory):
+    trajectory = make_trajectory(["+", "[DONE]"], EndReason.DONE, log_rewards=[1.0, 3.0])
+    scores = torch.zeros(2, 3, dtype=torch.float64)
+    rule = Target(BETA, 0.0, GAMMA, cut_is_terminal=True, state_wise=True, log_reward_floor=4.0)
+    inputs = loss_inputs([trajectory], scores, None, rule)
+    assert inputs.log_reward.tolist() == [[4.0, 6.0]]

@@ -1,0 +1,22 @@
+from cluster.evaluation import EvaluationPlan
+from cluster.rollout_scheduler import EvaluationJob, training_seed
+from shared.config import RunConfig
+
+
+def test_training_seeds_are_repeatable_and_never_those_of_an_evaluation():
+    seeds = [training_seed(0, index) for index in range(2000)]
+    assert seeds == [training_seed(0, index) for index in range(2000)]
+    assert len(set(seeds)) == 2000
+    assert seeds[:5] != [training_seed(1, index) for index in range(5)]
+    plan = EvaluationPlan.of(RunConfig())
+    assert min(seeds) >= 2**30 > plan.seeds[-1]
+    assert max(seeds) < 2**31
+
+
+def test_an_evaluation_is_finished_when_all_of_it_was_played():
+    job = EvaluationJob(EvaluationPlan("id", instances=2, samples=3, seed=0), version=1, step=4)
+    job.greedy = ["trajectory"] * 2
+    job.sampled = ["trajectory"] * 5
+    assert not job.finished
+    job.sampled.append("trajectory")
+    assert job.finished
