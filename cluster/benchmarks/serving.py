@@ -7,7 +7,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -114,7 +114,9 @@ class ServedPolicy:
 
     def close(self) -> None:
         """Ends everything."""
-        shutdown_policy_server(self.name)
+        # What is too slow to stop, or was interrupted itself, ends with Ray.
+        with suppress(TimeoutError):
+            shutdown_policy_server(self.name)
         for actor in [*self.actors, self.store]:
             ray.kill(actor)
 
