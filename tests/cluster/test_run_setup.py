@@ -16,9 +16,8 @@ def test_a_new_run_is_reopened_with_the_same_configuration(tmp_path):
 
 def test_only_one_driver_holds_a_run(tmp_path):
     folder = new_run(RunConfig(), tmp_path / "r")
-    with run_lock(folder):
-        with pytest.raises(UserError, match="another `gflowvlm train`"), run_lock(folder):
-            pass
+    with run_lock(folder), pytest.raises(UserError, match="another `gflowvlm train`"), run_lock(folder):
+        pass
     with run_lock(folder):
         pass
 
