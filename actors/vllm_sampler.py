@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import torch
 
+from actors.process_guard import ProcessGuard
 from actors.sampling import (
     BASE_VERSION,
     AdapterVersions,
@@ -57,6 +58,8 @@ class VllmSampler:
         before = multiprocessing.active_children()
         self._engine = _start_engine(config, self._inputs.model, len(self._forbidden))
         self._processes = [child for child in multiprocessing.active_children() if child not in before]
+        # An engine does not notice that the process it serves was killed.
+        self._guard = ProcessGuard([process.pid for process in self._processes if process.pid is not None])
 
     @property
     def newest(self) -> int:
@@ -100,6 +103,7 @@ class VllmSampler:
     def shutdown(self) -> None:
         """Ends the engine and its processes."""
         self._engine.shutdown(timeout=SHUTDOWN_S)
+        self._guard.release()
 
     async def _generate(self, request: SampleRequest, version: int) -> Any:
         from vllm.exceptions import VLLMClientError
