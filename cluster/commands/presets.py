@@ -30,12 +30,14 @@ def register(app: typer.Typer) -> None:
             else:
                 typer.echo(text, nl=False)
             return
-        table = Table("preset", "task", "model", "loss", "steps", "sampler", "learner")
+        table = Table()
+        table.add_column("preset", no_wrap=True)
+        for title in ("model", "loss", "steps", "sampler", "learner"):
+            table.add_column(title, overflow="fold")
         for preset in preset_names():
             config = load_preset(preset)
             table.add_row(
                 preset,
-                config.task.name,
                 config.policy.model,
                 config.objective.loss,
                 str(config.learner.steps),
