@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from actors.adapter_store import find_adapter_store
+from actors.samplers import make_sampler
 from actors.sampling import (
-    PolicySampler,
     SampleRequest,
     SampleResponse,
     SamplerUnavailableError,
@@ -61,7 +60,7 @@ class PolicyServer:
         self._store_name = store_name
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._adapter_error: str | None = None
-        self._sampler = _make_sampler(config, model_path, self._path_of)
+        self._sampler = make_sampler(config, model_path, config.sampler.engine, self._path_of)
         self._caught_up = asyncio.Event()
         self._following = asyncio.get_running_loop().create_task(self._follow_store())
 
@@ -217,17 +216,6 @@ def _reason(message: str) -> str:
         return str(errors[-1])
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return lines[-1] if lines else ""
-
-
-def _make_sampler(config: RunConfig, model_path: str, path_of: Callable[[int], Awaitable[Path]]) -> PolicySampler:
-    # Imported here: each engine brings libraries that the other, and the driver, can do without.
-    if config.sampler.engine == "vllm":
-        from actors.vllm_sampler import VllmSampler
-
-        return VllmSampler(config, model_path, path_of)
-    from actors.transformers_sampler import TransformersSampler
-
-    return TransformersSampler(config, model_path, path_of)
 
 
 def _quiet_logging() -> LoggingConfig:

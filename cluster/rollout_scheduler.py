@@ -160,7 +160,7 @@ class RolloutScheduler:
             if result.ok:
                 self._collect(result.actor_id, result.tag, result.get())
             else:
-                self.last_failure = _last_line(str(result.get()))
+                self.last_failure = last_line(str(result.get()))
         self._recover_lost_calls()
         self._dispatch(train)
 
@@ -188,7 +188,7 @@ class RolloutScheduler:
             self._failures_in_a_row = 0
         lost = tuple(s.request for s in summaries if s.failure is not None)
         if lost:
-            self.last_failure = _last_line(next(s.failure for s in summaries if s.failure is not None))
+            self.last_failure = last_line(next(s.failure for s in summaries if s.failure is not None))
             self._play_again(replace(call, requests=lost))
 
     def _collect_evaluation(self, call: _Call, job: EvaluationJob, batch: pa.RecordBatch) -> None:
@@ -253,6 +253,7 @@ class RolloutScheduler:
             self._requeue(call)
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
+    """Returns the last line of an error's text: what went wrong, without where."""
     lines = text.strip().splitlines()
     return lines[-1] if lines else "no reason given"

@@ -10,6 +10,7 @@ from rich.progress import Progress
 
 from actors.episode import PlayedGroup, play_group
 from actors.groups import GroupRequest, PlaySettings
+from actors.samplers import make_sampler
 from actors.sampling import BASE_VERSION, PolicySampler
 from cluster.evaluation import EvaluationPlan, evaluate_trajectories
 from cluster.models import resolve_model
@@ -43,9 +44,10 @@ def evaluate_run(
     if version != BASE_VERSION and not folder.adapter(version).is_dir():
         raise UserError(f"{directory}: there is no adapter version {version}; `ls {folder.adapters}` shows them")
     model = resolve_model(config.policy.model)
+    engine = config.sampler.engine if engine is None else engine
 
     async def play() -> tuple[list[PlayedGroup], list[PlayedGroup]]:
-        sampler = _make_sampler(config, model, engine if engine is not None else config.sampler.engine)
+        sampler = make_sampler(config, model, engine)
         try:
             if version != BASE_VERSION:
                 await sampler.load(version, folder.adapter(version))
@@ -53,7 +55,7 @@ def evaluate_run(
         finally:
             sampler.shutdown()
 
-    console.print(f"starting the {engine if engine is not None else config.sampler.engine} sampler")
+    console.print(f"starting the {engine} sampler")
     sampled, greedy = asyncio.run(play())
     return evaluate_trajectories(
         config,
@@ -62,16 +64,6 @@ def evaluate_run(
         [t for group in sampled for t in group.trajectories],
         [t for group in greedy for t in group.trajectories],
     ).as_dict()
-
-
-def _make_sampler(config: RunConfig, model: str, engine: str) -> PolicySampler:
-    if engine == "vllm":
-        from actors.vllm_sampler import VllmSampler
-
-        return VllmSampler(config, model)
-    from actors.transformers_sampler import TransformersSampler
-
-    return TransformersSampler(config, model)
 
 
 async def _play(

@@ -13,6 +13,13 @@ from shared.errors import UserError
 from shared.run_folder import RunFolder
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file so that a reader sees all of it or none."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def new_run(config: RunConfig, directory: Path | None) -> RunFolder:
     """Makes a run's folder and writes its configuration.
 
@@ -31,9 +38,7 @@ def new_run(config: RunConfig, directory: Path | None) -> RunFolder:
         folder.root.mkdir(parents=True, exist_ok=True)
         for path in (folder.trajectories, folder.adapters, folder.checkpoints, folder.tensorboard):
             path.mkdir(exist_ok=True)
-        partial = folder.config.with_suffix(".partial")
-        partial.write_text(dump_config(config), encoding="utf-8")
-        partial.replace(folder.config)
+        write_whole(folder.config, dump_config(config))
     except OSError as error:
         raise UserError(f"{root}: cannot make the run's folder ({error.strerror or error})") from None
     return folder

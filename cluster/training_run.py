@@ -17,9 +17,10 @@ from cluster.memory import memory_gib
 from cluster.models import resolve_model
 from cluster.plots import draw_learning_curve
 from cluster.progress import RunDisplay
-from cluster.rollout_scheduler import EvaluationJob, RolloutScheduler
+from cluster.rollout_scheduler import EvaluationJob, RolloutScheduler, last_line
 from cluster.run_actors import RunActors
 from cluster.run_log import Row, RowTail, append_row, read_rows
+from cluster.run_setup import write_whole
 from cluster.telemetry import Telemetry
 from shared.config import RunConfig
 from shared.errors import UserError
@@ -112,7 +113,8 @@ class TrainingRun:
         if self._actors.learner_error is not None:
             raise UserError(
                 f"the learner failed {self.config.learner.max_failures + 1} times, last: "
-                f"{_last_line(self._actors.learner_error)}; resume with `gflowvlm train --resume {self.folder.root}`"
+                f"{last_line(str(self._actors.learner_error))}; "
+                f"resume with `gflowvlm train --resume {self.folder.root}`"
             )
         if self.step < self.config.learner.steps:
             raise UserError(
@@ -171,9 +173,7 @@ class TrainingRun:
         )
         best = json.loads(self.folder.best.read_text()) if self.folder.best.exists() else None
         if best is None or figures["success"] >= best["success"]:
-            partial = self.folder.best.with_suffix(".partial")
-            partial.write_text(json.dumps(row, indent=1))
-            partial.replace(self.folder.best)
+            write_whole(self.folder.best, json.dumps(row, indent=1))
         draw_learning_curve(read_rows(self.folder.metrics), self.folder.learning_curve, self.folder.root.name)
 
     def _snapshot(self) -> None:
@@ -226,9 +226,7 @@ class TrainingRun:
             "peak_memory_gib": self._peak_memory_gib if self.config.cluster.address is None else None,
             "report": report,
         }
-        partial = self.folder.summary.with_suffix(".partial")
-        partial.write_text(json.dumps(summary, indent=1))
-        partial.replace(self.folder.summary)
+        write_whole(self.folder.summary, json.dumps(summary, indent=1))
         draw_learning_curve(read_rows(self.folder.metrics), self.folder.learning_curve, self.folder.root.name)
         return report
 
@@ -246,8 +244,3 @@ class TrainingRun:
                 shares.append(1.0 - (busy - busy_before) / (up - up_before))
         self._server_seen = seen
         return sum(shares) / len(shares) if shares else None
-
-
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__

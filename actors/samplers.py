@@ -1,0 +1,34 @@
+"""Which sampler an engine's name stands for."""
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from actors.sampling import PolicySampler
+from shared.config import RunConfig
+
+
+def make_sampler(
+    config: RunConfig,
+    model_path: str,
+    engine: str,
+    path_of: Callable[[int], Awaitable[Path]] | None = None,
+) -> PolicySampler:
+    """Starts a sampler.
+
+    Args:
+        config: The run's configuration.
+        model_path: Model directory or hub name.
+        engine: ``vllm`` or ``transformers``.
+        path_of: Finds the adapter of a version that a request names.
+
+    Raises:
+        UserError: The engine is not installed, or cannot serve the model.
+    """
+    # Imported here: each engine brings libraries that the other, and the driver, can do without.
+    if engine == "vllm":
+        from actors.vllm_sampler import VllmSampler
+
+        return VllmSampler(config, model_path, path_of)
+    from actors.transformers_sampler import TransformersSampler
+
+    return TransformersSampler(config, model_path, path_of)
