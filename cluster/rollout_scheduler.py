@@ -230,7 +230,9 @@ class RolloutScheduler:
             tags = [call.tag for call in self._running[actor_id]]
             for _ in range(self._groups_per_worker - tags.count(ROLLOUT)):
                 self._send(actor_id, self._next_rollout() if train else None)
-            if self._evaluations and tags.count(ROLLOUT) == len(tags):
+            rollouts = tags.count(ROLLOUT)
+            calls = 1 if train else idle_worker_calls(self._groups_per_worker, rollouts)
+            for _ in range(min(calls - (len(tags) - rollouts), len(self._evaluations))):
                 self._send(actor_id, self._evaluations.popleft())
 
     def _next_rollout(self) -> _Call | None:
@@ -251,6 +253,15 @@ class RolloutScheduler:
             self._running[actor_id].append(call)
         else:
             self._requeue(call)
+
+
+def idle_worker_calls(groups_per_worker: int, rollouts: int) -> int:
+    """Returns how many evaluation calls a worker that starts no more training groups may run at the same time.
+
+    A call plays `EVALUATION_CHUNK` groups and ends with its longest episode, so there are twice as many calls
+    as fill the worker: the next ones run while the last episodes of the others end. At least one.
+    """
+    return max(1, 2 * (groups_per_worker - rollouts) // EVALUATION_CHUNK)
 
 
 def last_line(text: str) -> str:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from cluster.demonstrations import Demonstrations, playgrounds, reading_room
 from cluster.models import resolve_model
 from cluster.warm_start import WarmStartFigures, play_and_measure
-from learner.sft import SftProgress, SftSettings, SftTrainer, load_for_sft
+from learner.sft import SftProgress, SftSettings, SftTrainer, load_for_sft, scale_head
 from learner.tiny_policy import build_tiny_policy
 from shared.config import Fraction, NumberLineSettings, Settings, TaskSettings
 from shared.errors import UserError
@@ -39,6 +39,7 @@ class SftRequest(Settings):
     Attributes:
         task: The task that is demonstrated.
         model: ``tiny``, a shipped model, a model directory or a hub name.
+        head_scale: What the output head is multiplied by before training, see `scale_head`.
         noise: Probability that a demonstrated action is a random admissible one.
         with_done: Whether the stop action is demonstrated.
         ood: Whether out-of-distribution numbers are demonstrated too.
@@ -49,6 +50,7 @@ class SftRequest(Settings):
 
     task: TaskSettings = NumberLineSettings()
     model: str = TINY
+    head_scale: float = Field(1.0, gt=0, le=10)
     noise: Fraction = 0.5
     with_done: bool = True
     ood: bool = True
@@ -74,6 +76,8 @@ def start(request: SftRequest, out: Path, console: Console) -> bool:
         else:
             model = resolve_model(request.model)
         network, inputs = load_for_sft(model, request.sft)
+    if request.head_scale != 1.0:
+        scale_head(network, request.head_scale)
     report = {"command": shlex.join(["gflowvlm", *sys.argv[1:]]), "request": request.model_dump()}
     if (Path(model) / _REPORT).exists():
         report["made_from"] = _read_report(Path(model))

@@ -283,6 +283,23 @@ class SftTrainer:
             }
 
 
+def scale_head(network: Any, factor: float) -> None:
+    """Multiplies the output head, and so every logit, by a factor.
+
+    Training that follows brings the probabilities that demonstrations show back to where they belong; what
+    stays is that tokens never demonstrated are exponentially less likely. A tiny model needs it: the noise
+    that reinforcement puts into its weights otherwise turns some responses malformed.
+
+    Raises:
+        UserError: The head shares its weights with the input embedding.
+    """
+    head = network.get_output_embeddings()
+    if head is None or head.weight is network.get_input_embeddings().weight:
+        raise UserError("--head-scale: this model's output head is its input embedding and cannot be scaled alone")
+    with torch.no_grad():
+        head.weight.mul_(factor)
+
+
 def learning_rate(step: int, settings: SftSettings) -> float:
     """Returns the learning rate of a step (counted from 0): linear warm-up, then a cosine to 0."""
     warm = min(settings.warmup_steps, settings.steps - 1)

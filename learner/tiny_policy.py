@@ -44,9 +44,10 @@ _SPECIAL_TOKENS = (
     "<global-img>",
 )
 
-# The punctuation of a response comes first, so that it ends where a value begins: `": "` is one piece
-# and `+` the next. Digits stand alone, whatever precedes them. The rest: words, space, other signs.
-_PIECES = r"""\{"|": "|": |", "|, "|"\}|: |\d| ?\p{L}+|\n+| |[^\s\p{L}\d]|\s"""
+# Keys of a response are one piece each and end where a value begins: `{"current": ` is one token and `3` the
+# next. Digits stand alone, whatever precedes them. Runs of words are one piece too: few tokens make few steps
+# of the engine, and a phrase the tokenizer was not made from still falls apart into words and bytes.
+_PIECES = r"""\{"\p{L}+": "?|"?, "\p{L}+": "?|"\}|\d| ?\p{L}+(?: \p{L}+)*(?:: | )?|: |, |\n+|[^\s\p{L}\d]|\s"""
 
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -62,10 +63,10 @@ _CHAT_TEMPLATE = (
 TOKENIZER_TEXTS: tuple[str, ...] = (
     'Answer: {"current": , "target": , "thoughts": "", "action": ""}\nState: picture\nActions: + -',
     "Make the current number equal to the target number. + adds 1, - takes 1 away, stops.",
-    "\nState 0: 1 Action 0: +\nState 1: picture\nActions: + -",
-    " is below is less than is comes before is above is more than is comes after",
-    " is equal to is the same as matches Target Current user: assistant:",
-    " stand hit dealer player card cards sum total of you are and or a in on with",
+    "State 0: 1 Action 0: +\nState 1: picture\nActions: + -",
+    "0 is below 1 is less than 2 comes before 3 is above 4 is more than 5 comes after 6",
+    "7 is equal to 8 is the same as 9 matches 1 Target Current",
+    "user:\nassistant:\n stand hit dealer player card cards sum total of you are and or a in on with",
 )
 """What the tokenizer learns its merges from: the words of the tasks."""
 
@@ -102,7 +103,7 @@ def build_tiny_policy(
     seed: int = 0,
     shape: TinyShape | None = None,
     texts: Sequence[str] = TOKENIZER_TEXTS,
-    vocabulary: int = 448,
+    vocabulary: int = 1024,
 ) -> Path:
     """Writes a tiny Idefics3 with random weights, its tokenizer, processor and chat template.
 
@@ -130,7 +131,7 @@ def build_tiny_policy(
     return folder
 
 
-def build_processor(texts: Sequence[str] = TOKENIZER_TEXTS, vocabulary: int = 448) -> Idefics3Processor:
+def build_processor(texts: Sequence[str] = TOKENIZER_TEXTS, vocabulary: int = 1024) -> Idefics3Processor:
     """Returns the processor: own tokenizer, PIL image processor (needs no torchvision), chat template."""
     image_processor = Idefics3ImageProcessorPil(
         do_image_splitting=False,
@@ -146,7 +147,7 @@ def build_processor(texts: Sequence[str] = TOKENIZER_TEXTS, vocabulary: int = 44
     )
 
 
-def build_tokenizer(texts: Sequence[str] = TOKENIZER_TEXTS, vocabulary: int = 448) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: Sequence[str] = TOKENIZER_TEXTS, vocabulary: int = 1024) -> PreTrainedTokenizerFast:
     """Returns a byte-level BPE tokenizer: `[DONE]` one token, digits single, values begin on token borders."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,5 +1,5 @@
 from cluster.evaluation import EvaluationPlan
-from cluster.rollout_scheduler import EvaluationJob, training_seed
+from cluster.rollout_scheduler import EvaluationJob, idle_worker_calls, training_seed
 from shared.config import RunConfig
 
 
@@ -20,3 +20,10 @@ def test_an_evaluation_is_finished_when_all_of_it_was_played():
     assert not job.finished
     job.sampled.append("trajectory")
     assert job.finished
+
+
+def test_a_worker_without_training_groups_runs_more_than_fill_it_and_a_full_one_still_evaluates():
+    assert idle_worker_calls(8, 0) == 4
+    assert idle_worker_calls(8, 6) == 1
+    assert idle_worker_calls(8, 8) == 1
+    assert idle_worker_calls(1, 0) == 1

@@ -3,12 +3,16 @@
 One run is started in a process of its own; the test kills parts of it and reads its folder.
 """
 
+import contextlib
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections import Counter
 from pathlib import Path
 
@@ -96,11 +100,45 @@ def assert_nothing_is_left(log):
         time.sleep(0.5)
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def prometheus(port, name):
+    """Values of one of our metrics at the Prometheus endpoint of the run's node; [] while it has none."""
+    try:
+        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+    except OSError:
+        return []
+    return [float(value) for value in re.findall(rf"^ray_gflowvlm_{name}{{.*}} (\S+)$", text, flags=re.MULTILINE)]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a small file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(path):
+    with contextlib.suppress(OSError), path.open("wb") as file:
+        while True:
+            file.write(bytes(2**16))
+
+
 def test_a_run_goes_on_when_any_of_its_processes_is_killed(tmp_path):
-    folder, log = RunFolder(tmp_path / "run"), tmp_path / "log"
-    run = start("--run", folder.root, *SETTINGS, log=log)
+    folder, log, port = RunFolder(tmp_path / "run"), tmp_path / "log", free_port()
+    run = start("--run", folder.root, *SETTINGS, f"cluster.metrics_port={port}", log=log)
     try:
         wait_for(lambda: newest_step(folder) >= 2, "the second step", run, log)
+        wait_for(lambda: max(prometheus(port, "step"), default=0) >= 2, "the step at the Prometheus endpoint", run, log)
+        assert max(prometheus(port, "env_steps")) > 0
         for number, title in enumerate(
             ("ray::RolloutWorker", "ray::ReplayBufferActor", "ray::RayTrainWorker", "ray::ServeReplica")
         ):
@@ -156,3 +194,31 @@ def test_a_run_resumes_after_ctrl_c_and_after_its_driver_is_killed(tmp_path):
     assert set(before) <= set(after)
     assert set(after.values()) == {1}
     assert_nothing_is_left(log)
+
+
+def test_a_full_disk_ends_a_run_in_one_line_and_it_resumes_once_there_is_room(small_disk, tmp_path):
+    folder, log = RunFolder(small_disk / "run"), tmp_path / "log"
+    run = start("--run", folder.root, *SETTINGS, log=log)
+    try:
+        wait_for(lambda: newest_step(folder) >= 2, "the second step", run, log)
+        fill(small_disk / "filler")
+        assert run.wait(timeout=180) == 2, log.read_text()[-4000:]
+    finally:
+        run.kill()
+    said = [line for line in log.read_text().splitlines() if line.startswith("gflowvlm:")]
+    assert len(said) == 1, log.read_text()[-4000:]
+    assert "No space left" in said[0]
+    assert "Traceback" not in log.read_text()
+    assert_nothing_is_left(log)
+    before = acknowledged(folder)
+
+    (small_disk / "filler").unlink()
+    run = start("--resume", folder.root, log=log)
+    try:
+        assert run.wait(timeout=500) == 0, log.read_text()[-4000:]
+    finally:
+        run.kill()
+    assert_steps_and_versions_go_on(folder, 14)
+    after = acknowledged(folder)
+    assert set(before) <= set(after)
+    assert set(after.values()) == {1}
