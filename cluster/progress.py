@@ -81,7 +81,7 @@ class RunDisplay:
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def update(self, **changes: object) -> None:
         """Changes fields of the state and shows it."""

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from typing import Any
 
+import psutil
 from rich.console import Console
 
 from actors.admission import Admission
@@ -223,6 +224,7 @@ class TrainingRun:
         summary = {
             "steps": self.step,
             "version": best,
+            "wall_s": round(time.time() - psutil.Process().create_time(), 1),
             "peak_memory_gib": self._peak_memory_gib if self.config.cluster.address is None else None,
             "report": report,
         }

@@ -1,5 +1,6 @@
 """`gflowvlm train`: the main job."""
 
+import errno
 import signal
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from shared.errors import UserError
 from shared.run_folder import RunFolder
 
 INTERRUPTED = 130
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def register(app: typer.Typer) -> None:
@@ -119,6 +121,11 @@ def _train(console: Console, folder: RunFolder | None, config: RunConfig, direct
     except KeyboardInterrupt:
         console.print(f"\ninterrupted; go on with: gflowvlm train --resume {_shown(folder)}", highlight=False)
         raise typer.Exit(INTERRUPTED) from None
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        path = _shown(folder)
+        raise UserError(f"{path}: {error.strerror}; free some space, then `gflowvlm train --resume {path}`") from None
     _show_report(console, folder, report, time.monotonic() - started)
 
 

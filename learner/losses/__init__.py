@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from learner.losses.db import db
+from learner.losses.fl_db import fl_db
+from learner.losses.fl_subtb import fl_subtb
+from learner.losses.flow_db import flow_db
+from learner.losses.flow_subtb import flow_subtb
 from learner.losses.output import LossOutput
 from learner.losses.subtb import subtb
 from learner.losses.tb import tb
@@ -12,8 +16,29 @@ from learner.losses.var_tb import var_tb
 
 LossFunction = Callable[..., LossOutput]
 
-LOSSES: dict[str, LossFunction] = {"db": db, "subtb": subtb, "tb": tb, "var_tb": var_tb}
-"""Name in the run configuration -> loss. All take the same keyword tensors; `tb` also needs `log_z`,
-and `subtb` takes `subtb_lambda`."""
+LOSSES: dict[str, LossFunction] = {
+    "tb": tb,
+    "var_tb": var_tb,
+    "db": db,
+    "subtb": subtb,
+    "flow_db": flow_db,
+    "flow_subtb": flow_subtb,
+    "fl_db": fl_db,
+    "fl_subtb": fl_subtb,
+}
+"""Name in the run configuration -> loss. All take the same keyword tensors; `tb` also needs `log_z`, the
+`flow_*` and `fl_*` losses `log_flow`, and the `*subtb` losses take `subtb_lambda`."""
 
-__all__ = ["LOSSES", "LossFunction", "LossOutput", "db", "subtb", "tb", "var_tb"]
+__all__ = [
+    "LOSSES",
+    "LossFunction",
+    "LossOutput",
+    "db",
+    "fl_db",
+    "fl_subtb",
+    "flow_db",
+    "flow_subtb",
+    "subtb",
+    "tb",
+    "var_tb",
+]

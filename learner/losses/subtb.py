@@ -61,21 +61,48 @@ def subtb(
         log_pb=log_pb,
         complete_only=False,
     )
-    log_path_to = pad(batch.log_ratio.cumsum(dim=1), (1, 0))
     # One potential per state would be cheaper, but rounding log R + Σ log P_F at −1e4 costs 1e-3 nats in
     # float32; differences of like with like keep the small terms whole.
-    residual = _later_minus_earlier(log_path_to) + _later_minus_earlier(batch.log_p_stop)
-    residual = residual - _later_minus_earlier(batch.log_reward)
-    mask = (batch.is_state[:, :, None] & batch.is_state[:, None, :]).triu(diagonal=1)
-    weight = subtrajectory_weights(
-        batch.length, num_states=mask.shape[1], subtb_lambda=subtb_lambda, dtype=residual.dtype
+    residual = log_path_between(batch.log_ratio) + later_minus_earlier(batch.log_p_stop)
+    residual = residual - later_minus_earlier(batch.log_reward)
+    return penalise_pairs(
+        residual, is_state=batch.is_state, length=batch.length, subtb_lambda=subtb_lambda, residual_clip=residual_clip
     )
+
+
+def penalise_pairs(
+    residual: Tensor, *, is_state: Tensor, length: Tensor, subtb_lambda: float, residual_clip: float | None
+) -> LossOutput:
+    """Turn the residuals of all pairs of states into the loss, weighted λ^(j−i).
+
+    Args:
+        residual: (K, S, S) at (i, j), in nats; only i < j among visited states counts.
+        is_state: (K, S) bool, where a state was visited.
+        length: (K,) int, number of transitions between the visited states.
+        subtb_lambda: λ in (0, ∞).
+        residual_clip: See `output.penalise`.
+
+    Raises:
+        ValueError: λ or the clip is out of its range.
+    """
+    mask = (is_state[:, :, None] & is_state[:, None, :]).triu(diagonal=1)
+    weight = subtrajectory_weights(length, num_states=mask.shape[1], subtb_lambda=subtb_lambda, dtype=residual.dtype)
     return penalise(
         residual.flatten(start_dim=1),
         mask=mask.flatten(start_dim=1),
         weight=weight.flatten(start_dim=1),
         residual_clip=residual_clip,
     )
+
+
+def log_path_between(log_ratio: Tensor) -> Tensor:
+    """(K, S, S) with Σ_{i≤t<j} log_ratio[t] at (i, j), of (K, S−1) log-ratios of transitions."""
+    return later_minus_earlier(pad(log_ratio.cumsum(dim=1), (1, 0)))
+
+
+def later_minus_earlier(per_state: Tensor) -> Tensor:
+    """(K, S, S) with per_state[j] − per_state[i] at (i, j)."""
+    return per_state[:, None, :] - per_state[:, :, None]
 
 
 def subtrajectory_weights(length: Tensor, *, num_states: int, subtb_lambda: float, dtype: torch.dtype) -> Tensor:
@@ -102,8 +129,3 @@ def subtrajectory_weights(length: Tensor, *, num_states: int, subtb_lambda: floa
     heaviest = torch.ones_like(length) if subtb_lambda <= 1 else length
     exponent = (state - state[:, None]) - heaviest[:, None, None]
     return (exponent.to(dtype) * math.log(subtb_lambda)).exp()
-
-
-def _later_minus_earlier(per_state: Tensor) -> Tensor:
-    """(K, S, S) with per_state[j] − per_state[i] at (i, j)."""
-    return per_state[:, None, :] - per_state[:, :, None]

@@ -45,6 +45,8 @@ def assert_one_line(result, *parts):
         (["train", "--config", "none.yaml"], ["none.yaml"]),
         (["train", "--resume", "none"], ["none", "no run there"]),
         (["train", "policy.model=./none"], ["./none", "no such directory"]),
+        (["compare", "--losses", "var_tb,var_tb"], ["--losses", "once"]),
+        (["compare", "--losses", "ppoo"], ["objective.loss = 'ppoo'"]),
         (["eval", "none"], ["none", "no run there"]),
         (["replay", "none"], ["none"]),
         (["play", "chess"], ["chess"]),

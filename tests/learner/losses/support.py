@@ -13,7 +13,10 @@ from torch import Tensor
 
 @dataclass
 class Rollout:
-    """One trajectory, unpadded: `log_pf` has n entries, the per-state lists n + 1."""
+    """One trajectory, unpadded: `log_pf` has n entries, the per-state lists n + 1.
+
+    `log_flow` is log F for the `flow_*` losses; the `fl_*` losses are given log F̃ = log F − log R.
+    """
 
     log_pf: list[float]
     log_p_stop: list[float]
@@ -22,6 +25,7 @@ class Rollout:
     stopped: bool
     instance: int
     log_z: float
+    log_flow: list[float]
 
     @property
     def n(self) -> int:
@@ -58,6 +62,7 @@ def random_rollouts(
                 stopped=end != 2,
                 instance=instance,
                 log_z=1.5 * instance - 2.0,
+                log_flow=uniform(-2, 4, n + 1),
             )
         )
     return rollouts
@@ -95,9 +100,32 @@ def log_z_of(rollouts: list[Rollout], dtype: torch.dtype = torch.float64) -> Ten
     return torch.tensor([r.log_z for r in rollouts], dtype=dtype)
 
 
-def extras(name: str, rollouts: list[Rollout], dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    """What the loss `name` needs beside the common tensors."""
-    return {"log_z": log_z_of(rollouts, dtype)} if name == "tb" else {}
+def log_flow_of(
+    name: str, rollouts: list[Rollout], width: int, *, padding: float = math.nan, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """(K, width) what the loss `name` learns: log F, or log F̃ for the forward-looking ones."""
+    rows = []
+    for r in rollouts:
+        earned = r.log_reward if name.startswith("fl_") else [0.0] * (r.n + 1)
+        row = [f - e for f, e in zip(r.log_flow, earned, strict=True)]
+        rows.append(row + [padding] * (width - len(row)))
+    return torch.tensor(rows, dtype=dtype).reshape(len(rollouts), width)
+
+
+def extras(name: str, rollouts: list[Rollout], batch: dict[str, Any], *, padding: float = math.nan) -> dict[str, Any]:
+    """What the loss `name` needs beside the common tensors of the padded batch."""
+    dtype = batch["log_reward"].dtype
+    if name == "tb":
+        return {"log_z": log_z_of(rollouts, dtype)}
+    if name in WITH_FLOW:
+        width = batch["log_reward"].shape[1]
+        return {"log_flow": log_flow_of(name, rollouts, width, padding=padding, dtype=dtype)}
+    return {}
+
+
+WITH_FLOW = ("flow_db", "flow_subtb", "fl_db", "fl_subtb")
+SUB_TRAJECTORY = ("db", "subtb", *WITH_FLOW)
+"""Losses that learn from incomplete trajectories."""
 
 
 def without_pb(rollouts: list[Rollout]) -> list[Rollout]:
@@ -154,11 +182,51 @@ def reference_db(rollouts: list[Rollout]) -> list[Weighted]:
     return result
 
 
+def flow_states(r: Rollout, forward_looking: bool) -> tuple[list[float], list[float]]:
+    """(log F at the visited states, log P_F − log P_B of the transitions), the terminal state included."""
+    if forward_looking:
+        still_to_come = [f - e for f, e in zip(r.log_flow, r.log_reward, strict=True)]
+        flows = [f + e for f, e in zip(still_to_come, r.log_reward, strict=True)]
+    else:
+        flows = list(r.log_flow)
+    ratios = [f - b for f, b in zip(r.log_pf, r.log_pb, strict=True)]
+    if r.stopped:
+        flows.append(r.log_reward[r.n])
+        ratios.append(r.log_p_stop[r.n])
+    return flows, ratios
+
+
+def reference_flow_subtb(rollouts: list[Rollout], subtb_lambda: float, forward_looking: bool) -> list[Weighted]:
+    result = []
+    for r in rollouts:
+        flows, ratios = flow_states(r, forward_looking)
+        result.append(
+            [
+                (subtb_lambda ** (j - i), flows[i] + sum(ratios[i:j]) - flows[j])
+                for i in range(len(flows))
+                for j in range(i + 1, len(flows))
+            ]
+        )
+    return result
+
+
+def reference_flow_db(rollouts: list[Rollout], forward_looking: bool) -> list[Weighted]:
+    result = []
+    for r in rollouts:
+        flows, ratios = flow_states(r, forward_looking)
+        result.append([(1.0, flows[t] + ratio - flows[t + 1]) for t, ratio in enumerate(ratios)])
+    return result
+
+
 REFERENCES: dict[str, Callable[[list[Rollout]], list[Weighted]]] = {
     "tb": reference_tb,
     "var_tb": reference_var_tb,
     "db": reference_db,
     "subtb": lambda rollouts: reference_subtb(rollouts, 0.9),
+    "flow_db": lambda rollouts: reference_flow_db(rollouts, False),
+    "fl_db": lambda rollouts: reference_flow_db(rollouts, True),
+    "flow_subtb": lambda rollouts: reference_flow_subtb(rollouts, 0.9, False),
+    "fl_subtb": lambda rollouts: reference_flow_subtb(rollouts, 0.9, True),
 }
 
 

@@ -19,7 +19,7 @@ SEEDS = range(6)
 def test_loss_and_residual_metrics_equal_the_loops(name: str, seed: int, with_pb: bool, clip: float | None) -> None:
     rollouts = support.random_rollouts(seed)
     batch = support.pad_rollouts(rollouts, with_pb=with_pb)
-    output = LOSSES[name](**batch, **support.extras(name, rollouts), residual_clip=clip)
+    output = LOSSES[name](**batch, **support.extras(name, rollouts, batch), residual_clip=clip)
 
     weighted = support.REFERENCES[name](rollouts if with_pb else support.without_pb(rollouts))
     residuals = [r for row in weighted for _, r in row]
@@ -82,6 +82,60 @@ def test_subtb_tends_to_tb_for_large_lambda(dtype: torch.dtype) -> None:
     assert subtb(**batch, subtb_lambda=1e300).loss.item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("forward_looking", [False, True])
+@pytest.mark.parametrize("subtb_lambda", [1e-3, 0.5, 1.0, 1.7, 40.0])
+def test_subtb_with_a_learned_flow_equals_the_loops_for_every_lambda(
+    subtb_lambda: float, forward_looking: bool
+) -> None:
+    rollouts = support.random_rollouts(12, longest=9)
+    name = "fl_subtb" if forward_looking else "flow_subtb"
+    batch = support.pad_rollouts(rollouts, with_pb=True)
+    output = LOSSES[name](**batch, **support.extras(name, rollouts, batch), subtb_lambda=subtb_lambda)
+    weighted = support.reference_flow_subtb(rollouts, subtb_lambda, forward_looking)
+    assert output.loss.item() == pytest.approx(support.reference_mean(weighted, lambda r: r**2), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["flow", "fl"])
+def test_subtb_with_a_learned_flow_tends_to_its_detailed_balance_for_small_lambda(kind: str) -> None:
+    rollouts = support.random_rollouts(13, longest=64)
+    batch = support.pad_rollouts(rollouts, with_pb=True)
+    batch |= support.extras(f"{kind}_db", rollouts, batch)
+    expected = LOSSES[f"{kind}_db"](**batch).loss.item()
+    assert LOSSES[f"{kind}_subtb"](**batch, subtb_lambda=1e-300).loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["flow", "fl"])
+def test_subtb_with_a_learned_flow_tends_to_tb_for_large_lambda(kind: str) -> None:
+    """The one sub-trajectory left leads from the first state to the terminal one: TB with log Z = log F_0."""
+    rollouts = [r for r in support.random_rollouts(14, longest=64) if r.stopped]
+    batch = support.pad_rollouts(rollouts, with_pb=True)
+    log_z = torch.tensor([r.log_flow[0] for r in rollouts], dtype=torch.float64)
+    batch_of_flows = batch | support.extras(f"{kind}_subtb", rollouts, batch)
+    output = LOSSES[f"{kind}_subtb"](**batch_of_flows, subtb_lambda=1e300)
+    assert output.loss.item() == pytest.approx(tb(**batch, log_z=log_z).loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["db", "subtb"])
+def test_forward_looking_is_the_same_loss_in_other_variables(kind: str) -> None:
+    """log F = log F̃ + log R: only what is learned differs."""
+    rollouts = support.random_rollouts(15)
+    batch = support.pad_rollouts(rollouts)
+    plain, ahead = f"flow_{kind}", f"fl_{kind}"
+    expected = LOSSES[plain](**batch, **support.extras(plain, rollouts, batch)).loss.item()
+    assert LOSSES[ahead](**batch, **support.extras(ahead, rollouts, batch)).loss.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["db", "subtb"])
+def test_a_flow_of_reward_over_stop_probability_gives_the_loss_without_a_learned_flow(kind: str) -> None:
+    """With log F_t = log R_t − log P(⊤ | t) the transition to the terminal state is balanced by itself."""
+    rollouts = [r for r in support.random_rollouts(16) if not r.stopped]
+    for r in rollouts:
+        r.log_flow = [reward - stop for reward, stop in zip(r.log_reward, r.log_p_stop, strict=True)]
+    batch = support.pad_rollouts(rollouts)
+    learned = LOSSES[f"flow_{kind}"](**batch, **support.extras(f"flow_{kind}", rollouts, batch))
+    assert learned.loss.item() == pytest.approx(LOSSES[kind](**batch).loss.item(), abs=1e-9)
+
+
 def test_trajectories_of_one_transition_make_subtb_db() -> None:
     rollouts = support.random_rollouts(5, longest=1)
     batch = support.pad_rollouts(rollouts)
@@ -104,8 +158,7 @@ def test_var_tb_is_tb_at_the_best_constant_log_z_per_instance() -> None:
 def test_gradients_equal_finite_differences(name: str, clip: float | None) -> None:
     rollouts = support.random_rollouts(7, count=7, longest=3, instances=2)
     batch = support.pad_rollouts(rollouts, padding=0.0, with_pb=True)
-    if name == "tb":
-        batch["log_z"] = support.log_z_of(rollouts)
+    batch |= support.extras(name, rollouts, batch, padding=0.0)
     learned = [key for key, value in batch.items() if value.is_floating_point()]
 
     def loss_of(*values: Tensor) -> Tensor:

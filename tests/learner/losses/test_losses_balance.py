@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from learner.losses import LOSSES
-from tests.learner.losses.support import Rollout, pad_rollouts
+from tests.learner.losses.support import WITH_FLOW, Rollout, extras, pad_rollouts
 
 NAMES = sorted(LOSSES)
 
@@ -55,6 +55,7 @@ def perfect_rollouts(tree: Tree, instance: int) -> list[Rollout]:
                 stopped=stopped,
                 instance=instance,
                 log_z=math.log(tree.flow(0)),
+                log_flow=[math.log(f) for f in flows],
             )
         )
     return rollouts
@@ -62,9 +63,7 @@ def perfect_rollouts(tree: Tree, instance: int) -> list[Rollout]:
 
 def loss_of(name: str, rollouts: list[Rollout], *, with_pb: bool = False) -> Tensor:
     batch = pad_rollouts(rollouts, with_pb=with_pb)
-    if name == "tb":
-        batch["log_z"] = torch.tensor([r.log_z for r in rollouts], dtype=torch.float64)
-    return LOSSES[name](**batch).loss
+    return LOSSES[name](**batch, **extras(name, rollouts, batch)).loss
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -80,6 +79,7 @@ def test_imperfect_policy_has_positive_loss(name: str) -> None:
     rollouts = perfect_rollouts(random_tree(0, 12), 0)
     for r in rollouts:  # less probability for one of the root's stop and its transitions
         r.log_p_stop[0] -= 0.5
+    assert rollouts[0].n == 0
     assert loss_of(name, rollouts).item() > 1e-3
 
 
@@ -95,9 +95,9 @@ def test_float32_sees_small_residuals_at_the_reward_floor(name: str) -> None:
         r.log_pf = [x + rng.uniform(-0.01, 0.01) for x in r.log_pf]
         r.log_reward = [x - 1e4 for x in r.log_reward]
         r.log_z = round(r.log_z * 512) / 512 - 1e4
+        r.log_flow = [round(x * 512) / 512 - 1e4 for x in r.log_flow]
     single = pad_rollouts(rollouts, dtype=torch.float32)
-    if name == "tb":
-        single["log_z"] = torch.tensor([r.log_z for r in rollouts], dtype=torch.float32)
+    single |= extras(name, rollouts, single)
     double = {key: value.double() if value.is_floating_point() else value for key, value in single.items()}
     for key in ("residual_abs_mean", "residual_abs_max"):
         expected = LOSSES[name](**double).metrics[key].item()
@@ -134,6 +134,7 @@ def test_perfect_policy_on_a_grid_with_a_uniform_backward_policy_has_zero_loss(n
             stopped=True,
             instance=0,
             log_z=math.log(flow[0, 0]),
+            log_flow=[math.log(flow[s]) for s in walk],
         )
         for walk in walks((0, 0))
     ]
@@ -153,7 +154,10 @@ def test_training_a_tabular_policy_reaches_the_reward_distribution(name: str) ->
     allowed = torch.tensor([[tree.parent[c] == s for c in range(size)] + [True] for s in range(size)])
     logits = torch.zeros(size, size + 1, dtype=torch.float64, requires_grad=True)
     log_z = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.Adam([logits, log_z], lr=0.1)
+    # One log F (or log F̃) a state; its last column is only ever padding.
+    log_flow = torch.zeros(size + 1, dtype=torch.float64, requires_grad=True)
+    at_state = torch.tensor([[*path, *[size] * (batch["log_reward"].shape[1] - len(path))] for path in paths])
+    optimiser = torch.optim.Adam([logits, log_z, log_flow], lr=0.1)
 
     def policy() -> tuple[Tensor, Tensor]:
         """(log_pf, log_p_stop) along every path."""
@@ -179,6 +183,8 @@ def test_training_a_tabular_policy_reaches_the_reward_distribution(name: str) ->
         inputs = batch | {"log_pf": log_pf, "log_p_stop": log_p_stop}
         if name == "tb":
             inputs["log_z"] = log_z.expand(size)
+        if name in WITH_FLOW:
+            inputs["log_flow"] = log_flow[at_state]
         optimiser.zero_grad()
         LOSSES[name](**inputs).loss.backward()
         optimiser.step()

@@ -15,13 +15,13 @@ from learner.losses import LOSSES, LossOutput
 from tests.learner.losses import support
 
 NAMES = sorted(LOSSES)
-LOG_PROBABILITIES = ("log_pf", "log_p_stop", "log_reward", "log_pb", "log_z")
+LOG_PROBABILITIES = ("log_pf", "log_p_stop", "log_reward", "log_pb", "log_z", "log_flow")
 
 
 def run(name: str, rollouts: list[support.Rollout], **pad_options: Any) -> tuple[LossOutput, dict[str, Tensor]]:
     """The loss, and the gradients of every floating input, after a backward pass."""
     batch = support.pad_rollouts(rollouts, **pad_options)
-    batch |= support.extras(name, rollouts, batch["log_pf"].dtype)
+    batch |= support.extras(name, rollouts, batch, padding=pad_options.get("padding", math.nan))
     inputs = {key: batch[key].requires_grad_() for key in LOG_PROBABILITIES if key in batch}
     output = LOSSES[name](**batch)
     output.loss.backward()
@@ -48,7 +48,8 @@ def test_cut_off_trajectories_are_dropped_whatever_they_hold(name: str) -> None:
     rollouts = support.random_rollouts(8)
     complete = [r for r in rollouts if r.stopped]
     assert 0 < len(complete) < len(rollouts)
-    batch = support.pad_rollouts(rollouts) | support.extras(name, rollouts)
+    batch = support.pad_rollouts(rollouts)
+    batch |= support.extras(name, rollouts, batch)
     for key in LOG_PROBABILITIES:
         if key in batch:
             batch[key][~batch["stopped"]] = math.nan
@@ -64,6 +65,15 @@ def test_cut_off_trajectories_are_dropped_whatever_they_hold(name: str) -> None:
         assert gradient is not None
         assert gradient.isfinite().all()
         assert gradient[~batch["stopped"]].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("name", support.WITH_FLOW)
+def test_cut_off_trajectories_teach_the_transitions_they_have(name: str) -> None:
+    rollouts = [r for r in support.random_rollouts(9) if not r.stopped]
+    output, gradients = run(name, rollouts)
+    assert output.metrics["trajectories_used"] == sum(r.n > 0 for r in rollouts)
+    assert gradients["log_pf"].count_nonzero() == sum(r.n for r in rollouts)
+    assert gradients["log_p_stop"].count_nonzero() == 0
 
 
 @pytest.mark.parametrize("name", ["db", "subtb"])
@@ -82,6 +92,8 @@ def without_residual(name: str) -> list[support.Rollout]:
         return [r for r in rollouts if not r.stopped]
     if name == "var_tb":  # one complete trajectory an instance
         return list({r.instance: r for r in rollouts if r.stopped}.values())
+    if name in support.WITH_FLOW:  # a stop is a transition, too
+        return [r for r in support.random_rollouts(10, count=60) if r.n == 0 and not r.stopped]
     return [r for r in rollouts if r.n == 0]
 
 
@@ -133,6 +145,7 @@ def test_float32_stays_accurate_where_rewards_stand_at_the_floor(name: str) -> N
     for r in rollouts:
         r.log_reward = [float(torch.tensor(x - 1e4, dtype=torch.float32)) for x in r.log_reward]
         r.log_z = r.log_z - 1e4
+        r.log_flow = [float(torch.tensor(x - 1e4, dtype=torch.float32)) for x in r.log_flow]
     single, gradients = run(name, rollouts, dtype=torch.float32)
     double, _ = run(name, rollouts, dtype=torch.float64)
     assert single.loss.item() == pytest.approx(double.loss.item(), rel=1e-5)
@@ -234,15 +247,38 @@ def test_inputs_that_do_not_fit_are_refused(name: str, key: str, value: object, 
     }
     if name == "tb":
         batch["log_z"] = torch.zeros(3)
+    if name in support.WITH_FLOW:
+        batch["log_flow"] = torch.zeros(3, 3)
     with pytest.raises(ValueError, match=message):
         LOSSES[name](**{**batch, key: value})
 
 
+@pytest.mark.parametrize("name", ["subtb", "flow_subtb", "fl_subtb"])
 @pytest.mark.parametrize("subtb_lambda", [0.0, -0.5, math.inf, math.nan])
-def test_subtb_refuses_a_lambda_that_is_not_positive_and_finite(subtb_lambda: float) -> None:
-    batch = support.pad_rollouts(support.random_rollouts(0))
+def test_subtb_refuses_a_lambda_that_is_not_positive_and_finite(name: str, subtb_lambda: float) -> None:
+    rollouts = support.random_rollouts(0)
+    batch = support.pad_rollouts(rollouts)
     with pytest.raises(ValueError, match="subtb_lambda must be positive and finite"):
-        LOSSES["subtb"](**batch, subtb_lambda=subtb_lambda)
+        LOSSES[name](**batch, **support.extras(name, rollouts, batch), subtb_lambda=subtb_lambda)
+
+
+@pytest.mark.parametrize("name", support.WITH_FLOW)
+def test_a_flow_of_another_shape_is_refused(name: str) -> None:
+    batch = support.pad_rollouts(support.random_rollouts(0))
+    with pytest.raises(ValueError, match="log_flow must have shape"):
+        LOSSES[name](**batch, log_flow=torch.zeros(()))
+
+
+@pytest.mark.parametrize("name", support.WITH_FLOW)
+def test_only_the_stop_that_was_taken_counts_beside_a_learned_flow(name: str) -> None:
+    rollouts = support.random_rollouts(17)
+    before, gradients = run(name, rollouts)
+    taken = gradients["log_p_stop"] != 0
+    assert taken.sum() == sum(r.stopped for r in rollouts)
+    for r in rollouts:
+        r.log_p_stop[: r.n] = [-9.0] * r.n
+    after, _ = run(name, rollouts)
+    assert after.loss.item() == before.loss.item()
 
 
 def test_tb_refuses_log_z_of_another_shape() -> None:

@@ -1,0 +1,117 @@
+"""`gflowvlm compare`: losses by seeds, one table."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cluster.preset_library import DEFAULT_PRESET, load_preset
+from shared.config import RunConfig
+from shared.config_io import load_config
+from shared.errors import UserError
+
+INTERRUPTED = 130
+CHILD_END_S = 300.0
+"""How long an interrupted run may take to end."""
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the application."""
+
+    @app.command()
+    def compare(
+        overrides: Annotated[
+            list[str] | None,
+            typer.Argument(metavar="[KEY=VALUE]...", help="Settings of all runs.", show_default=False),
+        ] = None,
+        losses: Annotated[str, typer.Option(help="Losses, with commas between.")] = "var_tb,subtb",
+        seeds: Annotated[int, typer.Option(min=1, help="Runs of each loss, with seeds 0, 1, …")] = 4,
+        out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the comparison.")] = Path("runs/compare"),
+        preset: Annotated[
+            str | None, typer.Option(help=f"Preset to start from [default: {DEFAULT_PRESET}].", show_default=False)
+        ] = None,
+        config: Annotated[Path | None, typer.Option(help="YAML file to start from instead of a preset.")] = None,
+    ) -> None:
+        """Train every loss with every seed, and compare what they reached.
+
+        Each run is a whole `gflowvlm train` with a folder of its own in --out, one after the other. The same
+        command goes on where it was stopped: finished runs are kept, an unfinished one is resumed. After each
+        run `table.md` (mean ± standard deviation over seeds), `runs.csv` and `curves.png` are written anew.
+
+        Examples: `gflowvlm compare`, `gflowvlm compare --losses var_tb,subtb,db --seeds 2 learner.steps=100`.
+        """
+        if preset is not None and config is not None:
+            raise UserError("give --preset or --config, not both")
+        console = Console()
+        configs = [
+            _resolve(preset, config, [*(overrides or []), f"objective.loss={loss}", f"seed={seed}"])
+            for seed in range(seeds)
+            for loss in _names(losses)
+        ]
+        _compare(console, configs, out)
+
+
+def _names(losses: str) -> list[str]:
+    names = [name.strip() for name in losses.split(",") if name.strip()]
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"--losses {losses!r}: name each loss once, with commas between")
+    return names
+
+
+def _resolve(preset: str | None, config: Path | None, overrides: list[str]) -> RunConfig:
+    if config is not None:
+        return load_config(config, overrides)
+    return load_preset(preset if preset is not None else DEFAULT_PRESET, overrides)
+
+
+def _compare(console: Console, configs: list[RunConfig], out: Path) -> None:
+    from cluster.comparison import CURVES, RAW, TABLE, ComparedRun, write_comparison
+
+    runs = [ComparedRun.of(config, out) for config in configs]
+    for run in runs:
+        run.prepare()
+    for number, run in enumerate(runs, start=1):
+        if run.finished:
+            continue
+        console.rule(f"run {number} of {len(runs)}: {run.loss}, seed {run.seed}")
+        status = _train(run.folder.root)
+        if status == INTERRUPTED:
+            console.print("interrupted; the same command goes on", highlight=False)
+            raise typer.Exit(INTERRUPTED)
+        if status != 0:
+            raise UserError(
+                f"{run.folder.root}: the run ended with status {status}, see above; the same command goes on"
+            )
+        write_comparison(runs, out)
+    console.rule("comparison")
+    console.print(write_comparison(runs, out), highlight=False, soft_wrap=True)
+    console.print(f"written: {out / TABLE}, {out / RAW}, {out / CURVES}", highlight=False, soft_wrap=True)
+
+
+def _train(folder: Path) -> int:
+    """Runs a prepared run to its end in a process of its own; returns the exit status."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    # In a session of its own, so that Ctrl-C reaches it once, from here.
+    child = subprocess.Popen(
+        [sys.executable, "-m", "cluster.cli", "train", "--resume", str(folder)], start_new_session=True
+    )
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        child.send_signal(signal.SIGINT)
+        try:
+            child.wait(timeout=CHILD_END_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,66 @@
+"""Forward-looking sub-trajectory balance (Pan et al. 2023, arXiv 2302.01687)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from learner.losses.flow import mask_flow_batch
+from learner.losses.output import LossOutput
+from learner.losses.subtb import later_minus_earlier, log_path_between, penalise_pairs
+
+
+def fl_subtb(
+    *,
+    log_pf: Tensor,
+    log_p_stop: Tensor,
+    log_reward: Tensor,
+    length: Tensor,
+    stopped: Tensor,
+    instance: Tensor,
+    log_flow: Tensor,
+    log_pb: Tensor | None = None,
+    subtb_lambda: float = 0.9,
+    residual_clip: float | None = None,
+) -> LossOutput:
+    """`flow_subtb` with log F = log F̃ + log R: what has been earned so far is known, only the rest is learned.
+
+    residual_ij = log F̃_i + log R_i + Σ_{i≤t<j} (log P_F − log P_B)(t) − log F̃_j − log R_j
+
+    for all 0 ≤ i < j ≤ n, and j = n+1 where the trajectory stopped, with log F̃ = 0 and log R = log R_n there.
+    Weighted λ^(j−i) and normalised within the trajectory.
+
+    Args:
+        log_pf: (K, T) log P_F of the non-stop transition taken at state t; padding may hold anything.
+        log_p_stop: (K, T+1) log P_F(⊤) at the states 0..n; 0 where the environment forced the stop. Only the
+            stop that was taken counts.
+        log_reward: (K, T+1) log R(z_{0:t}⊤), raised to β and floored, or −E(z_{0:t}) of an
+            additive energy.
+        length: (K,) int, n: the number of non-stop transitions.
+        stopped: (K,) bool, whether the trajectory ended in ⊤, chosen or forced.
+        instance: (K,) int; makes no difference here.
+        log_flow: (K, T+1) log F̃_φ at the states 0..n: what is still to come beyond log R_t.
+        log_pb: (K, T) log P_B of the same transitions; None where the state graph is a tree.
+        subtb_lambda: λ in (0, ∞).
+        residual_clip: Where the penalty turns from quadratic to linear, in nats (see `output.penalise`).
+
+    Returns:
+        The loss and the common metrics.
+
+    Raises:
+        ValueError: Inputs that do not fit together, or λ out of its range.
+    """
+    batch = mask_flow_batch(
+        log_pf=log_pf,
+        log_p_stop=log_p_stop,
+        log_reward=log_reward,
+        length=length,
+        stopped=stopped,
+        instance=instance,
+        log_flow=log_flow,
+        log_pb=log_pb,
+    )
+    residual = log_path_between(batch.log_ratio) - later_minus_earlier(batch.log_flow)
+    residual = residual - later_minus_earlier(batch.log_reward)
+    return penalise_pairs(
+        residual, is_state=batch.is_state, length=batch.length, subtb_lambda=subtb_lambda, residual_clip=residual_clip
+    )
