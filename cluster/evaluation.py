@@ -14,6 +14,9 @@ from shared.trajectory import Trajectory, Validity
 FLOOR_DRAWS = 64
 """Repetitions behind the noise floor of the total variation."""
 
+BOOTSTRAP_DRAWS = 1000
+"""Resamplings of the instances behind an interval."""
+
 
 @dataclass(frozen=True)
 class EvaluationPlan:
@@ -60,6 +63,8 @@ class Evaluation:
         inadmissible_rate: Share of responses with an inadmissible action.
         mean_response_tokens: Mean tokens of a response.
         total_variation: Between sampled final outcomes and R^beta / Z, mean over instances; None if unknown.
+        total_variation_low: Lower end of its 95 % interval (bootstrap over instances); None if unknown.
+        total_variation_high: Upper end.
         total_variation_floor: The same for N draws from R^beta / Z itself: what a perfect policy would show.
     """
 
@@ -75,6 +80,8 @@ class Evaluation:
     inadmissible_rate: float
     mean_response_tokens: float
     total_variation: float | None
+    total_variation_low: float | None
+    total_variation_high: float | None
     total_variation_floor: float | None
 
     def as_dict(self) -> dict[str, float | int | str | None]:
@@ -116,6 +123,8 @@ def evaluate_trajectories(
         inadmissible_rate=_mean(step.validity is Validity.INADMISSIBLE for step in steps),
         mean_response_tokens=_mean(len(step.response_ids) for step in steps),
         total_variation=match["distance"],
+        total_variation_low=match["low"],
+        total_variation_high=match["high"],
         total_variation_floor=match["floor"],
     )
 
@@ -155,11 +164,19 @@ def _distribution_match(
         env.reset(seed=seed, options={"split": plan.split})
         target, bound = env.target_distribution(beta), env.target_success(beta)
         if target is None or bound is None:
-            return {"bound": None, "distance": None, "floor": None}
+            return dict.fromkeys(("bound", "distance", "low", "high", "floor"))
         bounds.append(bound)
         distances.append(total_variation(Counter(t.outcome for t in group), target))
         floors.append(noise_floor(target, len(group), rng))
-    return {"bound": _mean(bounds), "distance": _mean(distances), "floor": _mean(floors)}
+    low, high = mean_interval(distances, rng)
+    return {"bound": _mean(bounds), "distance": _mean(distances), "low": low, "high": high, "floor": _mean(floors)}
+
+
+def mean_interval(values: Sequence[float], rng: np.random.Generator) -> tuple[float, float]:
+    """Returns the 95 % bootstrap interval of the mean of values; it is exact about nothing but their spread."""
+    drawn = rng.choice(np.asarray(values, dtype=np.float64), size=(BOOTSTRAP_DRAWS, len(values)))
+    low, high = np.quantile(drawn.mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _mean(values: Iterable[float]) -> float:

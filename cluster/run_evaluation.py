@@ -13,10 +13,20 @@ from actors.groups import GroupRequest, PlaySettings
 from actors.samplers import make_sampler
 from actors.sampling import BASE_VERSION, PolicySampler
 from cluster.evaluation import EvaluationPlan, evaluate_trajectories
+from cluster.exact_evaluation import (
+    MAX_STATES,
+    action_probabilities,
+    exact_match,
+    expand_tree,
+    mean_match,
+    tree_size,
+)
 from cluster.models import resolve_model
 from cluster.playing import best_version
 from cluster.run_setup import open_run
 from envs.registry import make_env
+from learner.model import default_device, load_adapted
+from learner.scoring import Scorer
 from shared.config import RunConfig
 from shared.errors import UserError
 from shared.policy_inputs import PolicyInputs
@@ -64,6 +74,53 @@ def evaluate_run(
         [t for group in sampled for t in group.trajectories],
         [t for group in greedy for t in group.trajectories],
     ).as_dict()
+
+
+def exact_figures(
+    directory: Path, *, split: str, seed: int, instances: int, version: int | None, console: Console
+) -> dict[str, dict[str, float]] | None:
+    """Returns the exact match of base model and adapter version to the target, by policy and figure.
+
+    Args:
+        directory: The run's folder.
+        split: ``id`` or ``ood``.
+        seed: Seed of the first instance.
+        instances: Instances to expand; figures are means over them.
+        version: Adapter version; None for the best.
+        console: Where progress is shown.
+
+    Returns:
+        ``{"base": {...}, "version": {...}}`` with the figures of `ExactMatch`; None where the tree of an
+        instance is too large.
+
+    Raises:
+        UserError: There is no such run or version.
+    """
+    folder, config = open_run(directory)
+    version = best_version(folder) if version is None else version
+    env = make_env(config.task)
+    env.reset(seed=seed, options={"split": split})
+    if tree_size(env) > MAX_STATES:
+        return None
+    model = resolve_model(config.policy.model)
+    inputs = PolicyInputs.load(model)
+    trees = []
+    for instance in range(instances):
+        env.reset(seed=seed + instance, options={"split": split})
+        trees.append(expand_tree(env))
+    result = {}
+    with Progress(console=console, transient=True) as progress:
+        for name, adapter in {"base": None, "version": folder.adapter(version)}.items():
+            policy = load_adapted(model, config.policy.dtype, adapter if version != BASE_VERSION else None)
+            scorer = Scorer(policy, inputs, default_device(), config.learner.token_budget)
+            task = progress.add_task(f"scoring every state ({name})", total=sum(map(len, trees)))
+            advance = partial(progress.advance, task)
+            matches = [
+                exact_match(tree, action_probabilities(tree, scorer, inputs, advance), config.target.reward_exponent)
+                for tree in trees
+            ]
+            result[name] = mean_match(matches).as_dict()
+    return result
 
 
 async def _play(

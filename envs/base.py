@@ -172,6 +172,10 @@ class TaskEnv(gymnasium.Env, ABC):
         """
 
     @abstractmethod
+    def demonstrations(self, action: str) -> list[str]:
+        """Returns every response that `demonstration` may give for an action at the current state."""
+
+    @abstractmethod
     def target_distribution(self, reward_exponent: float) -> dict[str, float] | None:
         """Returns the exact R^β/Z over the outcomes of the current instance, None where it cannot be had.
 

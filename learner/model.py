@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForImageTextToText
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging as transformers_logging
 
 from shared.config import PolicySettings
 from shared.errors import UserError
@@ -75,11 +76,29 @@ def load_base_model(model_path: str, dtype: str) -> Any:
         raise UserError(
             f"model {model_path!r}: no such directory; give a model directory, a hub name or a shipped model"
         )
+    # A bar for reading a local file would stand in the middle of our own; downloads keep theirs.
+    transformers_logging.disable_progress_bar()
     try:
         return AutoModelForImageTextToText.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model {model_path!r}: its weights cannot be loaded ({reason})") from None
+
+
+def load_adapted(model_path: str, dtype: str, adapter: Path | None) -> Any:
+    """Loads a policy to score with, not to train: the base model, with a published adapter unless None.
+
+    Raises:
+        UserError: No such model, or weights or an adapter that cannot be loaded.
+    """
+    model = load_base_model(model_path, dtype)
+    if adapter is not None:
+        try:
+            model = PeftModel.from_pretrained(model, str(adapter))
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{adapter}: the adapter cannot be loaded ({reason})") from None
+    return model.eval().to(default_device())
 
 
 def lora_target_names(model: Any, targets: Sequence[str]) -> list[str]:

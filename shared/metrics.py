@@ -69,6 +69,8 @@ EVALUATION_METRICS = (
     MetricSpec("inadmissible_rate", "share", "Responses with an inadmissible action."),
     MetricSpec("mean_response_tokens", "tokens", "Mean length of a response."),
     MetricSpec("total_variation", "distance", "Total variation of sampled final outcomes to R^beta / Z, mean."),
+    MetricSpec("total_variation_low", "distance", "Lower end of its 95 % interval (bootstrap over instances)."),
+    MetricSpec("total_variation_high", "distance", "Upper end of its 95 % interval."),
     MetricSpec("total_variation_floor", "distance", "The same for as many draws from R^beta / Z itself."),
 )
 

@@ -63,6 +63,10 @@ class NumberLineEnv(TaskEnv):
         """Returns a response that reads both numbers, states their relation and takes the action."""
         return prompts.demonstration(action, self.current, self.target, rng)
 
+    def demonstrations(self, action: str) -> list[str]:
+        """Returns the responses that read both numbers rightly, one for each wording of their relation."""
+        return prompts.demonstrations(action, self.current, self.target)
+
     def target_distribution(self, reward_exponent: float) -> dict[str, float]:
         """Returns the exact R^β/Z over end numbers of the current instance, whatever the current state."""
         low, high = self.bounds

@@ -38,9 +38,14 @@ def markov_prompt(actions: Sequence[str]) -> str:
 
 def demonstration(action: str, current: int, target: int, rng: np.random.Generator) -> str:
     """Returns a response with the right numbers, a thought about their relation, and the action."""
-    templates = THOUGHTS[int(np.sign(current - target))]
-    thoughts = templates[int(rng.integers(len(templates)))].format(current=current, target=target)
-    return format_response(action, thoughts, {"current": current, "target": target})
+    choices = demonstrations(action, current, target)
+    return choices[int(rng.integers(len(choices)))]
+
+
+def demonstrations(action: str, current: int, target: int) -> list[str]:
+    """Returns the responses of `demonstration`, one for each wording of the thought."""
+    thoughts = [t.format(current=current, target=target) for t in THOUGHTS[int(np.sign(current - target))]]
+    return [format_response(action, thought, {"current": current, "target": target}) for thought in thoughts]
 
 
 def _actions(actions: Sequence[str]) -> str:

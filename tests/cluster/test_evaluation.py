@@ -7,11 +7,13 @@ from cluster.evaluation import (
     EvaluationPlan,
     div_at_n,
     evaluate_trajectories,
+    mean_interval,
     noise_floor,
     total_variation,
 )
 from envs.registry import make_env
 from shared.config import RunConfig
+from shared.metrics import EVALUATION_METRICS
 from shared.response import DONE_TOKEN
 from shared.trajectory import EndReason, Step, Trajectory, Validity
 
@@ -75,6 +77,31 @@ def test_the_expert_succeeds_everywhere_and_is_measured_so():
     assert figures.mean_response_tokens == 2.0
     assert 0.9 < figures.success_bound <= 1.0
     assert figures.total_variation < 0.1
+    assert figures.total_variation_low <= figures.total_variation <= figures.total_variation_high
+
+
+def test_the_figures_have_the_documented_keys():
+    plan = EvaluationPlan("id", instances=1, samples=1, seed=100)
+    trajectory = played(100, expert_actions(100))
+    keys = set(evaluate_trajectories(CONFIG, plan, 0, [trajectory], [trajectory]).as_dict())
+    assert keys >= {spec.name for spec in EVALUATION_METRICS}
+    assert keys >= {
+        "success",
+        "success_greedy",
+        "success_bound",
+        "div_at_n",
+        "malformed_rate",
+        "inadmissible_rate",
+        "mean_response_tokens",
+        "total_variation",
+    }
+
+
+def test_the_interval_of_a_mean_shrinks_with_the_number_of_values():
+    values = np.random.default_rng(1).normal(size=400)
+    (low, high), (lower, higher) = (mean_interval(v, np.random.default_rng(0)) for v in (values, values[:20]))
+    assert lower < low < float(values.mean()) < high < higher
+    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.2)
 
 
 def test_failures_malformed_and_inadmissible_responses_are_counted():

@@ -1,0 +1,256 @@
+"""The policy's exact distribution over action sequences, against R^beta / Z.
+
+The tree of action sequences is expanded and scored by the policy. At each state the probabilities of the
+actions are marginalised over the chains of thought that the task's demonstrations use:
+
+    P(a | z) = Σ_c P_CoT(c | z) P_Act(a | c, z)
+
+What those chains of thought leave out (1 − Σ_c P_CoT) is *uncovered*: other words for the same, misreadings,
+malformed text. It is followed to no end, counts as missing in the distances, and is reported beside them, so
+that a distance is known to within the uncovered mass. Nothing is sampled, so there is no sampling error.
+"""
+
+import copy
+import math
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from envs.base import TaskEnv
+from learner.scoring import ScoredStep, Scorer
+from shared.policy_inputs import PolicyInputs
+from shared.response import DONE_TOKEN, parse_response, token_spans
+
+MAX_STATES = 20_000
+"""Largest tree that is expanded: states of one instance."""
+
+_STEPS_AT_ONCE = 512
+_INVALID = "invalid"
+
+
+@dataclass(frozen=True)
+class TreeState:
+    """One state z of the tree: what the policy sees there, and what stopping there is worth.
+
+    Attributes:
+        actions: The actions that lead to it.
+        prompt: The task's prompt.
+        image: The encoded picture.
+        responses: For every admissible action but the stop, the demonstrated responses that take it.
+        log_reward: log R of stopping here, nats, before the exponent.
+        outcome: Name of the outcome of stopping here.
+        solved: Whether stopping here solves the task.
+        forced: Whether stopping is the only move (the step limit).
+    """
+
+    actions: tuple[str, ...]
+    prompt: str
+    image: bytes
+    responses: Mapping[str, Sequence[str]]
+    log_reward: float
+    outcome: str
+    solved: bool
+    forced: bool
+
+
+@dataclass(frozen=True)
+class ActionProbabilities:
+    """P(a | z) of one state; what is missing to 1 is `uncovered` or goes to inadmissible actions.
+
+    Attributes:
+        of: By action, the stop action included.
+        uncovered: 1 − Σ_c P_CoT(c | z).
+    """
+
+    of: Mapping[str, float]
+    uncovered: float
+
+
+@dataclass(frozen=True)
+class ExactMatch:
+    """Distances of the policy's exact distribution to R^beta / Z; one instance, or the mean over several.
+
+    Attributes:
+        states: States of the tree.
+        success: Probability of a successful end.
+        total_variation: Over outcomes; in [0, 1].
+        jensen_shannon: Over outcomes, nats; at most ln 2.
+        sequence_total_variation: Over action sequences, the terminal objects of the tree.
+        sequence_jensen_shannon: Over action sequences, nats.
+        uncovered: Probability that a chain of thought outside the demonstrations comes up on the way.
+    """
+
+    states: float
+    success: float
+    total_variation: float
+    jensen_shannon: float
+    sequence_total_variation: float
+    sequence_jensen_shannon: float
+    uncovered: float
+
+    def as_dict(self) -> dict[str, float]:
+        """Returns the figures by name."""
+        return asdict(self)
+
+
+def tree_size(env: TaskEnv) -> int:
+    """Returns how many states the tree of an instance has at most: the admissible moves of the first state throughout.
+
+    `env` must have been reset to the instance.
+    """
+    moves = len(env.admissible_actions) - (DONE_TOKEN in env.admissible_actions)
+    return sum(moves**depth for depth in range(env.max_steps + 1))
+
+
+def expand_tree(env: TaskEnv) -> list[TreeState]:
+    """Returns all states of the tree of an instance, parents before children.
+
+    Args:
+        env: The environment, reset to the instance.
+    """
+    states: list[TreeState] = []
+    waiting = deque([env])
+    while waiting:
+        here = waiting.popleft()
+        forced = here.end is not None
+        moves = [] if forced else [a for a in here.admissible_actions if a != DONE_TOKEN]
+        children = {action: copy.deepcopy(here) for action in moves}
+        for action, child in children.items():
+            child.step(action)
+        waiting.extend(children.values())
+        prompt, image = here.prompt(), here.image_png()
+        responses = {action: here.demonstrations(action) for action in moves}
+        log_reward, outcome = here.log_reward, here.outcome
+        if not forced:
+            here.step(DONE_TOKEN)
+        actions = tuple(here.past_actions)
+        states.append(TreeState(actions, prompt, image, responses, log_reward, outcome, here.success, forced))
+    return states
+
+
+def action_probabilities(
+    states: Sequence[TreeState], scorer: Scorer, inputs: PolicyInputs, advance: Callable[[int], None]
+) -> list[ActionProbabilities | None]:
+    """Returns P(a | z) of every state, None where stopping is forced.
+
+    Args:
+        states: The states of a tree.
+        scorer: Scorer of the policy.
+        inputs: The policy's processor.
+        advance: Called with the number of states done since its last call.
+    """
+    result: list[ActionProbabilities | None] = []
+    for some in _chunks(states):
+        steps, owners = [], []
+        for number, state in enumerate(some):
+            for action, responses in state.responses.items():
+                for response in responses:
+                    steps.append(_scored_step(state, response, inputs))
+                    owners.append((number, action))
+        scores = torch.zeros(len(steps), 3)
+        with torch.no_grad():
+            for batch in scorer.pack(steps):
+                scores[batch.index] = scorer.score_steps(batch).stacked().cpu()
+        result += _marginalised(some, owners, scores.double().exp().tolist())
+        advance(len(some))
+    return result
+
+
+def exact_match(
+    states: Sequence[TreeState], probabilities: Sequence[ActionProbabilities | None], reward_exponent: float
+) -> ExactMatch:
+    """Returns the distances between the policy's distribution and R^beta / Z.
+
+    Terminal objects are action sequences (P_B = 1). Mass that the policy loses on the way, uncovered or
+    inadmissible, is an outcome of its own, to which the target gives nothing.
+    """
+    reach: dict[tuple[str, ...], float] = {(): 1.0}
+    policy: dict[tuple[str, ...], float] = {}
+    success = uncovered = 0.0
+    for state, given in zip(states, probabilities, strict=True):
+        here = reach[state.actions]
+        if given is None:
+            stop = here
+        else:
+            stop = here * given.of[DONE_TOKEN]
+            uncovered += here * given.uncovered
+            for action in state.responses:
+                reach[(*state.actions, action)] = here * given.of[action]
+        policy[state.actions] = stop
+        success += stop * state.solved
+    log_weights = torch.tensor([reward_exponent * s.log_reward for s in states], dtype=torch.float64)
+    target = {s.actions: p for s, p in zip(states, log_weights.softmax(dim=0).tolist(), strict=True)}
+    ends = {s.actions: s.outcome for s in states}
+    by_outcome = [_summed(p, ends) for p in (policy, target)]
+    return ExactMatch(
+        states=len(states),
+        success=success,
+        total_variation=_total_variation(*by_outcome),
+        jensen_shannon=_jensen_shannon(*by_outcome),
+        sequence_total_variation=_total_variation(policy, target),
+        sequence_jensen_shannon=_jensen_shannon(policy, target),
+        uncovered=uncovered,
+    )
+
+
+def mean_match(matches: Sequence[ExactMatch]) -> ExactMatch:
+    """Returns the mean of each figure over instances."""
+    rows = [match.as_dict() for match in matches]
+    return ExactMatch(**{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]})
+
+
+def _scored_step(state: TreeState, response: str, inputs: PolicyInputs) -> ScoredStep:
+    ids = inputs.encode_response(response)
+    spans = token_spans(ids, parse_response(response).action_chars, inputs.decode)
+    return ScoredStep(state.prompt, state.image, ids, spans.cot_end, spans.action_end)
+
+
+def _marginalised(
+    states: Sequence[TreeState], owners: Sequence[tuple[int, str]], scores: Sequence[Sequence[float]]
+) -> list[ActionProbabilities | None]:
+    """Sums over chains of thought; `scores` holds P_Act, P_CoT and P([DONE]) of the responses."""
+    of: list[dict[str, float]] = [defaultdict(float) for _ in states]
+    covered = [0.0] * len(states)
+    for (number, action), (act, cot, stop) in zip(owners, scores, strict=True):
+        of[number][action] += cot * act
+        # Every chain of thought is there once for each action, and says the same about stopping each time.
+        share = 1.0 / len(states[number].responses)
+        of[number][DONE_TOKEN] += share * cot * stop
+        covered[number] += share * cot
+    return [
+        None if state.forced else ActionProbabilities(dict(p), max(0.0, 1.0 - mass))
+        for state, p, mass in zip(states, of, covered, strict=True)
+    ]
+
+
+def _chunks(states: Sequence[TreeState]) -> Iterator[Sequence[TreeState]]:
+    for first in range(0, len(states), _STEPS_AT_ONCE):
+        yield states[first : first + _STEPS_AT_ONCE]
+
+
+def _summed(probabilities: Mapping[tuple[str, ...], float], name_of: Mapping[tuple[str, ...], str]) -> dict[Any, float]:
+    summed: dict[Any, float] = defaultdict(float)
+    for key, probability in probabilities.items():
+        summed[name_of[key]] += probability
+    return summed
+
+
+def _with_missing(p: Mapping[Any, float]) -> dict[Any, float]:
+    return {**p, _INVALID: p.get(_INVALID, 0.0) + max(0.0, 1.0 - sum(p.values()))}
+
+
+def _total_variation(p: Mapping[Any, float], q: Mapping[Any, float]) -> float:
+    p, q = _with_missing(p), _with_missing(q)
+    return 0.5 * sum(abs(p.get(x, 0.0) - q.get(x, 0.0)) for x in {*p, *q})
+
+
+def _jensen_shannon(p: Mapping[Any, float], q: Mapping[Any, float]) -> float:
+    p, q = _with_missing(p), _with_missing(q)
+
+    def to_middle(a: Mapping[Any, float], b: Mapping[Any, float]) -> float:
+        return sum(v * math.log(2 * v / (v + b.get(x, 0.0))) for x, v in a.items() if v > 0)
+
+    return 0.5 * to_middle(p, q) + 0.5 * to_middle(q, p)
