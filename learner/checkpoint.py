@@ -3,8 +3,9 @@
 A checkpoint is a folder::
 
     adapter/adapter_config.json, adapter/adapter_model.safetensors     the adapter (PEFT format)
+    head.safetensors                                                   the head, where the loss has one
     optimizer.safetensors                                              AdamW's moments
-    state.json                                                         counters, and a hash of each file
+    state.json                                                         counters, the head's kind, a hash of each file
 
 The learning rate follows from the step counter and the learner draws no random numbers once its adapter
 exists, so there is nothing else to restore.
@@ -29,12 +30,14 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
 
+from learner.heads import StateHead
 from learner.optimization import Counters, Optimization
 from shared.errors import UserError
 
 FORMAT = 1
 _ADAPTER = "adapter/adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter/adapter_config.json"
+_HEAD = "head.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
 
@@ -49,8 +52,14 @@ def save_adapter(policy: Any, directory: Path) -> None:
         _write_adapter(policy, partial)
 
 
-def save_checkpoint(policy: Any, optimization: Optimization, directory: Path) -> None:
+def save_checkpoint(policy: Any, head: StateHead | None, optimization: Optimization, directory: Path) -> None:
     """Writes a checkpoint, all of it or nothing; replaces one of the same name.
+
+    Args:
+        policy: The PEFT model.
+        head: The loss's head, or None.
+        optimization: The optimiser of both.
+        directory: Where to write.
 
     Raises:
         UserError: It cannot be written (disk full, no permission).
@@ -59,30 +68,40 @@ def save_checkpoint(policy: Any, optimization: Optimization, directory: Path) ->
         (partial / "adapter").mkdir()
         _write_adapter(policy, partial / "adapter")
         _write_bytes(partial / _OPTIMIZER, safetensors.torch.save(optimization.tensors()))
-        hashes = {name: _sha256(partial / name) for name in (_ADAPTER, _ADAPTER_CONFIG, _OPTIMIZER)}
-        state = {"format": FORMAT, **asdict(optimization.counters), "sha256": hashes}
+        if head is not None:
+            _write_bytes(partial / _HEAD, safetensors.torch.save(_head_tensors(head)))
+        kind = None if head is None else head.kind.value
+        hashes = {name: _sha256(partial / name) for name in _files(kind)}
+        state = {"format": FORMAT, **asdict(optimization.counters), "head": kind, "sha256": hashes}
         _write_bytes(partial / _STATE, json.dumps(state, indent=2).encode())
 
 
-def load_checkpoint(policy: Any, optimization: Optimization, directory: Path) -> None:
+def load_checkpoint(policy: Any, head: StateHead | None, optimization: Optimization, directory: Path) -> None:
     """Restores what `save_checkpoint` wrote.
 
     Raises:
-        UserError: The checkpoint is missing, corrupted or of another adapter; the message names the file.
+        UserError: The checkpoint is missing, corrupted, of another adapter or of a loss with another head; the
+            message names the file. Nothing is restored then.
     """
     state = check_checkpoint(directory)
+    _check_head(directory, state["head"], head)
     adapter = _read_tensors(directory / _ADAPTER)
     current = get_peft_model_state_dict(policy, save_embedding_layers=False)
-    if {name: t.shape for name, t in adapter.items()} != {name: t.shape for name, t in current.items()}:
+    if _shapes(adapter) != _shapes(current):
         raise UserError(
             f"{directory / _ADAPTER}: belongs to another model or other policy.lora_* settings than the run's"
         )
+    head_tensors = {} if head is None else _read_tensors(directory / _HEAD)
+    if head is not None and _shapes(head_tensors) != _shapes(_head_tensors(head)):
+        raise UserError(f"{directory / _HEAD}: belongs to another model than the run's")
     moments = _read_tensors(directory / _OPTIMIZER)
     try:
         optimization.load_tensors(moments)
     except ValueError as error:
         raise _corrupted(directory / _OPTIMIZER, str(error)) from None
     set_peft_model_state_dict(policy, adapter)
+    if head is not None:
+        head.load_state_dict(head_tensors)
     optimization.counters = Counters(state["step"], state["skipped"], state["skipped_in_a_row"])
 
 
@@ -149,6 +168,27 @@ def _write_adapter(policy: Any, directory: Path) -> None:
     config.save_pretrained(directory)
 
 
+def _check_head(directory: Path, found: str | None, head: StateHead | None) -> None:
+    expected = None if head is None else head.kind.value
+    if found != expected:
+        raise UserError(
+            f"{directory}: made with an objective.loss that learns {found or 'no head'}, the run's learns "
+            f"{expected or 'no head'}; resume with the loss it was made with, or start a new run"
+        )
+
+
+def _head_tensors(head: StateHead) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _files(head: str | None) -> set[str]:
+    return {_ADAPTER, _ADAPTER_CONFIG, _OPTIMIZER} | (set() if head is None else {_HEAD})
+
+
 def _write_bytes(path: Path, content: bytes) -> None:
     # Through a plain file: a full disk is then an OSError here, never a fault in a memory map.
     with path.open("wb") as file:
@@ -180,13 +220,14 @@ def _read_state(path: Path) -> dict[str, Any]:
         isinstance(state, dict)
         and all(isinstance(state.get(name), int) and state[name] >= 0 for name in counters)
         and isinstance(state.get("sha256"), dict)
-        and set(state["sha256"]) == {_ADAPTER, _ADAPTER_CONFIG, _OPTIMIZER}
+        and set(state["sha256"]) == _files(state.get("head"))
     )
     if whole and state.get("format") != FORMAT:
         raise UserError(f"{path}: checkpoint format {state.get('format')}, this release reads {FORMAT}")
     if not whole:
         raise _corrupted(path, "entries are missing")
-    return dict(state)
+    # Checkpoints without a head may lack the entry.
+    return {"head": None, **state}
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

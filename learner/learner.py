@@ -12,13 +12,14 @@ from torch import Tensor
 
 from learner.checkpoint import load_checkpoint, save_adapter, save_checkpoint
 from learner.distributed import Ranks
+from learner.heads import HEAD_OF_LOSS, StateHead
 from learner.losses import LOSSES, LossOutput
 from learner.mismatch import Mismatch, compare
 from learner.model import adapter_parameters, default_device, load_policy
 from learner.optimization import Optimization
 from learner.reference import ReferenceScores
 from learner.scoring import MicroBatch, Scorer, StepScores, steps_of
-from learner.targets import STATE_WISE, LossInputs, Target, loss_inputs
+from learner.targets import LossInputs, Target, loss_inputs
 from shared.config import RunConfig
 from shared.policy_inputs import PolicyInputs
 from shared.trajectory import Trajectory
@@ -49,10 +50,15 @@ class Learner:
         self.policy = load_policy(config.policy, model_path, seed=config.seed, device=self.device)
         self._scorer = Scorer(self.policy, inputs, self.device, config.learner.token_budget)
         self._reference = ReferenceScores(self.policy, self._scorer, capacity=config.buffer.capacity)
-        self._optimization = Optimization(adapter_parameters(self.policy), config.learner)
         name = config.objective.loss
+        self._head: StateHead | None = None
+        if name in HEAD_OF_LOSS:
+            features = self._scorer.hidden_size()
+            self._head = StateHead(HEAD_OF_LOSS[name], features, config.seed).to(self.device)
+        head_parameters = [] if self._head is None else self._head.named_trainable()
+        self._optimization = Optimization(adapter_parameters(self.policy), config.learner, head_parameters)
         self._loss = partial(LOSSES[name], residual_clip=config.objective.residual_clip)
-        if name == "subtb":
+        if name.endswith("subtb"):
             self._loss = partial(self._loss, subtb_lambda=config.objective.subtb_lambda)
         self._target = Target(
             reward_exponent=config.target.reward_exponent,
@@ -60,7 +66,7 @@ class Learner:
             reference_weight=config.target.reference_weight,
             cot_weight=config.policy.cot_weight,
             cut_is_terminal=config.target.truncation == "terminal",
-            state_wise=name in STATE_WISE,
+            loss=name,
         )
 
     @property
@@ -76,13 +82,15 @@ class Learner:
 
         Returns:
             Metrics, the same on every rank: the loss's own (`learner.losses.output`);
-            ``trajectories_without_flow`` (see `learner.targets`); ``log_pf_mean`` (nats per transition);
-            ``grad_norm`` (before clipping), ``lr``, ``updated``, ``skipped_updates``; ``trajectories``,
-            ``responses``, ``response_tokens``; ``micro_batches``; ``mismatch_mean`` and ``mismatch_max``
-            (nats per token, between the stored sampler's and the learner's log-probabilities: for replayed
-            trajectories that is how far the policy has moved), ``mismatch_share`` (share of response tokens
-            that have a sampler's log-probability); ``seconds_reference``, ``seconds_scoring``,
-            ``seconds_backward`` (of the slowest rank).
+            ``trajectories_without_flow`` (see `learner.targets`); ``log_z`` (nats; the losses that estimate it:
+            `tb`, `var_tb` and, from the flow of the first states, `flow_*` and `fl_*`); ``log_pf_mean`` (nats
+            per transition, of the policy alone); ``grad_norm`` (of the adapter, before clipping),
+            ``head_grad_norm`` (likewise, where the loss has a head), ``lr``, ``updated``, ``skipped_updates``;
+            ``trajectories``, ``responses``, ``response_tokens``; ``micro_batches``; ``mismatch_mean`` and
+            ``mismatch_max`` (nats per token, between the stored sampler's and the learner's log-probabilities:
+            for replayed trajectories that is how far the policy has moved), ``mismatch_share`` (share of
+            response tokens that have a sampler's log-probability); ``seconds_reference``,
+            ``seconds_scoring``, ``seconds_backward`` (of the slowest rank).
 
         Raises:
             UserError: The gradient was not finite too many times in a row.
@@ -96,6 +104,8 @@ class Learner:
         seconds = {"seconds_reference": clock.lap()}
 
         scores, token_log_probs, kept = self._forward(batches)
+        if self._head is not None and self.steps_taken == 0:
+            self._centre_head(self._head, trajectories, mine, scores, reference)
         inputs = loss_inputs(mine, scores, reference, self._target)
         output = self._loss(**inputs.arguments())
         used = float(self._ranks.sum(output.metrics["trajectories_used"].double()))
@@ -131,15 +141,15 @@ class Learner:
         Raises:
             UserError: It cannot be written; nothing is left under its name.
         """
-        save_checkpoint(self.policy, self._optimization, Path(directory))
+        save_checkpoint(self.policy, self._head, self._optimization, Path(directory))
 
     def load(self, directory: Path | str) -> None:
         """Restores a checkpoint. Call it on every rank.
 
         Raises:
-            UserError: It is missing, corrupted or of another adapter.
+            UserError: It is missing, corrupted, of another adapter or of a loss with another head.
         """
-        load_checkpoint(self.policy, self._optimization, Path(directory))
+        load_checkpoint(self.policy, self._head, self._optimization, Path(directory))
 
     def _forward(self, batches: list[MicroBatch]) -> tuple[Tensor, list[list[float]], Tensor | None]:
         """Scores all micro-batches; keeps the graph of the first, the largest, only.
@@ -149,25 +159,50 @@ class Learner:
         A batch that fits the token budget is scored once.
 
         Returns:
-            (S, 3) scores as a leaf, the tokens' log-probabilities by step, and the first micro-batch's
-            scores with their graph.
+            (S, 3) scores as a leaf, (S, 4) with a head; the tokens' log-probabilities by step; and the first
+            micro-batch's scores with their graph.
         """
         total = sum(len(batch.index) for batch in batches)
-        scores = torch.zeros(total, 3)
+        scores = torch.zeros(total, 3 if self._head is None else 4)
         tokens: list[list[float]] = [[] for _ in range(total)]
         kept: Tensor | None = None
         for batch in reversed(batches):
             with torch.set_grad_enabled(batch is batches[0]):
-                result = self._scorer.score_steps(batch)
-                kept = result.stacked()
+                result, kept = self._scored(batch)
             scores[batch.index] = kept.detach().cpu()
             _collect(batch, result, tokens)
         return scores.requires_grad_(), tokens, kept
 
+    def _scored(self, batch: MicroBatch) -> tuple[StepScores, Tensor]:
+        """Returns a micro-batch's scores, and those that the loss takes, the head's number last: (N, 3 or 4)."""
+        result = self._scorer.score_steps(batch, with_hidden=self._head is not None)
+        stacked = result.stacked()
+        if self._head is not None and result.hidden is not None:
+            stacked = torch.cat([stacked, self._head(result.hidden)[:, None]], dim=1)
+        return result, stacked
+
+    def _centre_head(
+        self,
+        head: StateHead,
+        trajectories: Sequence[Trajectory],
+        mine: list[Trajectory],
+        scores: Tensor,
+        reference: Tensor | None,
+    ) -> None:
+        """Sets the head's constant from the first batch, the whole of it on every rank, and adds it to its scores."""
+        estimates = loss_inputs(mine, scores.detach(), reference, self._target).first_estimates()
+        own = {id(trajectory) for trajectory in mine}
+        places = [i for i, trajectory in enumerate(trajectories) if id(trajectory) in own]
+        everyones = torch.zeros(len(trajectories), dtype=torch.float64)
+        everyones[places] = estimates
+        head.centre_on(self._ranks.sum(everyones))
+        with torch.no_grad():
+            scores[:, 3] += float(head.centre)
+
     def _backward(self, batches: list[MicroBatch], kept: Tensor | None, weights: Tensor) -> None:
-        """Accumulates the adapter's gradients, given d loss / d score of every step."""
+        """Accumulates the gradients of adapter and head, given d loss / d score of every step."""
         for batch in batches:
-            stacked = self._scorer.score_steps(batch).stacked() if kept is None else kept
+            stacked = self._scored(batch)[1] if kept is None else kept
             kept = None
             stacked.backward(weights[batch.index].to(stacked.device))
 
@@ -192,14 +227,19 @@ class Learner:
             "responses": sum(len(t.steps) for t in mine),
             "response_tokens": mismatch.response_tokens,
             "micro_batches": len(batches),
-            "log_pf_mean": float(torch.where(taken, inputs.log_pf.detach(), 0.0).sum()),
+            "log_pf_mean": float(torch.where(taken, inputs.policy_log_pf, 0.0).sum()),
             "mismatch_mean": mismatch.total,
         }
+        first_flow = inputs.log_first_flow()
+        if first_flow is not None:
+            summed["log_z"] = float(first_flow.detach().sum())
         counts = [float(taken.sum()), float(mismatch.tokens)]
         sums = self._ranks.sum(torch.tensor([*summed.values(), *counts], dtype=torch.float64)).tolist()
         result = dict(zip(summed, sums, strict=False))
         transitions, compared = sums[-2:]
         result["log_pf_mean"] /= max(transitions, 1.0)
+        if first_flow is not None:
+            result["log_z"] /= max(result["trajectories"], 1.0)
         result["mismatch_mean"] /= max(compared, 1.0)
         result["mismatch_share"] = compared / max(result["response_tokens"], 1.0)
         maxima = self._ranks.max(torch.tensor(list(maximal.values()), dtype=torch.float64)).tolist()

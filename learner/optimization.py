@@ -1,4 +1,4 @@
-"""AdamW on the adapter: warm-up and cosine, clipping, and what happens to gradients that are not finite."""
+"""AdamW on adapter and head: warm-up and cosine, clipping, and what happens to gradients that are not finite."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from shared.errors import UserError
 
 MAX_SKIPPED_IN_A_ROW = 5
 """So many non-finite gradients one after the other end the run."""
+
+_NORMS = ("grad_norm", "head_grad_norm")
 
 
 def learning_rate(settings: LearnerSettings, step: int) -> float:
@@ -49,21 +51,33 @@ class Counters:
 class Optimization:
     """The optimiser with its schedule.
 
+    The head's learning rate follows the adapter's schedule from a peak of its own. Its gradients are clipped
+    on their own, so that neither part shortens the other's step, and its weights do not decay: they carry a
+    level that has nothing to do with zero.
+
     Args:
-        named: Trainable parameters by name, in a fixed order.
+        adapter: The adapter's parameters by name, in a fixed order.
         settings: The learner's settings.
+        head: The head's parameters by name, in a fixed order; empty for losses without one.
     """
 
-    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], settings: LearnerSettings) -> None:
+    def __init__(
+        self,
+        adapter: Sequence[tuple[str, nn.Parameter]],
+        settings: LearnerSettings,
+        head: Sequence[tuple[str, nn.Parameter]] = (),
+    ) -> None:
         self.counters = Counters()
-        self.names = [name for name, _ in named]
-        self.parameters = [parameter for _, parameter in named]
+        self.names = [name for name, _ in (*adapter, *head)]
+        self.parameters = [parameter for _, parameter in (*adapter, *head)]
         self._settings = settings
+        groups = [{"params": [p for _, p in adapter], "weight_decay": settings.weight_decay}]
+        self._peaks = [settings.learning_rate]
+        if len(head) > 0:
+            groups.append({"params": [p for _, p in head], "weight_decay": 0.0})
+            self._peaks.append(settings.head_learning_rate)
         self._adamw = torch.optim.AdamW(
-            self.parameters,
-            lr=settings.learning_rate,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            weight_decay=settings.weight_decay,
+            groups, lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2)
         )
 
     def zero_grad(self) -> None:
@@ -80,17 +94,19 @@ class Optimization:
             has_signal: Whether the batch had any residual.
 
         Returns:
-            ``grad_norm`` before clipping, ``lr``, ``updated`` (1 or 0), ``skipped_updates`` so far.
+            ``grad_norm`` before clipping, of the adapter; ``lr``, ``updated`` (1 or 0), ``skipped_updates`` so
+            far; with a head, ``head_grad_norm`` before clipping.
 
         Raises:
             UserError: Too many non-finite gradients in a row.
         """
         counters = self.counters
         lr = learning_rate(self._settings, counters.step)
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self._settings.grad_clip))
-        finite = math.isfinite(norm)
+        norms = {}
+        for group, peak, name in zip(self._adamw.param_groups, self._peaks, _NORMS, strict=False):
+            group["lr"] = lr * (peak / self._settings.learning_rate)
+            norms[name] = float(nn.utils.clip_grad_norm_(group["params"], self._settings.grad_clip))
+        finite = all(math.isfinite(norm) for norm in norms.values())
         if finite and has_signal:
             self._adamw.step()
         counters.step += 1
@@ -102,7 +118,7 @@ class Optimization:
                 "resume from a checkpoint with a smaller learner.learning_rate, or with policy.dtype=float32"
             )
         return {
-            "grad_norm": norm,
+            **norms,
             "lr": lr,
             "updated": float(finite and has_signal),
             "skipped_updates": float(counters.skipped),
@@ -121,14 +137,14 @@ class Optimization:
         """Restores what `tensors` returned.
 
         Raises:
-            ValueError: They belong to another adapter.
+            ValueError: They belong to another adapter or head.
         """
         expected = dict(zip(self.names, self.parameters, strict=True))
         state: dict[int, dict[str, Tensor]] = {}
         for full_name, value in tensors.items():
             name, _, key = full_name.rpartition("/")
             if name not in expected or (value.dim() > 0 and value.shape != expected[name].shape):
-                raise ValueError(f"{full_name} {list(value.shape)} does not belong to this adapter")
+                raise ValueError(f"{full_name} {list(value.shape)} does not belong to this adapter and head")
             state.setdefault(self.names.index(name), {})[key] = value
         if len({frozenset(entries) for entries in state.values()}) > 1 or len(state) not in (0, len(expected)):
             raise ValueError("the state of some parameters is missing")

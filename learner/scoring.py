@@ -2,21 +2,24 @@
 
 One forward pass gives all of them (GFlowVLM eq. 2-5). Steps are packed by length into micro-batches of a
 bounded number of padded tokens; a micro-batch is the left-padded prompts followed by the right-padded
-responses, so that all responses start in the same column and only their logits are computed.
+responses, so that all responses start in the same column and only their logits are computed. The column before
+is the last prompt token: its last hidden state, which the output layer is given anyway, stands for the state z_t.
 """
 
 from __future__ import annotations
 
 import inspect
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from shared.errors import UserError
 from shared.policy_inputs import PolicyInputs
 from shared.trajectory import Step, Trajectory
 
@@ -65,12 +68,15 @@ class StepScores:
         log_cot: (N,) log P_CoT: the sum over the tokens before the action; all tokens when malformed.
         log_stop: (N,) log P([DONE]) at the action's first position; 0 when malformed (there is none).
         token_log_probs: (N, R) log-probability of each response token, detached; 0 in the padding.
+        hidden: (N, features) last hidden state of the prompt's last token, in the model's precision; None
+            where it was not asked for.
     """
 
     log_act: Tensor
     log_cot: Tensor
     log_stop: Tensor
     token_log_probs: Tensor
+    hidden: Tensor | None
 
     def stacked(self) -> Tensor:
         """(N, 3): log_act, log_cot, log_stop."""
@@ -106,6 +112,7 @@ class Scorer:
         self._image_tokens: dict[tuple[int, int], int] = {}
         base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
         self._keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self._output_layer = base.get_output_embeddings()
         # Models with multi-axis rotary positions (Qwen-VL) derive them from ids and mask themselves.
         core = getattr(base, "model", base)
         self._takes_positions = not hasattr(core, "get_rope_index")
@@ -129,14 +136,32 @@ class Scorer:
                 widest_prompt, widest_response = prompts[i], responses[i]
         return [MicroBatch(group, [steps[i] for i in group]) for group in groups]
 
-    def score_steps(self, batch: MicroBatch) -> StepScores:
-        """Scores a micro-batch in one forward pass; differentiable where gradients are enabled."""
+    def hidden_size(self) -> int:
+        """Returns the width of the hidden states that `score_steps` gives.
+
+        Raises:
+            UserError: The model's output layer cannot be found.
+        """
+        if not isinstance(self._output_layer, nn.Module):
+            raise UserError(
+                f"objective.loss: {type(self._policy).__name__} shows no output layer to read hidden states from; "
+                "choose a loss without a learned log Z or flow (var_tb, db, subtb)"
+            )
+        weight = self._output_layer.get_parameter("weight")
+        return int(weight.shape[-1])
+
+    def score_steps(self, batch: MicroBatch, with_hidden: bool = False) -> StepScores:
+        """Scores a micro-batch in one forward pass; differentiable where gradients are enabled.
+
+        Args:
+            batch: The steps.
+            with_hidden: Whether to give the hidden states of the prompts' last tokens too (`hidden_size`).
+        """
         inputs, responses, mask = self._model_inputs(batch)
         width = responses.shape[1]
-        if self._keeps_logits:
-            logits = self._policy(**inputs, use_cache=False, logits_to_keep=width + 1).logits
-        else:
-            logits = self._policy(**inputs, use_cache=False).logits[:, -(width + 1) :]
+        kept = {"logits_to_keep": width + 1} if self._keeps_logits else {}
+        with self._captured_hidden(-(width + 1), with_hidden) as captured:
+            logits = self._policy(**inputs, use_cache=False, **kept).logits[:, -(width + 1) :]
         # The column before a token predicts it, so the last column predicts nothing we have.
         logits = logits[:, :-1].float()
         log_norm = logits.logsumexp(dim=-1)
@@ -156,7 +181,25 @@ class Scorer:
             log_cot=torch.where(in_cot, tokens, 0.0).sum(dim=1),
             log_stop=torch.where(action_end > cot_end, stop, 0.0),
             token_log_probs=tokens.detach(),
+            hidden=captured[-1] if with_hidden else None,
         )
+
+    @contextmanager
+    def _captured_hidden(self, column: int, active: bool) -> Iterator[list[Tensor]]:
+        """Yields a list to which a forward pass adds the output layer's input in one column.
+
+        Every class of models has that layer, whatever its outputs are called, and with `logits_to_keep` its
+        input begins with just this column. `output_hidden_states` would keep all layers' states.
+        """
+        captured: list[Tensor] = []
+        if not active:
+            yield captured
+            return
+        hook = self._output_layer.register_forward_pre_hook(lambda _, args: captured.append(args[0][:, column]))
+        try:
+            yield captured
+        finally:
+            hook.remove()
 
     def _model_inputs(self, batch: MicroBatch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Returns the model's inputs, the padded responses (N, R) and their mask (N, R)."""

@@ -2,32 +2,47 @@
 
 What is in a state's terms
 --------------------------
-With γ = `cot_weight`, α = `reference_weight`, c_t the chain of thought and a_t the action at state z_t:
+With γ = `cot_weight`, α = `reference_weight`, β = `reward_exponent`, c_t the chain of thought and a_t the
+action at state z_t:
 
-    log_pf[t]     = log P_Act(a_t | c_t) + γ log P_CoT(c_t)
-    log_p_stop[t] = log P([DONE] | c_t)  + γ log P_CoT(c_t)
-    log_reward[t] = β log R(z_{0:t}⊤)    + α Σ_{k ≤ t} log P_ref(c_k)
+    log_pf[t]     = log P_Act(a_t | c_t) + γ log P_CoT(c_t) − α log P_ref(c_t)
+    log_p_stop[t] = log P([DONE] | c_t)  + γ log P_CoT(c_t) − α log P_ref(c_t)
+    log_reward[t] = β log R(z_{0:t}⊤), floored
 
-c_t precedes both branches at z_t, so it is in both of the first two, and stopping at z_t makes an object
-x = (c_0, a_0, …, c_t, ⊤) that contains c_t; hence the sum to k = t *inclusive* in the third. Two checks:
+The target of an object x = (c_0, a_0, …, c_n, ⊤) is R(x)^β Π_{k≤n} P_ref(c_k)^α. Its reference factors stand
+with the forward terms of the same response: in every residual that is the same as having their product in the
+reward (a test holds this). c_t precedes both branches at z_t, so its terms are in both of the first two.
 
-* Whole trajectory (TB, VarTB). Σ_{t<n} log_pf[t] + log_p_stop[n] holds γ log P_CoT of c_0 … c_n, and
-  log_reward[n] holds α log P_ref of the same. Where the stop was forced, log_p_stop[n] = 0 and there is no
-  c_n on either side.
+* Whole trajectory (TB, VarTB). Σ_{t<n} log_pf[t] + log_p_stop[n] holds γ log P_CoT − α log P_ref of c_0 … c_n.
+  Where the stop was forced, log_p_stop[n] = 0 and there is no c_n.
 * State-wise (DB, SubTB), residual(i, j) = log_reward[i] + Σ_{i≤t<j} log_pf[t] + log_p_stop[j]
-  − log_reward[j] − log_p_stop[i]. From the policy: γ (c_i + … + c_{j−1}) + γ c_j − γ c_i = γ (c_{i+1} + … + c_j).
-  From the target: α (c_{i+1} + … + c_j). The same chains of thought; with α = γ and the policy equal to the
-  reference they cancel exactly. (It is detailed balance on the tree whose nodes are u_t = (z_t, c_t), with
+  − log_reward[j] − log_p_stop[i] holds the same of c_{i+1} … c_j; with α = γ and the policy equal to the
+  reference they cancel. (It is detailed balance on the tree whose nodes are u_t = (z_t, c_t), with
   F(u_t) = R_t / P(⊤ | u_t) and the edge u_t → u_{t+1} of probability P_Act(a_t | c_t) P_CoT(c_{t+1})^γ.)
+* Learned flow. F(z_t) collects what can follow z_t, R^β Π_{k≥t} P_ref(c_k)^α. No earlier chain of thought is in
+  it: it depends on the state alone, which is what a head can learn from a prompt that shows none. Forward-looking
+  losses take log_reward at inner states for what has been earned so far; it is what the environment gives at
+  every visited state (`Trajectory.log_rewards`), so sub-goals that it pays for are local credit, also in
+  incomplete trajectories.
 
-Malformed responses
--------------------
+Ends of trajectories in losses with a learned flow
+--------------------------------------------------
+A chosen stop leads from z_n to the terminal state x, as those losses have it. Where the stop is forced (by the
+environment, by an invalid response, or by a cut that counts as terminal) z_n *is* x: no response was asked for,
+so nothing could read a flow off its prompt, and the flow is known, log F = log_reward[n] (log F̃ = 0). Such a
+trajectory is passed with that flow at n and without a stop action: `stopped` is False, though nothing is missing.
+A malformed response is then a transition to x like any other (log P_Act = 0), from a state whose flow is
+learned, so nothing of the next section is needed. In an incomplete trajectory the state behind the cut has no
+prompt that was answered; it ends one state earlier, with a learned flow.
+
+Malformed responses in losses that use log P(⊤)
+-----------------------------------------------
 A malformed response is a chain of thought without an action: the trajectory never reaches a node u_t at
 which it could have stopped, so P(⊤) does not exist there and no number stands in for it. Sums over whole
 trajectories do not need it. State-wise losses skip the node: its transition is merged with the one before,
-log_pf = (… + log P_Act(a_{t−1})) + γ log P(text), which is what eliminating F(z_t) from the balance
-conditions on both sides gives. Every sub-trajectory from an earlier node to the floored end remains, and
-that is what pushes malformed responses down.
+log_pf = (… + log P_Act(a_{t−1})) + (γ log P(text) − α log P_ref(text)), which is what eliminating F(z_t) from
+the balance conditions on both sides gives. Every sub-trajectory from an earlier node to the floored end
+remains, and that is what pushes malformed responses down.
 At the first state there is no node before. The flow through z_0 *before* any thought is Z(g), and every
 other trajectory of the same instance that answered z_0 properly estimates it:
 log Z = log_reward[0] − log_p_stop[0]. Their mean, detached, stands in for log F(z_0). Without such a
@@ -43,6 +58,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from learner.heads import HEAD_OF_LOSS, HeadKind, first_estimates
 from shared.trajectory import EndReason, Step, Trajectory
 
 STATE_WISE = frozenset({"db", "subtb"})
@@ -58,7 +74,7 @@ class Target:
         reference_weight: α.
         cot_weight: γ.
         cut_is_terminal: Whether a cut at the step limit counts as a forced stop; else it is incomplete.
-        state_wise: Whether the loss uses log P(⊤) at inner states.
+        loss: Name of the loss.
         log_reward_floor: Smallest log R^β, nats.
     """
 
@@ -66,8 +82,18 @@ class Target:
     reference_weight: float
     cot_weight: float
     cut_is_terminal: bool
-    state_wise: bool
+    loss: str
     log_reward_floor: float = -math.inf
+
+    @property
+    def head(self) -> HeadKind | None:
+        """What the loss learns besides the policy."""
+        return HEAD_OF_LOSS.get(self.loss)
+
+    @property
+    def learns_flow(self) -> bool:
+        """Whether the loss learns the flow of every state."""
+        return self.head in (HeadKind.LOG_FLOW, HeadKind.LOG_FLOW_AHEAD)
 
 
 @dataclass(frozen=True)
@@ -79,10 +105,15 @@ class LossInputs:
         log_p_stop: (K, T+1).
         log_reward: (K, T+1).
         length: (K,) int64.
-        stopped: (K,) bool.
+        stopped: (K,) bool; with a learned flow only where the policy chose to stop.
         instance: (K,) int64.
+        log_flow: (K, T+1) what the head says of the visited states, and the known flow of terminal ones; None
+            without a head. `tb` uses the first state's.
+        from_head: (K, T+1) bool, where log_flow is the head's.
+        policy_log_pf: (K, T) log P_F of the policy itself, without the reference; detached.
         without_flow: Trajectories that a state-wise loss cannot use: malformed at the first state, and no
             companion that tells the flow there.
+        head: What the head learns; None without one.
     """
 
     log_pf: Tensor
@@ -91,12 +122,35 @@ class LossInputs:
     length: Tensor
     stopped: Tensor
     instance: Tensor
+    log_flow: Tensor | None
+    from_head: Tensor
+    policy_log_pf: Tensor
     without_flow: int
+    head: HeadKind | None
 
     def arguments(self) -> dict[str, Tensor]:
-        """The keyword arguments of a loss."""
+        """The keyword arguments of the loss."""
         names = ("log_pf", "log_p_stop", "log_reward", "length", "stopped", "instance")
-        return {name: getattr(self, name) for name in names}
+        arguments: dict[str, Tensor] = {name: getattr(self, name) for name in names}
+        if self.log_flow is not None and self.head is HeadKind.LOG_Z:
+            arguments["log_z"] = self.log_flow[:, 0]
+        elif self.log_flow is not None:
+            arguments["log_flow"] = self.log_flow
+        return arguments
+
+    def log_first_flow(self) -> Tensor | None:
+        """(K,) the learned log F(z_0), which is log Z(g); None for losses that learn no flow of states."""
+        if self.log_flow is None or self.head is HeadKind.LOG_Z:
+            return None
+        first = self.log_flow[:, 0]
+        return first + self.log_reward[:, 0] if self.head is HeadKind.LOG_FLOW_AHEAD else first
+
+    def first_estimates(self) -> Tensor:
+        """(K,) nats: what the head should say by this batch, a trajectory's mean; NaN where it says nothing."""
+        ahead = self.head is HeadKind.LOG_FLOW_AHEAD
+        path = {name: getattr(self, name).detach() for name in ("log_pf", "log_p_stop", "log_reward")}
+        estimates = first_estimates(**path, length=self.length, stopped=self.stopped, ahead=ahead)
+        return torch.where(self.from_head, estimates, math.nan).nanmean(dim=1)
 
 
 @dataclass(frozen=True)
@@ -107,13 +161,15 @@ class _Layout:
         nodes: Visited states that count, in order.
         column: For every step, the transition it belongs to, or None when it is cut off.
         stop_node: For every step, the node whose log P(⊤) it scores, or None.
-        stopped: Whether the trajectory ended in ⊤.
+        head_node: For every step, the node whose state the head reads off its prompt, or None.
+        stopped: Whether the trajectory ended in ⊤; with a learned flow, whether the policy chose to.
         borrows: Whether node 0 has no stop of its own (malformed first response).
     """
 
     nodes: list[int]
     column: list[int | None]
     stop_node: list[int | None]
+    head_node: list[int | None]
     stopped: bool
     borrows: bool
 
@@ -130,7 +186,8 @@ def loss_inputs(
 
     Args:
         trajectories: K trajectories with S steps in all.
-        scores: (S, 3) log P_Act, log P_CoT and log P([DONE]) of the steps, in order (`StepScores.stacked`).
+        scores: (S, 3) log P_Act, log P_CoT and log P([DONE]) of the steps, in order (`StepScores.stacked`);
+            (S, 4) with the head's number of their states for a loss with a head.
         reference_log_cot: (S,) log P_ref(c) of the steps; None where `reference_weight` is 0.
         target: Exponents, weights and rules.
 
@@ -139,25 +196,17 @@ def loss_inputs(
     """
     layouts = [_layout(t, target) for t in trajectories]
     K, T = len(trajectories), max((len(layout.nodes) - 1 for layout in layouts), default=0)
-    pf_slot, pf_step, stop_slot, stop_step = [], [], [], []
     log_reward = torch.zeros(K, T + 1, dtype=torch.float64)
-    reference = [0.0] * scores.shape[0] if reference_log_cot is None else reference_log_cot.tolist()
-    first = 0
     for k, (trajectory, layout) in enumerate(zip(trajectories, layouts, strict=True)):
-        for s, (column, node) in enumerate(zip(layout.column, layout.stop_node, strict=True), start=first):
-            if column is not None:
-                pf_slot.append(k * T + column)
-                pf_step.append(s)
-            if node is not None:
-                stop_slot.append(k * (T + 1) + node)
-                stop_step.append(s)
-        here = reference[first : first + len(trajectory.steps)]
-        log_reward[k, : len(layout.nodes)] = _node_log_rewards(trajectory, layout, here, target)
-        first += len(trajectory.steps)
+        log_reward[k, : len(layout.nodes)] = _node_log_rewards(trajectory, layout, target)
 
-    log_act, log_cot, log_done = scores.cpu().double().unbind(dim=1)
-    log_pf = _placed(log_act + target.cot_weight * log_cot, pf_step, pf_slot, K * T).view(K, T)
-    log_p_stop = _placed(log_done + target.cot_weight * log_cot, stop_step, stop_slot, K * (T + 1)).view(K, T + 1)
+    log_act, log_cot, log_done = scores[:, :3].cpu().double().unbind(dim=1)
+    log_cot = target.cot_weight * log_cot
+    reference = torch.zeros_like(log_cot) if reference_log_cot is None else reference_log_cot.double()
+    of_text = log_cot - target.reference_weight * reference
+    transitions = [layout.column for layout in layouts]
+    log_pf = _placed(log_act + of_text, transitions, T)
+    log_p_stop = _placed(log_done + of_text, [layout.stop_node for layout in layouts], T + 1)
     numbers = {name: i for i, name in enumerate(dict.fromkeys(t.instance_id for t in trajectories))}
     instance = torch.tensor([numbers[t.instance_id] for t in trajectories], dtype=torch.int64)
     length = torch.tensor([len(layout.nodes) - 1 for layout in layouts], dtype=torch.int64)
@@ -165,8 +214,20 @@ def loss_inputs(
     borrows = torch.tensor([layout.borrows for layout in layouts], dtype=torch.bool)
     scored_first = torch.tensor([0 in layout.stop_node for layout in layouts], dtype=torch.bool)
     log_p_stop, without = _borrow_first_flow(log_p_stop, log_reward, instance, borrows, scored_first)
-    length = torch.where(without, 0, length)
-    return LossInputs(log_pf, log_p_stop, log_reward, length, stopped, instance, int(without.sum()))
+    log_flow, from_head = _log_flow(scores, layouts, log_reward, target)
+    return LossInputs(
+        log_pf=log_pf,
+        log_p_stop=log_p_stop,
+        log_reward=log_reward,
+        length=torch.where(without, 0, length),
+        stopped=stopped,
+        instance=instance,
+        log_flow=log_flow,
+        from_head=from_head,
+        policy_log_pf=_placed(log_act + log_cot, transitions, T).detach(),
+        without_flow=int(without.sum()),
+        head=target.head,
+    )
 
 
 def _layout(trajectory: Trajectory, target: Target) -> _Layout:
@@ -178,7 +239,7 @@ def _layout(trajectory: Trajectory, target: Target) -> _Layout:
     states = range(last + 1)
     nodes = list(states)
     borrows = False
-    if target.state_wise:
+    if target.loss in STATE_WISE:
         nodes = [t for t in states if (forced and t == last) or (t < len(steps) and not is_malformed(steps[t]))]
         borrows = (len(nodes) == 0 or nodes[0] != 0) and len(steps) > 0
         if len(nodes) == 0 or nodes[0] != 0:
@@ -192,25 +253,48 @@ def _layout(trajectory: Trajectory, target: Target) -> _Layout:
         column.append(node if node + 1 < len(nodes) else None)
         is_scored = t <= last and nodes[node] == t and not is_malformed(step)
         stop_node.append(node if is_scored else None)
-    return _Layout(nodes, column, stop_node, stopped=not cut, borrows=borrows)
+    # Without state-wise merging node t is state t; log Z belongs to the first.
+    reads = range(last + 1 if target.learns_flow else 1 if target.head is not None else 0)
+    head_node = [t if t in reads else None for t in range(len(steps))]
+    stopped = not cut and not (forced and target.learns_flow)
+    if target.head is not None and len(steps) == 0:
+        # No prompt was shown, so nothing says what log Z is.
+        stopped = False
+    return _Layout(nodes, column, stop_node, head_node, stopped, borrows)
 
 
-def _node_log_rewards(trajectory: Trajectory, layout: _Layout, reference: Sequence[float], target: Target) -> Tensor:
+def _node_log_rewards(trajectory: Trajectory, layout: _Layout, target: Target) -> Tensor:
     log_rewards = torch.tensor(trajectory.log_rewards, dtype=torch.float64)[layout.nodes]
-    log_rewards = (target.reward_exponent * log_rewards).clamp(min=target.log_reward_floor)
-    if target.reference_weight > 0:
-        until = torch.tensor([0.0, *reference], dtype=torch.float64).cumsum(dim=0)
-        # States without a response of their own (forced stops) add nothing beyond the one before.
-        count = [min(t + 1, len(reference)) for t in layout.nodes]
-        log_rewards = log_rewards + target.reference_weight * until[count]
-    return log_rewards
+    return (target.reward_exponent * log_rewards).clamp(min=target.log_reward_floor)
 
 
-def _placed(values: Tensor, source: list[int], slot: list[int], size: int) -> Tensor:
-    """Returns `size` zeros with values[source] added at `slot` (merged transitions add up)."""
-    indices = torch.tensor(slot, dtype=torch.int64)
-    chosen = values[torch.tensor(source, dtype=torch.int64)]
-    return torch.zeros(size, dtype=values.dtype).index_add(0, indices, chosen)
+def _log_flow(
+    scores: Tensor, layouts: Sequence[_Layout], log_reward: Tensor, target: Target
+) -> tuple[Tensor | None, Tensor]:
+    """Returns `LossInputs.log_flow` and `LossInputs.from_head`."""
+    states = log_reward.shape[1]
+    if target.head is None:
+        return None, torch.zeros_like(log_reward, dtype=torch.bool)
+    columns = [layout.head_node for layout in layouts]
+    ones = torch.ones(scores.shape[0], dtype=torch.float64)
+    from_head = _placed(ones, columns, states) > 0
+    known = log_reward if target.head is HeadKind.LOG_FLOW else torch.zeros_like(log_reward)
+    return torch.where(from_head, _placed(scores[:, 3].cpu().double(), columns, states), known), from_head
+
+
+def _placed(values: Tensor, columns: Sequence[Sequence[int | None]], width: int) -> Tensor:
+    """Returns (K, width) zeros with each step's value added in its column (merged transitions add up).
+
+    Args:
+        values: (S,) of all steps, trajectory after trajectory.
+        columns: For every trajectory and step the column, or None.
+        width: Number of columns.
+    """
+    rows = [(k, column) for k, of_steps in enumerate(columns) for column in of_steps]
+    source = torch.tensor([s for s, (_, column) in enumerate(rows) if column is not None], dtype=torch.int64)
+    slot = torch.tensor([k * width + column for k, column in rows if column is not None], dtype=torch.int64)
+    placed = torch.zeros(len(columns) * width, dtype=values.dtype).index_add(0, slot, values[source])
+    return placed.view(len(columns), width)
 
 
 def _borrow_first_flow(

@@ -121,15 +121,9 @@ class BufferSettings(Settings):
 class ObjectiveSettings(Settings):
     """The loss."""
 
-    loss: Literal["tb", "var_tb", "db", "subtb"] = "var_tb"
-    subtb_lambda: float = Field(0.9, gt=0, le=2.0)
+    loss: Literal["tb", "var_tb", "db", "subtb", "flow_db", "flow_subtb", "fl_db", "fl_subtb"] = "var_tb"
+    subtb_lambda: float = Field(0.9, gt=0, le=2.0, description="Lambda of subtb, flow_subtb and fl_subtb.")
     residual_clip: float | None = Field(10.0, gt=0, description="Residual beyond which the penalty is linear, nats.")
-
-    @model_validator(mode="after")
-    def _supported(self) -> "ObjectiveSettings":
-        if self.loss == "tb":
-            raise ValueError("loss tb needs a log Z head, which this release does not train; use var_tb")
-        return self
 
 
 class LearnerSettings(Settings):
@@ -142,11 +136,17 @@ class LearnerSettings(Settings):
     cpus_per_worker: float = Field(0.5, ge=0, le=64)
     learning_rate: float = Field(1e-3, gt=0, le=1)
     final_learning_rate: float = Field(1e-4, ge=0, le=1)
+    head_learning_rate: float = Field(
+        5e-3,
+        gt=0,
+        le=1,
+        description="Peak rate of the log Z or flow head (tb, flow_*, fl_*); its schedule has the adapter's shape.",
+    )
     warmup_steps: int = Field(5, ge=0)
     weight_decay: float = Field(0.0, ge=0, le=1)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.98, ge=0, lt=1)
-    grad_clip: float = Field(1.0, gt=0, le=1e6)
+    grad_clip: float = Field(1.0, gt=0, le=1e6, description="Largest gradient norm, of adapter and head each.")
     token_budget: int = Field(16_384, ge=64, description="Padded tokens in one forward pass.")
     publish_every: int = Field(1, ge=1, description="Learner steps per published adapter version.")
     checkpoint_every: int = Field(1, ge=1, description="Learner steps per checkpoint.")

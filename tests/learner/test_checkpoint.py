@@ -1,14 +1,17 @@
+import json
 import resource
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from learner.learner import Learner
 from learner.model import adapter_parameters
 from shared.errors import UserError
 
+LOSSES_BY_HEAD = ["var_tb", "tb", "flow_subtb", "fl_db"]
 FILES = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "optimizer.safetensors", "state.json"]
 
 
@@ -22,17 +25,29 @@ def learner(tiny_model, make_config):
     return Learner(make_config(), tiny_model)
 
 
+@pytest.fixture
+def with_head(tiny_model, make_config):
+    return Learner(make_config(objective={"loss": "flow_db"}), tiny_model)
+
+
 def parameters(learner):
-    return torch.cat([parameter.detach().flatten() for _, parameter in adapter_parameters(learner.policy)])
+    """Of the adapter, and of the head and its constant where the loss has one."""
+    tensors = [parameter.detach().flatten() for _, parameter in adapter_parameters(learner.policy)]
+    if learner._head is not None:
+        tensors += [tensor.flatten() for tensor in learner._head.state_dict().values()]
+    return torch.cat(tensors)
 
 
-def test_a_resumed_learner_goes_on_as_if_it_had_never_stopped(learner, tiny_model, make_config, batches, tmp_path):
+@pytest.mark.parametrize("loss", LOSSES_BY_HEAD)
+def test_a_resumed_learner_goes_on_as_if_it_had_never_stopped(tiny_model, make_config, batches, tmp_path, loss):
+    config = make_config(objective={"loss": loss})
+    learner = Learner(config, tiny_model)
     for batch in batches[:2]:
         learner.step(batch)
     learner.save(tmp_path / "step-2")
     expected = [learner.step(batch) for batch in batches[2:]]
 
-    resumed = Learner(make_config(), tiny_model)
+    resumed = Learner(config, tiny_model)
     resumed.load(tmp_path / "step-2")
     assert resumed.steps_taken == 2
     found = [resumed.step(batch) for batch in batches[2:]]
@@ -74,9 +89,10 @@ def test_the_adapter_is_one_that_peft_loads(learner, tiny_model, tiny_inputs, ba
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, "head.safetensors"])
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
-def test_a_damaged_checkpoint_is_named_and_leaves_the_learner_as_it_was(learner, batches, tmp_path, name, damage):
+def test_a_damaged_checkpoint_is_named_and_leaves_the_learner_as_it_was(with_head, batches, tmp_path, name, damage):
+    learner = with_head
     learner.step(batches[0])
     learner.save(tmp_path / "c")
     learner.step(batches[1])
@@ -101,6 +117,44 @@ def test_a_checkpoint_of_another_adapter_is_refused(learner, tiny_model, make_co
     learner.save(tmp_path / "c")
     with pytest.raises(UserError, match=r"policy\.lora_"):
         Learner(make_config(policy={"lora_rank": 4}), tiny_model).load(tmp_path / "c")
+
+
+@pytest.mark.parametrize("made_with", LOSSES_BY_HEAD)
+@pytest.mark.parametrize("loaded_with", LOSSES_BY_HEAD)
+def test_a_checkpoint_of_a_loss_with_another_head_is_refused(tiny_model, make_config, tmp_path, made_with, loaded_with):
+    Learner(make_config(objective={"loss": made_with}), tiny_model).save(tmp_path / "c")
+    learner = Learner(make_config(objective={"loss": loaded_with}), tiny_model)
+    if made_with == loaded_with:
+        learner.load(tmp_path / "c")
+        return
+    before = parameters(learner)
+    with pytest.raises(UserError, match=r"c: made with an objective\.loss that learns") as caught:
+        learner.load(tmp_path / "c")
+    assert "\n" not in str(caught.value)
+    assert torch.equal(parameters(learner), before)
+
+
+def test_losses_without_a_head_read_each_others_checkpoints(learner, tiny_model, make_config, batches, tmp_path):
+    learner.step(batches[0])
+    learner.save(tmp_path / "c")
+    state = json.loads((tmp_path / "c" / "state.json").read_text())
+    assert state.pop("head") is None
+    # As written before there were heads.
+    (tmp_path / "c" / "state.json").write_text(json.dumps(state))
+    other = Learner(make_config(objective={"loss": "subtb"}), tiny_model)
+    other.load(tmp_path / "c")
+    assert torch.equal(parameters(other), parameters(learner))
+
+
+def test_the_head_is_in_the_checkpoint_and_never_in_the_adapter(with_head, batches, tmp_path):
+    with_head.step(batches[0])
+    with_head.save(tmp_path / "c")
+    with_head.save_adapter(tmp_path / "v1")
+    assert (tmp_path / "c" / "head.safetensors").exists()
+    for folder in (tmp_path / "c" / "adapter", tmp_path / "v1"):
+        assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+        names = load_file(folder / "adapter_model.safetensors").keys()
+        assert all("lora_" in name for name in names)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_behind(learner, batches, tmp_path):

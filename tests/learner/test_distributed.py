@@ -5,7 +5,6 @@ import torch.multiprocessing as mp
 
 from learner.distributed import Ranks
 from learner.learner import Learner
-from learner.model import adapter_parameters
 
 PROCESSES = 2
 
@@ -29,17 +28,18 @@ def train(config, model, batches, rank=0, world_size=1):
     metrics, gradients = [], []
     for batch in batches:
         metrics.append(learner.step(batch))
-        gradients.append(torch.cat([p.grad.flatten() for _, p in adapter_parameters(learner.policy)]))
-    adapter = torch.cat([p.detach().flatten() for _, p in adapter_parameters(learner.policy)])
-    return {"metrics": metrics, "gradients": torch.stack(gradients), "adapter": adapter}
+        gradients.append(torch.cat([p.grad.flatten() for p in learner._optimization.parameters]))
+    trained = torch.cat([p.detach().flatten() for p in learner._optimization.parameters])
+    centre = torch.zeros(()) if learner._head is None else learner._head.centre
+    return {"metrics": metrics, "gradients": torch.stack(gradients), "trained": trained, "centre": centre}
 
 
 @pytest.mark.slow
 def test_two_learners_equal_one_and_notice_different_batches(tiny_model, make_config, make_trajectory, tmp_path):
-    settings = {"grad_clip": 1e6, "learning_rate": 1e-5}
+    settings = {"grad_clip": 1e6, "learning_rate": 1e-5, "final_learning_rate": 1e-5}
     configs = {
         loss: make_config(objective={"loss": loss, "residual_clip": None}, learner=settings)
-        for loss in ("var_tb", "subtb")
+        for loss in ("var_tb", "subtb", "tb", "fl_subtb")
     }
     # In the second batch there is nothing for the second rank.
     batches = [make_trajectory.batch(instances=3), make_trajectory.batch(instances=1)]
@@ -50,7 +50,9 @@ def test_two_learners_equal_one_and_notice_different_batches(tiny_model, make_co
     for loss, config in configs.items():
         first, second = (rank[loss] for rank in ranks)
         alone = train(config, tiny_model, batches)
-        assert torch.equal(first["adapter"], second["adapter"])
+        assert torch.equal(first["trained"], second["trained"])
+        assert torch.equal(first["centre"], second["centre"])
+        torch.testing.assert_close(first["centre"], alone["centre"])
         assert torch.equal(first["gradients"], second["gradients"])
         scale = float(alone["gradients"].abs().max())
         torch.testing.assert_close(first["gradients"], alone["gradients"], rtol=1e-4, atol=1e-5 * scale)

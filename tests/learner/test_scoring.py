@@ -4,6 +4,7 @@ import torch
 from learner.model import adapter_parameters, load_policy
 from learner.scoring import Scorer, steps_of
 from shared.config import PolicySettings
+from shared.errors import UserError
 from shared.trajectory import EndReason
 
 CPU = torch.device("cpu")
@@ -98,3 +99,34 @@ def test_models_that_cannot_leave_logits_out_score_the_same(policy, tiny_inputs,
     expected = scorer.score_steps(batch).stacked()
     scorer._keeps_logits = False
     torch.testing.assert_close(scorer.score_steps(batch).stacked(), expected)
+    with_hidden = scorer.score_steps(batch, with_hidden=True).hidden
+    scorer._keeps_logits = True
+    torch.testing.assert_close(scorer.score_steps(batch, with_hidden=True).hidden, with_hidden)
+
+
+def test_hidden_states_are_those_of_the_last_prompt_token(policy, tiny_inputs, steps):
+    """Brute force: the unpadded prompt alone, all layers' states."""
+    scorer = Scorer(policy, tiny_inputs, CPU, token_budget=100_000)
+    (batch,) = scorer.pack(steps)
+    with torch.no_grad():
+        found = scorer.score_steps(batch, with_hidden=True).hidden
+        for row, step in enumerate(batch.steps):
+            encoded = tiny_inputs.encode([step.prompt], [step.image])
+            states = policy(**encoded, use_cache=False, output_hidden_states=True).hidden_states
+            torch.testing.assert_close(found[row], states[-1][0, -1], atol=2e-5, rtol=1e-5)
+    assert found.shape == (len(batch.steps), scorer.hidden_size())
+
+
+def test_hidden_states_cost_nothing_when_they_are_not_asked_for(policy, tiny_inputs, steps):
+    scorer = Scorer(policy, tiny_inputs, CPU, token_budget=100_000)
+    (batch,) = scorer.pack(steps[:2])
+    scorer.score_steps(batch, with_hidden=True)
+    assert scorer.score_steps(batch).hidden is None
+    assert len(policy.get_base_model().get_output_embeddings()._forward_pre_hooks) == 0
+
+
+def test_a_model_without_an_output_layer_is_one_line(policy, tiny_inputs):
+    scorer = Scorer(policy, tiny_inputs, CPU, token_budget=100_000)
+    scorer._output_layer = None
+    with pytest.raises(UserError, match=r"objective\.loss: .* no output layer"):
+        scorer.hidden_size()
