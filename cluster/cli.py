@@ -6,7 +6,7 @@ import sys
 import typer
 from rich.console import Console
 
-from cluster.commands import bench, compare, doctor, evaluate, play, presets, replay, sft, train
+from cluster.commands import bench, compare, doctor, evaluate, play, presets, prove, replay, sft, train
 from shared.errors import UserError
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (train, compare, evaluate, play, replay, sft, bench, presets, doctor):
+for command in (train, compare, evaluate, play, replay, prove, sft, bench, presets, doctor):
     command.register(app)
 
 INTERRUPTED = 130
