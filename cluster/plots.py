@@ -38,14 +38,19 @@ def draw_learning_curve(rows: Sequence[Row], path: Path, title: str) -> None:
             distance.plot(at, _column(evaluations, "total_variation"), "s-", color="C3", label="total variation")
             distance.plot(at, _column(evaluations, "total_variation_floor"), ":", color="C3", label="its noise floor")
             distance.set(ylim=(0, 1), ylabel="total variation to R/Z")
-            distance.legend(loc="upper right", fontsize=8)
+            lines = [*match.get_lines(), *distance.get_lines()]
+            # On the second axis: its lines would run over a legend of the first.
+            distance.legend(lines, [str(line.get_label()) for line in lines], loc="center right", fontsize=8)
+        else:
+            match.legend(loc="lower right", fontsize=8)
         match.set_ylim(bottom=0)
-        match.legend(loc="lower left", fontsize=8)
     success.set(ylim=(0, 1.02), xlabel="learner step", title="success")
     success.legend(loc="lower right", fontsize=8)
     match.set(xlabel="learner step", title="diversity and distribution match", ylabel="distinct solutions")
     if steps:
         loss.plot(_column(steps, "step"), _column(steps, "loss"))
+        # A batch with an invalid response has a loss hundreds of times that of its neighbours.
+        loss.set_yscale("log")
     loss.set(xlabel="learner step", title="loss", ylabel="nats squared")
 
     partial = path.with_name(path.name + ".partial")
