@@ -13,8 +13,9 @@ from learner.proving.training import Training
 PROBLEMS: dict[str, Callable[[], StateGraph]] = {
     "grid-8x8": lambda: hypergrid(2, 8),
     "grid-8x8x8x8": lambda: hypergrid(4, 8),
-    "additive-8x8": lambda: hypergrid(2, 8, additive=True),
-    "additive-16x16": lambda: hypergrid(2, 16, additive=True),
+    "additive-8x8": lambda: hypergrid(2, 8, reward="additive"),
+    "additive-far-8x8": lambda: hypergrid(2, 8, reward="additive-far"),
+    "additive-far-16x16": lambda: hypergrid(2, 16, reward="additive-far"),
     "grid-7x7": lambda: hypergrid(2, 7),
     "paths-7x7": lambda: path_tree(2, 7),
     "bonus-paths-7x7": lambda: path_tree(2, 7, reward="bonus"),
@@ -53,9 +54,9 @@ class Experiment:
     cases: tuple[Case, ...]
 
 
-GRID = Training("tb", trajectories=8_000)
-LARGE_GRID = Training("tb", trajectories=64_000, batch_size=64)
-PATHS = Training("tb", trajectories=16_000, batch_size=32)
+GRID = Training("tb", trajectories=4_000)
+LARGE_GRID = Training("tb", trajectories=64_000, batch_size=32, learning_rate=1e-2, log_z_learning_rate=0.1, hidden=64)
+PATHS = Training("tb", trajectories=16_000, batch_size=32, learning_rate=1e-2, hidden=64)
 
 LAMBDAS = (0.1, 0.5, 0.9, 1.0, 2.0)
 CUT_OFF_SHARES = (0.0, 0.75, 1.0)
@@ -78,9 +79,10 @@ def _lambda() -> list[Case]:
 
 
 def _forward_looking() -> list[Case]:
+    trajectories = {"additive-8x8": 4_000, "additive-far-8x8": 4_000, "additive-far-16x16": 16_000}
     return [
-        Case("forward-looking", f"{loss}, {problem}", problem, replace(GRID, loss=loss))
-        for problem in ("additive-8x8", "additive-16x16")
+        Case("forward-looking", f"{loss}, {problem}", problem, replace(GRID, loss=loss, trajectories=count))
+        for problem, count in trajectories.items()
         for loss in ("flow_db", "fl_db", "flow_subtb", "fl_subtb")
     ]
 

@@ -19,6 +19,10 @@ R0, R1, R2 = 0.1, 0.5, 2.0
 BONUS = 4.0
 """Factor of the reward of a path whose first and last step go along the same dimension."""
 
+FAR = 1.0
+"""How much energy a step of the `additive-far` reward loses on average."""
+
+GridReward = Literal["modes", "additive", "additive-far"]
 PathReward = Literal["divided", "whole", "bonus"]
 
 
@@ -41,14 +45,14 @@ def mode_reward(cells: Tensor, side: int) -> tuple[Tensor, Tensor]:
     return (R0 + R1 * ring.double() + R2 * mode.double()).log(), mode
 
 
-def additive_log_reward(cells: Tensor, side: int, spread: float = 1.0) -> tuple[Tensor, Tensor]:
+def additive_log_reward(cells: Tensor, side: int, pull: float) -> tuple[Tensor, Tensor]:
     """Returns (S,) float64 −E of an energy that every step adds to, and (S,) bool: the eight cells lowest in E.
 
-    A step in dimension d to coordinate k adds an e_{d,k} drawn once and for all from N(0, spread²). The order of
+    A step in dimension d to coordinate k adds an e_{d,k} drawn once and for all from N(−pull, 1). The order of
     the steps makes no difference, so that E belongs to the cell.
     """
     generator = torch.Generator().manual_seed(2302_01687)
-    step = spread * torch.randn(cells.shape[1], side - 1, generator=generator, dtype=torch.float64)
+    step = torch.randn(cells.shape[1], side - 1, generator=generator, dtype=torch.float64) - pull
     so_far = torch.cat([torch.zeros(cells.shape[1], 1, dtype=torch.float64), step.cumsum(dim=1)], dim=1)
     log_reward = -sum((so_far[d][cells[:, d]] for d in range(cells.shape[1])), torch.zeros(()))
     lowest = torch.zeros(cells.shape[0], dtype=torch.bool)
@@ -56,16 +60,20 @@ def additive_log_reward(cells: Tensor, side: int, spread: float = 1.0) -> tuple[
     return log_reward, lowest
 
 
-def hypergrid(dimensions: int, side: int, *, additive: bool = False) -> StateGraph:
+def hypergrid(dimensions: int, side: int, *, reward: GridReward = "modes") -> StateGraph:
     """Returns the grid: a state is a cell, whatever the path to it, so that P_B has a choice.
 
     Args:
         dimensions: D.
         side: H, cells along each dimension.
-        additive: `additive_log_reward` instead of `mode_reward`.
+        reward: `modes`: `mode_reward`. `additive`: `additive_log_reward` without a pull, much of whose mass lies
+            near the start. `additive-far`: with a pull of `FAR`; the mass lies at the far end.
     """
     cells = grid_cells(dimensions, side)
-    log_reward, is_mode = additive_log_reward(cells, side) if additive else mode_reward(cells, side)
+    if reward == "modes":
+        log_reward, is_mode = mode_reward(cells, side)
+    else:
+        log_reward, is_mode = additive_log_reward(cells, side, pull=FAR if reward == "additive-far" else 0.0)
     stride = side ** torch.arange(dimensions - 1, -1, -1)
     allowed = cells < side - 1
     state = torch.arange(cells.shape[0])

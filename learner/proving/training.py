@@ -38,11 +38,11 @@ class Training:
     """
 
     loss: str
-    trajectories: int = 16_000
+    trajectories: int = 4_000
     batch_size: int = 16
-    learning_rate: float = 1e-2
-    log_z_learning_rate: float = 0.1
-    hidden: int = 64
+    learning_rate: float = 2e-2
+    log_z_learning_rate: float = 0.3
+    hidden: int = 128
     exploration: float = 0.1
     subtb_lambda: float = 0.9
     cut_off_share: float = 0.0

@@ -18,7 +18,7 @@ from learner.proving.training import Training, batch_loss, train
 GRAPHS = {
     "grid": lambda: hypergrid(2, 8),
     "grid-4d": lambda: hypergrid(4, 3),
-    "additive": lambda: hypergrid(2, 5, additive=True),
+    "additive": lambda: hypergrid(2, 5, reward="additive"),
     "paths": lambda: path_tree(2, 4),
     "paths-whole": lambda: path_tree(2, 4, reward="whole"),
     "paths-bonus": lambda: path_tree(2, 4, reward="bonus"),
@@ -143,12 +143,18 @@ def test_the_reward_of_the_8_by_8_grid_is_the_published_one():
     assert int(hypergrid(4, 8).is_mode.sum()) == 16
 
 
-def test_an_additive_energy_is_the_sum_of_its_steps_whatever_their_order():
-    graph = hypergrid(2, 5, additive=True)
-    log_reward = graph.log_reward.reshape(5, 5)
+@pytest.mark.parametrize("reward", ["additive", "additive-far"])
+def test_an_additive_energy_is_the_sum_of_its_steps_whatever_their_order(reward):
+    log_reward = hypergrid(2, 5, reward=reward).log_reward.reshape(5, 5)
     assert log_reward[0, 0].item() == 0
     for x, y in itertools.product(range(5), repeat=2):
         assert log_reward[x, y].item() == pytest.approx((log_reward[x, 0] + log_reward[0, y]).item(), abs=1e-12)
+
+
+def test_the_mass_of_the_far_energy_lies_farther_from_the_start():
+    steps = grid_cells(2, 8).sum(dim=1).double()
+    near, far = ((hypergrid(2, 8, reward=reward).target * steps).sum() for reward in ("additive", "additive-far"))
+    assert far > near + 2
 
 
 @pytest.mark.parametrize("side", [3, 4, 5])
