@@ -166,7 +166,7 @@ def draw_curves(done: Sequence[tuple[Cell, Finished]], path: Path) -> None:
 
     experiments = list(_by_case(done))
     figure, axes = pyplot.subplots(
-        len(experiments), 2, figsize=(14, 4.2 * len(experiments)), layout="constrained", squeeze=False
+        len(experiments), 2, figsize=(15, 4.2 * len(experiments)), layout="constrained", squeeze=False
     )
     colours = pyplot.get_cmap("tab20").colors
     for (left, right), (name, cases) in zip(axes, experiments, strict=True):
@@ -175,15 +175,15 @@ def draw_curves(done: Sequence[tuple[Cell, Finished]], path: Path) -> None:
             at = [points[0].trajectories for points in columns]
             distances = [[point.total_variation for point in points] for points in columns]
             found = [mean(point.modes for point in points) / max(1, group[0].modes) for points in columns]
-            left.plot(at, [mean(values) for values in distances], color=colour, label=f"{label} ({len(group)})")
+            left.plot(at, [mean(values) for values in distances], color=colour)
             lows, highs = [min(values) for values in distances], [max(values) for values in distances]
             left.fill_between(at, lows, highs, color=colour, alpha=0.15, linewidth=0)
-            right.plot(at, found, color=colour, label=label)
+            right.plot(at, found, color=colour, label=f"{label} ({len(group)})")
         left.axhline(CLOSE, color="black", linewidth=0.8, linestyle=":")
         left.set(title=f"{name}: {EXPERIMENTS[name].question}", yscale="log")
         left.set(xlabel="trajectories", ylabel="total variation to R/Z, mean and range")
         right.set(title="share of modes found", xlabel="trajectories", ylim=(0, 1.05))
-        left.legend(fontsize=7, ncols=2)
+        right.legend(fontsize=8, title="case (seeds)", loc="center left", bbox_to_anchor=(1.01, 0.5))
     partial = path.with_name(path.name + ".partial")
     figure.savefig(partial, dpi=100, format="png")
     pyplot.close(figure)

@@ -42,7 +42,8 @@ def register(app: typer.Typer) -> None:
             ),
         ] = None,
         quick: Annotated[
-            bool, typer.Option("--quick", help="An eighth of the trajectories: about a minute, too few to judge by.")
+            bool,
+            typer.Option("--quick", help="Two seeds, 4,000 trajectories at most: a minute, too few for 4-D and paths."),
         ] = False,
         out: Annotated[Path, typer.Option(file_okay=False, help="Folder of table, curves and cells.")] = Path(
             "runs/prove"

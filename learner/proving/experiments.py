@@ -127,7 +127,11 @@ EXPERIMENTS: dict[str, Experiment] = {
 """Name -> experiment."""
 
 
+QUICK_TRAJECTORIES = 4_000
+"""Enough for the 8×8 grids."""
+
+
 def quick(case: Case) -> Case:
-    """Returns the case with an eighth of its trajectories: too few to judge a loss by, enough to see it work."""
+    """Returns the case with at most `QUICK_TRAJECTORIES`: too few to judge a loss by on the larger problems."""
     training = case.training
-    return replace(case, training=replace(training, trajectories=training.trajectories // 8, evaluations=10))
+    return replace(case, training=replace(training, trajectories=min(training.trajectories, QUICK_TRAJECTORIES)))

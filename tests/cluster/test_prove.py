@@ -90,7 +90,9 @@ def test_the_table_says_when_the_threshold_was_reached_and_by_how_many(tmp_path)
 
 
 def test_the_command_writes_table_curves_and_raw_figures_and_goes_on(tmp_path, monkeypatch):
-    experiment = replace(EXPERIMENTS["losses"], cases=(BRIEF, replace(BRIEF, label="tb", training=Training("tb", 160))))
+    experiment = replace(
+        EXPERIMENTS["losses"], cases=(BRIEF, replace(BRIEF, label="tb", training=Training("tb", 160, hidden=8)))
+    )
     monkeypatch.setitem(EXPERIMENTS, "losses", experiment)
     command = ["prove", "losses", "--quick", "--seeds", "2", "--out", str(tmp_path / "p")]
     first = CliRunner().invoke(application(), command)
@@ -100,7 +102,7 @@ def test_the_command_writes_table_curves_and_raw_figures_and_goes_on(tmp_path, m
     assert {(row["experiment"], row["case"], row["seed"]) for row in rows} == {
         ("losses", case, seed) for case in ("db", "tb") for seed in "01"
     }
-    assert max(int(row["trajectories"]) for row in rows) == 16
+    assert max(int(row["trajectories"]) for row in rows) == 160
     assert (tmp_path / "p" / TABLE).read_text().count("\n| ") == 3
     assert (tmp_path / "p" / CURVES).read_bytes().startswith(b"\x89PNG")
     second = CliRunner().invoke(application(), command)
