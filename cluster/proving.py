@@ -202,26 +202,19 @@ def _by_case(done: Sequence[tuple[Cell, Finished]]) -> Iterator[tuple[str, dict[
 
 
 def _raw(done: Sequence[tuple[Cell, Finished]]) -> str:
-    """Returns one CSV line for each measurement of each cell."""
-    text = io.StringIO()
-    names = ["experiment", "case", "problem", "loss", "seed", "modes_in_all"]
-    measured = [*asdict(done[0][1].last)] if done else []
-    writer = csv.DictWriter(
-        text, [*names, *("loss_value" if name == "loss" else name for name in measured)], lineterminator="\n"
-    )
-    writer.writeheader()
+    """Returns one CSV line for each measurement of each cell, after a line of names."""
+    rows: list[dict[str, object]] = []
     for cell, finished in done:
         case = cell.case
-        head = dict(
-            zip(
-                names,
-                (case.experiment, case.label, case.problem, case.training.loss, cell.seed, finished.modes),
-                strict=True,
-            )
-        )
         for point in finished.curve:
             figures = asdict(point)
-            writer.writerow(head | {"loss_value": figures.pop("loss")} | figures)
+            head = {"experiment": case.experiment, "case": case.label, "problem": case.problem}
+            head |= {"loss": case.training.loss, "seed": cell.seed, "modes_in_all": finished.modes}
+            rows.append({**head, "loss_value": figures.pop("loss"), **figures})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()
 
 
