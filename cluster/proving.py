@@ -208,9 +208,9 @@ def _raw(done: Sequence[tuple[Cell, Finished]]) -> str:
         case = cell.case
         for point in finished.curve:
             figures = asdict(point)
-            head = {"experiment": case.experiment, "case": case.label, "problem": case.problem}
-            head |= {"loss": case.training.loss, "seed": cell.seed, "modes_in_all": finished.modes}
-            rows.append({**head, "loss_value": figures.pop("loss"), **figures})
+            row: dict[str, object] = {"experiment": case.experiment, "case": case.label, "problem": case.problem}
+            row |= {"loss": case.training.loss, "seed": cell.seed, "modes_in_all": finished.modes}
+            rows.append({**row, "loss_value": figures.pop("loss"), **figures})
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
