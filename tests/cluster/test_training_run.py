@@ -24,9 +24,11 @@ from shared.run_folder import RunFolder
 from shared.trajectory import from_arrow, read_parquet
 
 ROOT = Path(__file__).parents[2]
+# Enough for the run to be still going when the last of its processes is killed.
+STEPS = 30
 SETTINGS = [
-    "learner.steps=14",
-    "evaluation.every=14",
+    f"learner.steps={STEPS}",
+    f"evaluation.every={STEPS}",
     "evaluation.instances=2",
     "evaluation.samples=2",
     "rollout.workers=2",
@@ -155,8 +157,8 @@ def test_a_run_goes_on_when_any_of_its_processes_is_killed(tmp_path):
     finally:
         run.kill()
         run.wait(timeout=30)
-    assert_steps_and_versions_go_on(folder, 14)
-    assert json.loads(folder.summary.read_text())["steps"] == 14
+    assert_steps_and_versions_go_on(folder, STEPS)
+    assert json.loads(folder.summary.read_text())["steps"] == STEPS
     assert_nothing_is_left(log)
 
 
@@ -189,7 +191,7 @@ def test_a_run_resumes_after_ctrl_c_and_after_its_driver_is_killed(tmp_path):
         assert run.wait(timeout=500) == 0, log.read_text()[-4000:]
     finally:
         run.kill()
-    assert_steps_and_versions_go_on(folder, 14)
+    assert_steps_and_versions_go_on(folder, STEPS)
     after = acknowledged(folder)
     assert set(before) <= set(after)
     assert set(after.values()) == {1}
@@ -218,7 +220,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_resumes_once_there_is_room(sm
         assert run.wait(timeout=500) == 0, log.read_text()[-4000:]
     finally:
         run.kill()
-    assert_steps_and_versions_go_on(folder, 14)
+    assert_steps_and_versions_go_on(folder, STEPS)
     after = acknowledged(folder)
     assert set(before) <= set(after)
     assert set(after.values()) == {1}
