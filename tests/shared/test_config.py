@@ -31,7 +31,6 @@ def test_overrides_are_dotted_and_typed():
         ("rollout.group_size=1", "var_tb needs"),
         ("buffer.capacity=3", "must hold a batch"),
         ("policy.max_response_tokens=512", "must be below"),
-        ("objective.loss=tb", "log Z head"),
         ("learner", "section.key=value"),
         ("seed.x=1", "'seed' is a value, not a section"),
     ],
