@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from cluster.commands import bench, compare, doctor, evaluate, play, presets, prove, replay, sft, train
+from cluster.interruption import INTERRUPTED
 from shared.errors import UserError
 
 app = typer.Typer(
@@ -21,8 +22,6 @@ app = typer.Typer(
 )
 for command in (train, compare, evaluate, play, replay, prove, sft, bench, presets, doctor):
     command.register(app)
-
-INTERRUPTED = 130
 
 
 def main() -> None:

@@ -1,7 +1,5 @@
 """Several runs side by side: every loss with every seed, each a whole run of its own, and one table of them all."""
 
-import csv
-import io
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -10,8 +8,10 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from actors.sampling import BASE_VERSION
+from cluster.plots import headless_pyplot, save_picture
 from cluster.run_log import read_rows
 from cluster.run_setup import new_run, write_whole
+from cluster.tables import csv_text, spread
 from shared.config import RunConfig
 from shared.config_io import dump_config, load_config
 from shared.errors import UserError
@@ -94,12 +94,8 @@ def write_comparison(runs: Sequence[ComparedRun], out: Path) -> str:
     done = [run for run in runs if run.finished]
     rows = [figures(run) for run in done]
     table = markdown_table(rows)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     write_whole(out / TABLE, table)
-    write_whole(out / RAW, text.getvalue())
+    write_whole(out / RAW, csv_text(rows))
     draw_curves(done, out / CURVES)
     return table
 
@@ -130,11 +126,7 @@ def markdown_table(rows: Sequence[dict[str, float | int | str | None]]) -> str:
 
 def draw_curves(runs: Iterable[ComparedRun], path: Path) -> None:
     """Draws success, diversity and distribution match over learner steps: mean and spread over each loss's seeds."""
-    import matplotlib  # slow to import, and only needed here
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = headless_pyplot()
     by_loss: dict[str, dict[int, list[dict[str, float]]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         for row in read_rows(run.folder.metrics):
@@ -147,23 +139,18 @@ def draw_curves(runs: Iterable[ComparedRun], path: Path) -> None:
             steps = sorted(step for step, rows in at.items() if all(row[name] is not None for row in rows))
             values = [[row[name] for row in at[step]] for step in steps]
             middle = [mean(v) for v in values]
-            spread = [stdev(v) if len(v) > 1 else 0.0 for v in values]
+            deviations = [stdev(v) if len(v) > 1 else 0.0 for v in values]
             (line,) = axis.plot(steps, middle, "o-", label=f"{loss} ({max(map(len, values), default=0)} seeds)")
-            low, high = ([m + sign * s for m, s in zip(middle, spread, strict=True)] for sign in (-1, 1))
+            low, high = ([m + sign * s for m, s in zip(middle, deviations, strict=True)] for sign in (-1, 1))
             axis.fill_between(steps, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
         axis.set(title=title, xlabel="learner step")
         axis.set_ylim(bottom=0, top=None if name == "div_at_n" else 1.02)
         axis.legend(fontsize=8)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=110, format="png")
-    pyplot.close(figure)
-    partial.replace(path)
+    save_picture(figure, path)
 
 
 def _spread(rows: Sequence[dict[str, float | int | str | None]], key: str, digits: int) -> str:
     """Returns ``mean ± sd`` of the rows that have the figure, ``-`` when none has."""
     values = [float(value) for row in rows if (value := row.get(key)) is not None]
-    if not values:
-        return "-"
-    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 and digits > 0 else ""
-    return f"{mean(values):.{digits}f}{deviation}"
+    # A whole number that is the same in all runs, such as the versions, has no deviation worth a column.
+    return spread(values if digits > 0 else [mean(values)] if values else [], digits)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cluster.run_log import Row
 
@@ -14,11 +15,7 @@ def draw_learning_curve(rows: Sequence[Row], path: Path, title: str) -> None:
         path: Where to write; replaced atomically.
         title: Title of the picture.
     """
-    import matplotlib  # slow to import, and only needed here
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = headless_pyplot()
     steps = [r for r in rows if r["kind"] == "step"]
     evaluations = [r for r in rows if r["kind"] == "evaluation" and r["split"] == "id"]
     figure, (success, match, loss) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
@@ -53,9 +50,24 @@ def draw_learning_curve(rows: Sequence[Row], path: Path, title: str) -> None:
         loss.set_yscale("log")
     loss.set(xlabel="learner step", title="loss", ylabel="nats squared")
 
+    save_picture(figure, path)
+
+
+def headless_pyplot() -> Any:
+    """Returns matplotlib's pyplot for drawing into files; imported here, because it is slow to import."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_picture(figure: Any, path: Path, dpi: int = 110) -> None:
+    """Writes a figure as a PNG, replacing an older one at once, and closes it."""
     partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=110, format="png")
-    pyplot.close(figure)
+    figure.savefig(partial, dpi=dpi, format="png")
+    headless_pyplot().close(figure)
     partial.replace(path)
 
 

@@ -18,6 +18,19 @@ def preset_names() -> list[str]:
     return sorted(names, key=lambda name: name != DEFAULT_PRESET)
 
 
+def resolve_config(preset: str | None, config: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
+    """Returns the configuration that a command's options name: a file's, or a preset's (the default one's).
+
+    Raises:
+        UserError: Both are given, there is no such preset or file, or an override does not fit.
+    """
+    if config is None:
+        return load_preset(preset if preset is not None else DEFAULT_PRESET, overrides)
+    if preset is not None:
+        raise UserError("give --preset or --config, not both")
+    return load_config(config, overrides)
+
+
 def load_preset(name: str, overrides: Iterable[str] = ()) -> RunConfig:
     """Returns a preset's configuration with dotted overrides applied.
 

@@ -1,15 +1,15 @@
 """The proving ground's runs: trained cell by cell, kept in a file, made into a table and curves."""
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
+from cluster.plots import headless_pyplot, save_picture
 from cluster.run_log import append_row, read_rows
 from cluster.run_setup import write_whole
+from cluster.tables import csv_text, spread
 from learner.proving.experiments import EXPERIMENTS, PROBLEMS, Case
 from learner.proving.state_graph import StateGraph
 from learner.proving.training import Measured, train
@@ -144,13 +144,13 @@ def markdown_table(done: Sequence[tuple[Cell, Finished]]) -> str:
             cells = [
                 label,
                 str(len(group)),
-                _spread([point.trajectories for point in reached], 0) + share,
-                _spread([point.seconds for point in reached], 2),
+                spread([point.trajectories for point in reached], 0) + share,
+                spread([point.seconds for point in reached], 2),
                 str(last[0].trajectories),
-                _spread([point.total_variation for point in last], 4),
-                _spread([point.jensen_shannon for point in last], 5),
-                f"{_spread([point.modes for point in last], 1)} of {group[0].modes}",
-                _spread([point.seconds for point in last], 2),
+                spread([point.total_variation for point in last], 4),
+                spread([point.jensen_shannon for point in last], 5),
+                f"{spread([point.modes for point in last], 1)} of {group[0].modes}",
+                spread([point.seconds for point in last], 2),
             ]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
@@ -159,11 +159,7 @@ def markdown_table(done: Sequence[tuple[Cell, Finished]]) -> str:
 
 def draw_curves(done: Sequence[tuple[Cell, Finished]], path: Path) -> None:
     """Draws total variation and modes found over trajectories, a row an experiment: mean and spread over seeds."""
-    import matplotlib  # slow to import, and only needed here
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = headless_pyplot()
     experiments = list(_by_case(done))
     figure, axes = pyplot.subplots(
         len(experiments), 2, figsize=(15, 4.2 * len(experiments)), layout="constrained", squeeze=False
@@ -184,10 +180,7 @@ def draw_curves(done: Sequence[tuple[Cell, Finished]], path: Path) -> None:
         left.set(xlabel="trajectories", ylabel="total variation to R/Z, mean and range")
         right.set(title="share of modes found", xlabel="trajectories", ylim=(0, 1.05))
         right.legend(fontsize=8, title="case (seeds)", loc="center left", bbox_to_anchor=(1.01, 0.5))
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=100, format="png")
-    pyplot.close(figure)
-    partial.replace(path)
+    save_picture(figure, path, dpi=100)
 
 
 def _by_case(done: Sequence[tuple[Cell, Finished]]) -> Iterator[tuple[str, dict[str, list[Finished]]]]:
@@ -211,16 +204,4 @@ def _raw(done: Sequence[tuple[Cell, Finished]]) -> str:
             row: dict[str, object] = {"experiment": case.experiment, "case": case.label, "problem": case.problem}
             row |= {"loss": case.training.loss, "seed": cell.seed, "modes_in_all": finished.modes}
             rows.append({**row, "loss_value": figures.pop("loss"), **figures})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    """Returns ``mean ± sd``, ``-`` of nothing."""
-    if not values:
-        return "-"
-    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{deviation}"
+    return csv_text(rows)

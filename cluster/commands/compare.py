@@ -4,18 +4,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from cluster.preset_library import DEFAULT_PRESET, load_preset
+from cluster.interruption import INTERRUPTED, sigterm_as_interrupt
+from cluster.preset_library import DEFAULT_PRESET, resolve_config
 from shared.config import RunConfig
-from shared.config_io import load_config
 from shared.errors import UserError
 
-INTERRUPTED = 130
 CHILD_END_S = 300.0
 """How long an interrupted run may take to end."""
 
@@ -45,11 +43,9 @@ def register(app: typer.Typer) -> None:
 
         Examples: `gflowvlm compare`, `gflowvlm compare --losses var_tb,subtb,db --seeds 2 learner.steps=100`.
         """
-        if preset is not None and config is not None:
-            raise UserError("give --preset or --config, not both")
         console = Console()
         configs = [
-            _resolve(preset, config, [*(overrides or []), f"objective.loss={loss}", f"seed={seed}"])
+            resolve_config(preset, config, [*(overrides or []), f"objective.loss={loss}", f"seed={seed}"])
             for seed in range(seeds)
             for loss in _names(losses)
         ]
@@ -61,12 +57,6 @@ def _names(losses: str) -> list[str]:
     if not names or len(set(names)) < len(names):
         raise UserError(f"--losses {losses!r}: name each loss once, with commas between")
     return names
-
-
-def _resolve(preset: str | None, config: Path | None, overrides: list[str]) -> RunConfig:
-    if config is not None:
-        return load_config(config, overrides)
-    return load_preset(preset if preset is not None else DEFAULT_PRESET, overrides)
 
 
 def _compare(console: Console, configs: list[RunConfig], out: Path) -> None:
@@ -96,22 +86,17 @@ def _compare(console: Console, configs: list[RunConfig], out: Path) -> None:
 def _train(folder: Path) -> int:
     """Runs a prepared run to its end in a process of its own; returns the exit status."""
 
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
     # In a session of its own, so that Ctrl-C reaches it once, from here.
     child = subprocess.Popen(
         [sys.executable, "-m", "cluster.cli", "train", "--resume", str(folder)], start_new_session=True
     )
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        return child.wait()
-    except KeyboardInterrupt:
-        child.send_signal(signal.SIGINT)
+    with sigterm_as_interrupt():
         try:
-            child.wait(timeout=CHILD_END_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
-        return INTERRUPTED
-    finally:
-        signal.signal(signal.SIGTERM, before)
+            return child.wait()
+        except KeyboardInterrupt:
+            child.send_signal(signal.SIGINT)
+            try:
+                child.wait(timeout=CHILD_END_S)
+            except subprocess.TimeoutExpired:
+                child.kill()
+            return INTERRUPTED

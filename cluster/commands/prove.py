@@ -1,22 +1,20 @@
 """`gflowvlm prove`: every loss on small problems whose exact answer is known."""
 
 import difflib
-import signal
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from cluster.interruption import INTERRUPTED, sigterm_as_interrupt
 from shared.errors import UserError
 
 if TYPE_CHECKING:
     from cluster.proving import Cell, ProvingFolder
 
-INTERRUPTED = 130
 SEEDS, QUICK_SEEDS = 4, 2
 
 
@@ -87,18 +85,13 @@ def _prove(console: Console, names: Sequence[str], seeds: int, quick: bool, out:
     cells = [Cell(shortened(case) if quick else case, seed) for case in cases for seed in range(seeds)]
     folder = ProvingFolder(out)
 
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        _train(console, folder, cells)
-    except KeyboardInterrupt:
-        folder.write(cells)
-        console.print(f"interrupted; finished cells are kept in {out}, the same command goes on", highlight=False)
-        raise typer.Exit(INTERRUPTED) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with sigterm_as_interrupt():
+        try:
+            _train(console, folder, cells)
+        except KeyboardInterrupt:
+            folder.write(cells)
+            console.print(f"interrupted; finished cells are kept in {out}, the same command goes on", highlight=False)
+            raise typer.Exit(INTERRUPTED) from None
     console.print(folder.write(cells), highlight=False, soft_wrap=True, markup=False)
     console.print(f"written: {out / TABLE}, {out / RAW}, {out / CURVES}", highlight=False, soft_wrap=True)
 

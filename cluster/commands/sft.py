@@ -7,9 +7,8 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
+from cluster.interruption import INTERRUPTED
 from shared.errors import UserError
-
-_INTERRUPTED = 130
 
 
 def register(app: typer.Typer) -> None:
@@ -105,7 +104,7 @@ def register(app: typer.Typer) -> None:
                 raise UserError(_first_problem(error)) from None
             finished = supervised.start(request, out, console)
         if not finished:
-            raise typer.Exit(_INTERRUPTED)
+            raise typer.Exit(INTERRUPTED)
 
 
 _OPTIONS = {"batch_size": "batch", "learning_rate": "lr"}

@@ -1,23 +1,20 @@
 """`gflowvlm train`: the main job."""
 
 import errno
-import signal
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.preset_library import DEFAULT_PRESET, load_preset
+from cluster.interruption import INTERRUPTED, sigterm_as_interrupt
+from cluster.preset_library import DEFAULT_PRESET, resolve_config
 from shared.config import RunConfig
-from shared.config_io import load_config
 from shared.errors import UserError
 from shared.run_folder import RunFolder
 
-INTERRUPTED = 130
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -56,19 +53,11 @@ def register(app: typer.Typer) -> None:
                 raise UserError("--resume takes the run's own configuration; leave out presets, files and settings")
             _train(console, *_reopened(resume))
             return
-        resolved = _resolve(preset, config, overrides or [])
+        resolved = resolve_config(preset, config, overrides or [])
         if plan:
             _show_plan(console, resolved)
             return
         _train(console, None, resolved, run)
-
-
-def _resolve(preset: str | None, config: Path | None, overrides: list[str]) -> RunConfig:
-    if config is not None:
-        if preset is not None:
-            raise UserError("give --preset or --config, not both")
-        return load_config(config, overrides)
-    return load_preset(preset if preset is not None else DEFAULT_PRESET, overrides)
 
 
 def _reopened(directory: Path) -> tuple[RunFolder, RunConfig, None]:
@@ -111,10 +100,9 @@ def _train(console: Console, folder: RunFolder | None, config: RunConfig, direct
     PolicyInputs.load(resolve_model(config.policy.model))
     folder = new_run(config, directory) if folder is None else folder
     console.print(f"run folder: {_shown(folder)}", highlight=False)
-    signal.signal(signal.SIGTERM, _interrupt)
     started = time.monotonic()
     try:
-        with run_lock(folder), ray_cluster(config) as dashboard:
+        with sigterm_as_interrupt(), run_lock(folder), ray_cluster(config) as dashboard:
             if config.cluster.dashboard:
                 console.print(f"Ray dashboard: http://{dashboard}", highlight=False)
             report = TrainingRun(folder, config, console).run()
@@ -127,10 +115,6 @@ def _train(console: Console, folder: RunFolder | None, config: RunConfig, direct
         path = _shown(folder)
         raise UserError(f"{path}: {error.strerror}; free some space, then `gflowvlm train --resume {path}`") from None
     _show_report(console, folder, report, time.monotonic() - started)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _show_report(console: Console, folder: RunFolder, report: list[dict[str, object]], seconds: float) -> None:
