@@ -1,10 +1,9 @@
 """Rollout workers: RLlib environment runners that play groups of rollouts of a vision-language policy."""
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import gymnasium
 import pyarrow as pa
@@ -14,6 +13,7 @@ from ray.rllib.env.env_runner import EnvRunner
 
 from actors.buffer_actor import get_buffer
 from actors.episode import PlayedGroup, ResponseSource, play_group
+from actors.event_loop import EventLoopThread
 from actors.groups import GroupRequest, GroupSummary, PlaySettings
 from actors.policy_client import PolicyServerError
 from actors.sampling import SamplerUnavailableError, UnknownVersionError
@@ -31,8 +31,6 @@ APPEND_DEADLINE_S = 300.0
 """Longest all tries of an append may take: covers a restart of the replay buffer with a long history."""
 
 APPEND_PAUSE_S = 0.5
-
-_Result = TypeVar("_Result")
 
 
 class ReplayBufferError(RuntimeError):
@@ -84,9 +82,7 @@ class RolloutWorker(EnvRunner):
         self._inputs = PolicyInputs.load(model_path)
         self._source = source
         self._buffer = get_buffer(buffer) if isinstance(buffer, str) else buffer
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
-        self._thread.start()
+        self._loop = EventLoopThread("rollouts")
 
     def make_env(self) -> TaskEnv:
         """Returns a new environment of the run's task."""
@@ -94,7 +90,7 @@ class RolloutWorker(EnvRunner):
 
     def assert_healthy(self) -> None:
         """Raises AssertionError when the worker cannot play."""
-        assert self._thread.is_alive(), "the rollout worker's event loop has ended"
+        assert self._loop.is_running, "the rollout worker's event loop has ended"
 
     def get_spaces(self) -> dict[str, tuple[gymnasium.Space, gymnasium.Space]]:
         """Returns the observation and action space of the task."""
@@ -172,7 +168,7 @@ class RolloutWorker(EnvRunner):
 
     def stop(self) -> None:
         """Ends the worker's event loop."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.close()
 
     def _play(
         self,
@@ -185,7 +181,8 @@ class RolloutWorker(EnvRunner):
                 groups = [tasks.create_task(self._play_one(request, settings, finish)) for request in requests]
             return [group.result() for group in groups]
 
-        played = self._wait(play_all())
+        # No time limit of its own: every wait inside (for a response, for the buffer) has one.
+        played = self._loop.run(play_all())
         steps = sum(len(trajectory.steps) for _, members in played for trajectory in members)
         if steps > 0:
             self.num_env_steps_sampled_lifetime += steps
@@ -206,10 +203,6 @@ class RolloutWorker(EnvRunner):
         except (UserError, UnknownVersionError) as error:
             return GroupSummary(request, failure=str(error), permanent=True), []
         return summarise(request, group), group.trajectories
-
-    def _wait(self, work: Coroutine[Any, Any, _Result]) -> _Result:
-        # No time limit of its own: every wait inside (for a response, for the buffer) has one.
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
 async def append_group(buffer: Any, batch: pa.RecordBatch, deadline_s: float = APPEND_DEADLINE_S) -> None:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from cluster.commands import bench, compare, doctor, evaluate, play, presets, prove, replay, sft, train
 from cluster.interruption import INTERRUPTED
+from cluster.process_environment import prepare_process
 from shared.errors import UserError
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ for command in (train, compare, evaluate, play, replay, prove, sft, bench, prese
 
 def main() -> None:
     """Runs the command line; a `UserError` is one line on stderr and exit status 2."""
+    prepare_process()
     # Remarks on model configurations are not for the user; what goes wrong is said as a UserError.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:

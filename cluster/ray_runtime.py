@@ -11,6 +11,7 @@ from pathlib import Path
 
 import ray
 
+from cluster.process_environment import PROCESS_ENVIRONMENT
 from shared.config import RunConfig
 from shared.errors import UserError
 
@@ -59,7 +60,6 @@ def ray_cluster(config: RunConfig) -> Iterator[str]:
     Raises:
         UserError: The cluster cannot be reached, a port is taken, or GPUs that are asked for are missing.
     """
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     address = config.cluster.address
     context = _start_local(config) if address is None else _connect(address)
@@ -108,7 +108,8 @@ def _start_local(config: RunConfig) -> ray.runtime_context.RuntimeContext:
 def _worker_environment() -> dict[str, str]:
     root = str(Path(__file__).parent.parent)
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "RAY_TRAIN_V2_ENABLED": "1"}
+    ours = {name: os.environ.get(name, value) for name, value in PROCESS_ENVIRONMENT.items()}
+    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), **ours}
 
 
 def _is_free(port: int) -> bool:

@@ -12,6 +12,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors.adapter_store import start_adapter_store
 from actors.buffer_actor import create_buffer_actor
+from actors.event_loop import EventLoopThread
 from actors.policy_client import PolicyClient
 from actors.policy_server import deploy_policy_server, shutdown_policy_server
 from actors.rollout_worker import RolloutWorker
@@ -33,6 +34,7 @@ class RunActors:
 
     Attributes:
         client: The client of the policy server.
+        loop: The event loop that the client's requests of this process are made on.
         buffer: Handle of the replay buffer.
         workers: Handles of the rollout workers.
         learner_error: Why the learner was given up, None while it was not.
@@ -59,6 +61,7 @@ class RunActors:
             raise
         self._say(f"policy server is up ({self._config.sampler.engine}, {time.monotonic() - started:.0f} s)")
         self.client = PolicyClient.from_config(handle, self._config)
+        self.loop = EventLoopThread("policy client")
         self.workers = [self._start_worker(index) for index in range(self._config.rollout.workers)]
         return self
 
@@ -69,6 +72,7 @@ class RunActors:
             for worker in self.workers:
                 ray.kill(worker)
             shutdown_policy_server(f"{self._name}-policy")
+            self.loop.close()
 
     def buffer_stats(self) -> dict[str, Any]:
         """Returns the replay buffer's counts."""

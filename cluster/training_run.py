@@ -1,6 +1,5 @@
 """The driver: puts a run together and keeps it going until the last learner step."""
 
-import asyncio
 import json
 import time
 from collections import deque
@@ -235,7 +234,7 @@ class TrainingRun:
     def _sampler_idle_share(self) -> float | None:
         """Share of the time since the last call in which no request was in flight, mean over replicas."""
         try:
-            replicas = asyncio.run(asyncio.wait_for(self._actors.client.status(), STATUS_TIMEOUT_S))
+            replicas = self._actors.loop.run(self._actors.client.status(), STATUS_TIMEOUT_S)
         except TimeoutError:
             return None
         seen = {r["replica"]: (float(r["busy_s"]), float(r["up_s"])) for r in replicas}

@@ -18,6 +18,7 @@ import torch
 
 from actors.adapter_store import start_adapter_store
 from actors.episode import ResponseSource
+from actors.event_loop import EventLoopThread
 from actors.policy_client import PolicyClient
 from actors.policy_server import deploy_policy_server, shutdown_policy_server
 from actors.sampling import PolicySampler, SampleRequest
@@ -100,6 +101,7 @@ class ServedPolicy:
         ray.get(self.store.publish.remote(str(adapter)), timeout=ROUND_TIMEOUT_S)
         handle = deploy_policy_server(config, model_path, f"{self.name}-store", self.name)
         self.client = PolicyClient.from_config(handle, config)
+        self.loop = EventLoopThread("policy client")
         kind = ray.remote(num_cpus=0)(LoadClient)
         self.actors = [kind.remote(handle, config) for _ in range(CLIENTS)]
         self.start_s = time.perf_counter() - started
@@ -114,6 +116,7 @@ class ServedPolicy:
 
     def close(self) -> None:
         """Ends everything."""
+        self.loop.close()
         # What is too slow to stop, or was interrupted itself, ends with Ray.
         with suppress(TimeoutError):
             shutdown_policy_server(self.name)
@@ -221,7 +224,7 @@ def _hand_over(
 ) -> list[Figure]:
     requests = made_requests(config, inputs, 256, first=10**6)
     say(f"publishing {scale.publishes} adapters, no other requests")
-    idle = asyncio.run(_hand_over_times(config, served, adapter, requests[0], scale.publishes))
+    idle = served.loop.run(_hand_over_times(config, served, adapter, requests[0], scale.publishes))
     in_flight = min(
         config.sampler.max_num_seqs,
         config.rollout.workers * config.rollout.groups_per_worker * config.rollout.group_size,
@@ -233,7 +236,7 @@ def _hand_over(
     ]
     ray.get(starting, timeout=ROUND_TIMEOUT_S)
     try:
-        busy = asyncio.run(_hand_over_times(config, served, adapter, requests[0], scale.publishes))
+        busy = served.loop.run(_hand_over_times(config, served, adapter, requests[0], scale.publishes))
     finally:
         ray.get([actor.stop_load.remote() for actor in served.actors], timeout=ROUND_TIMEOUT_S)
     figures = []
