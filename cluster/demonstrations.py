@@ -15,8 +15,8 @@ import numpy as np
 from envs.base import TaskEnv
 from envs.registry import make_env
 from learner.sft import SftExample
-from shared.config import TaskSettings
 from shared.response import DONE_TOKEN
+from shared.task_settings import TaskSettings
 
 # Training instances and evaluation instances have seeds below 2**31; demonstrations never share theirs.
 _FIRST_SEED = 2**31

@@ -14,11 +14,12 @@ from actors.sampling import BASE_VERSION, PolicySampler, SampleRequest
 from cluster.models import resolve_model, shipped_models
 from envs.base import SPLITS, TaskEnv
 from envs.registry import default_settings, make_env
-from shared.config import PolicySettings, RunConfig, TaskSettings
+from shared.config import PolicySettings, RunConfig
 from shared.config_io import load_config
 from shared.errors import UserError
 from shared.response import parse_response
 from shared.run_folder import RunFolder
+from shared.task_settings import TaskSettings
 from shared.trajectory import EndReason
 
 BUILT_IN_PLAYERS = ("human", "expert", "random")

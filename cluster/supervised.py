@@ -21,8 +21,9 @@ from cluster.models import resolve_model
 from cluster.warm_start import WarmStartFigures, play_and_measure
 from learner.sft import SftProgress, SftSettings, SftTrainer, load_for_sft, scale_head
 from learner.tiny_policy import build_tiny_policy
-from shared.config import Fraction, NumberLineSettings, Settings, TaskSettings
 from shared.errors import UserError
+from shared.settings import Fraction, Settings
+from shared.task_settings import NumberLineSettings, TaskSettings
 
 TINY = "tiny"
 """The model name that stands for a new tiny policy with random weights."""

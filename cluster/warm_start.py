@@ -10,9 +10,9 @@ import torch
 
 from envs.base import TaskEnv
 from envs.registry import make_env
-from shared.config import TaskSettings
 from shared.policy_inputs import PolicyInputs
 from shared.response import ParsedResponse, parse_response
+from shared.task_settings import TaskSettings
 
 _CHUNK = 64
 _WORDINGS = 32

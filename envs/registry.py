@@ -4,8 +4,8 @@ from pydantic import ValidationError
 
 from envs.base import TaskEnv
 from envs.numberline.environment import NumberLineEnv
-from shared.config import NumberLineSettings, TaskSettings
 from shared.errors import UserError
+from shared.task_settings import NumberLineSettings, TaskSettings
 
 TASKS = (NumberLineEnv.task,)
 """Names of the tasks."""

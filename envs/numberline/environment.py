@@ -5,8 +5,8 @@ from PIL import Image
 
 from envs.base import TaskEnv
 from envs.numberline import prompts, rendering, target
-from shared.config import NumberLineSettings
 from shared.response import DONE_TOKEN
+from shared.task_settings import NumberLineSettings
 from shared.trajectory import EndReason
 
 

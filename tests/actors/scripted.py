@@ -10,8 +10,8 @@ import numpy as np
 from actors.sampling import SampleRequest, SampleResponse
 from envs.base import TaskEnv
 from envs.registry import make_env
-from shared.config import NumberLineSettings
 from shared.policy_inputs import PolicyInputs
+from shared.task_settings import NumberLineSettings
 
 
 @dataclass

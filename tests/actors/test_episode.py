@@ -18,9 +18,10 @@ from actors.transformers_sampler import TransformersSampler
 from envs.numberline.environment import NumberLineEnv
 from envs.registry import make_env
 from learner.tiny_policy import build_processor, build_tiny_policy
-from shared.config import NumberLineSettings, RunConfig
+from shared.config import RunConfig
 from shared.policy_inputs import PolicyInputs
 from shared.response import DONE_TOKEN
+from shared.task_settings import NumberLineSettings
 from shared.trajectory import EndReason, Validity, from_arrow, to_record_batch
 from tests.actors.scripted import Player, Texts
 

@@ -22,8 +22,9 @@ from actors.policy_client import PolicyServerError
 from actors.rollout_worker import ReplayBufferError, RolloutWorker, append_group
 from actors.sampling import UnknownVersionError
 from learner.tiny_policy import build_processor
-from shared.config import NumberLineSettings, RolloutSettings, RunConfig
+from shared.config import RolloutSettings, RunConfig
 from shared.errors import UserError
+from shared.task_settings import NumberLineSettings
 from shared.trajectory import EndReason, from_arrow, to_record_batch
 from tests.actors.local_ray import local_ray
 from tests.actors.made_trajectories import make_group

@@ -7,8 +7,8 @@ import pytest
 
 from cluster.demonstrations import Demonstrations, playgrounds, reading_room
 from learner.sft import SftExample
-from shared.config import NumberLineSettings
 from shared.response import parse_response
+from shared.task_settings import NumberLineSettings
 
 SETTINGS = NumberLineSettings()
 

@@ -16,9 +16,9 @@ from envs.registry import make_env
 from learner.model import load_base_model
 from learner.scoring import ScoredStep, Scorer
 from learner.tiny_policy import build_tiny_policy
-from shared.config import NumberLineSettings
 from shared.policy_inputs import PolicyInputs
 from shared.response import DONE_TOKEN, parse_response, token_spans
+from shared.task_settings import NumberLineSettings
 
 BETA = 3.0
 

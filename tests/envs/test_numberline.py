@@ -17,9 +17,9 @@ import envs
 from envs.base import LOG_REWARD_FLOOR, TaskEnv
 from envs.numberline.environment import NumberLineEnv
 from envs.registry import default_settings, make_env
-from shared.config import NumberLineSettings
 from shared.errors import UserError
 from shared.response import DONE_TOKEN, parse_response
+from shared.task_settings import NumberLineSettings
 from shared.trajectory import EndReason
 
 

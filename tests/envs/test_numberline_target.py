@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from envs.numberline.environment import NumberLineEnv
-from shared.config import NumberLineSettings
 from shared.response import DONE_TOKEN
+from shared.task_settings import NumberLineSettings
 
 
 def enumerated(env: NumberLineEnv, seed: int, split: str, beta: float) -> dict[str, float]:
