@@ -10,12 +10,12 @@ STAMP := .venv/.set-up-$(ENGINE)
 SOURCES := shared envs actors learner cluster tests scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast lint format bench
+.PHONY: help setup train test test-fast lint format bench compare-torchgfn
 
 help: ## list the targets
 	@echo "Targets (options for a command: make train ARGS='--preset numberline-tiny'):"
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
-	while IFS='|' read -r target what; do printf '%-18s %s\n' "$$target" "$$what"; done
+	while IFS='|' read -r target what; do printf '%-24s %s\n' "$$target" "$$what"; done
 
 setup: $(STAMP) ## make .venv with everything in it (ENGINE=cpu|gpu|none; chosen by itself)
 
@@ -45,3 +45,9 @@ format: setup ## let ruff put the sources in order
 
 bench: setup ## measure sampler, environments, learner, buffer and adapter hand-over
 	$(BIN)/gflowvlm bench $(ARGS)
+
+compare-torchgfn: ## check the losses against torchgfn's, and race it (makes .venv-torchgfn)
+	@if [ -z "$(PYTHON)" ]; then echo "compare-torchgfn: no Python 3.11 or later found;" \
+	"install one, or name it: make compare-torchgfn PYTHON=/path/to/python3.11" >&2; exit 2; fi
+	@PYTHONPATH=scripts $(PYTHON) -m compare_torchgfn.environment
+	@OMP_NUM_THREADS=1 PYTHONPATH=scripts .venv-torchgfn/bin/python -m compare_torchgfn $(ARGS)
