@@ -16,7 +16,7 @@ from envs.base import TaskEnv
 from envs.registry import make_env
 from learner.sft import SftExample
 from shared.response import DONE_TOKEN
-from shared.task_settings import TaskSettings
+from shared.task_settings import NumberLineSettings, TaskSettings
 
 # Training instances and evaluation instances have seeds below 2**31; demonstrations never share theirs.
 _FIRST_SEED = 2**31
@@ -43,8 +43,8 @@ def playgrounds(settings: TaskSettings, out_of_distribution: bool) -> list[Playg
 
     Args:
         settings: The task's settings.
-        out_of_distribution: Also teach to read what out-of-distribution play shows: the numbers of the
-            ``ood`` split and, far apart, all numbers up to a bit beyond its largest.
+        out_of_distribution: Also teach to read what out-of-distribution play shows: the ``ood`` split and what
+            `reading_room` shows.
     """
     if not out_of_distribution:
         return [Playground(settings, "id", 1.0)]
@@ -56,12 +56,17 @@ def playgrounds(settings: TaskSettings, out_of_distribution: bool) -> list[Playg
 
 
 def reading_room(settings: TaskSettings, out_of_distribution: bool, share: float = 1.0) -> Playground:
-    """Returns where reading is learned best: all numbers, and the one says nothing about the other."""
+    """Returns where reading is learned best.
+
+    For NumberLine these are all numbers up to a bit beyond the largest of the ``ood`` split, far apart: the one
+    then says nothing about the other. Cards are independent anyway, and the numbers of a sequence never are.
+    """
     if not out_of_distribution:
         return Playground(settings, "id", share)
-    highest = min(99, settings.ood_high + 9)
-    wide = settings.model_copy(update={"ood_low": 0, "ood_high": highest, "ood_max_distance": highest})
-    return Playground(wide, "ood", share)
+    if isinstance(settings, NumberLineSettings):
+        highest = min(99, settings.ood_high + 9)
+        settings = settings.model_copy(update={"ood_low": 0, "ood_high": highest, "ood_max_distance": highest})
+    return Playground(settings, "ood", share)
 
 
 class Demonstrations:

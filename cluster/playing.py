@@ -152,7 +152,7 @@ def play_episodes(
             rewards.append(reward)
             if env.end is not EndReason.DONE:
                 log_rewards.append(env.log_reward)
-            if env.end in (None, EndReason.STEP_LIMIT):
+            if env.end in (None, EndReason.ENVIRONMENT, EndReason.STEP_LIMIT):
                 on_state(number, env)
             on_move(env, move)
         yield Episode(env.instance_id, env.success, actions, rewards, log_rewards, len(actions), env.end)

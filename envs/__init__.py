@@ -5,4 +5,5 @@ Importing this package registers the tasks with gymnasium: ``gymnasium.make("gfl
 
 import gymnasium
 
-gymnasium.register(id="gflowvlm/NumberLine-v0", entry_point="envs.numberline.environment:NumberLineEnv")
+for _name in ("NumberLine", "Blackjack", "NumberSequence"):
+    gymnasium.register(id=f"gflowvlm/{_name}-v0", entry_point=f"envs.{_name.lower()}.environment:{_name}Env")

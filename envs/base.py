@@ -1,14 +1,17 @@
 """What every task is: a gymnasium environment whose actions are text and whose episodes follow one protocol.
 
-The protocol, the same for every task: an admissible action makes a transition, `[DONE]` ends the episode
-where it stands, anything else ends it at the reward floor, and the step limit cuts it off. Actions come
-from a model and are therefore untrusted: no string raises.
+The protocol, the same for every task: an admissible action makes a transition, after which the environment
+may end the episode, `[DONE]` ends it where it stands, anything else ends it at the reward floor, and the step
+limit cuts it off. Actions come from a model and are therefore untrusted: no string raises.
 """
 
+import copy
 import io
 import string
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple, Self
 
 import gymnasium
 import numpy as np
@@ -18,18 +21,30 @@ from PIL import Image
 
 from shared.errors import UserError
 from shared.response import DONE_TOKEN
+from shared.task_settings import EpisodeSettings
 from shared.trajectory import EndReason
 
 SPLITS = ("id", "ood")
 """In distribution, out of distribution."""
 
-LOG_REWARD_FLOOR = 0.0
-"""log R of the worst outcome, nats: R = 1. An episode that ends in an invalid response gets it."""
-
 INVALID_OUTCOME = "invalid"
 """The outcome of every episode that ends in an invalid response."""
 
 MAX_ACTION_CHARS = 256
+
+
+class Leaf(NamedTuple):
+    """A terminal object of the tree of action sequences: what one of them comes to.
+
+    Attributes:
+        outcome: Name of its outcome.
+        solved: Whether it solves the task.
+        log_reward: log R, nats, before the exponent β.
+    """
+
+    outcome: str
+    solved: bool
+    log_reward: float
 
 
 class TaskEnv(gymnasium.Env, ABC):
@@ -41,6 +56,10 @@ class TaskEnv(gymnasium.Env, ABC):
 
     Attributes:
         task: Name of the task.
+        log_reward_floor: log R of the worst outcome, nats; an episode that ends in an invalid response gets it.
+        goal: First line of the prompt: what is to be done, and what the actions mean.
+        answer: Last line of the prompt: the format of a response.
+        settings: The task's settings.
         max_steps: Transitions after which the episode is cut off.
         split: ``id`` or ``ood``.
         instance_seed: Seed that, with the split, fixes the instance and its pictures.
@@ -49,19 +68,26 @@ class TaskEnv(gymnasium.Env, ABC):
     """
 
     task: ClassVar[str]
+    log_reward_floor: ClassVar[float] = 0.0
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 2}
+    goal: str
+    answer: str
+    settings: EpisodeSettings
 
-    def __init__(self, image_size: int, max_steps: int, render_mode: str | None = None) -> None:
-        self.observation_space = Box(0, 255, (image_size, image_size, 3), np.uint8)
+    def __init__(self, settings: EpisodeSettings, render_mode: str | None = None) -> None:
+        self.settings = settings
+        self.image_size = settings.image_size
+        self.max_steps = settings.max_steps
+        self.observation_space = Box(0, 255, (self.image_size, self.image_size, 3), np.uint8)
         self.action_space = Text(max_length=MAX_ACTION_CHARS, min_length=0, charset=string.printable)
-        self.image_size = image_size
-        self.max_steps = max_steps
         self.render_mode = render_mode
         self.split = SPLITS[0]
         self.instance_seed: int | None = None
         self.end: EndReason | None = None
         self.past_actions: list[str] = []
+        self._past_states: list[str] = []
         self._picture: Image.Image | None = None
+        self._leaves: list[Leaf] | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -81,14 +107,23 @@ class TaskEnv(gymnasium.Env, ABC):
         super().reset(seed=seed)
         self.instance_seed = int(self.np_random.integers(2**31)) if seed is None else int(seed)
         self.split = split
-        self.end = None
-        self.past_actions = []
-        self._picture = None
-        self._start(np.random.default_rng([self.instance_seed, 1, SPLITS.index(split)]))
+        self._leaves = None
+        self._begin()
         return self._observation(), self._info()
 
     def step(self, action: str) -> tuple[NDArray[np.uint8], float, bool, bool, dict[str, Any]]:
         """Takes one action; see the module for the protocol.
+
+        Raises:
+            gymnasium.error.ResetNeeded: The episode has ended, or none was started.
+        """
+        reward = self.advance(action)
+        truncated = self.end is EndReason.STEP_LIMIT
+        terminated = self.end is not None and not truncated
+        return self._observation(), reward, terminated, truncated, self._info()
+
+    def advance(self, action: str) -> float:
+        """Takes one action as `step` does, draws nothing, and returns the original reward.
 
         Raises:
             gymnasium.error.ResetNeeded: The episode has ended, or none was started.
@@ -99,15 +134,25 @@ class TaskEnv(gymnasium.Env, ABC):
             self.end = EndReason.INVALID
         elif action == DONE_TOKEN:
             self.end = EndReason.DONE
-        reward = self._apply(action if self.end is None else None)
-        if self.end is None:
-            self.past_actions.append(action)
-            self._picture = None
-            if len(self.past_actions) == self.max_steps:
-                self.end = EndReason.STEP_LIMIT
-        truncated = self.end is EndReason.STEP_LIMIT
-        terminated = self.end is not None and not truncated
-        return self._observation(), reward, terminated, truncated, self._info()
+        if self.end is not None:
+            return self._apply(None)
+        self._past_states.append(self._state_text())
+        self.past_actions.append(action)
+        self._picture = None
+        reward = self._apply(action)
+        if self._over():
+            self.end = EndReason.ENVIRONMENT
+        elif len(self.past_actions) == self.max_steps:
+            self.end = EndReason.STEP_LIMIT
+        return reward
+
+    def branch(self) -> Self:
+        """Returns a copy that can go on differently; the state of an episode is in immutable values and lists."""
+        other = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, list):
+                setattr(other, name, value.copy())
+        return other
 
     def render(self) -> NDArray[np.uint8] | None:
         """Returns the current picture as an array when the render mode is ``rgb_array``."""
@@ -123,8 +168,7 @@ class TaskEnv(gymnasium.Env, ABC):
         """Returns the current picture, drawn at the first call."""
         if self._picture is None:
             # The picture's noise is a function of instance and step, never of how the environment was used.
-            key = [self.instance_seed or 0, 2, SPLITS.index(self.split), len(self.past_actions)]
-            self._picture = self._draw(np.random.default_rng(key))
+            self._picture = self._draw(self._rng(2, len(self.past_actions)))
         return self._picture
 
     @property
@@ -136,8 +180,8 @@ class TaskEnv(gymnasium.Env, ABC):
     def log_reward(self) -> float:
         """log R of stopping at the current state, nats, floored, before the exponent β."""
         if self.end is EndReason.INVALID:
-            return LOG_REWARD_FLOOR
-        return max(LOG_REWARD_FLOOR, self._state_log_reward())
+            return self.log_reward_floor
+        return max(self.log_reward_floor, self._state_log_reward())
 
     @property
     def success(self) -> bool:
@@ -154,38 +198,55 @@ class TaskEnv(gymnasium.Env, ABC):
     def admissible_actions(self) -> list[str]:
         """The actions of the moment, `[DONE]` included."""
 
-    @abstractmethod
     def prompt(self) -> str:
-        """Returns the text that goes with the current picture."""
+        """Returns the text that goes with the current picture, with or without history as the settings say.
+
+        Past states stand there as text, because only the current picture is shown; the current state does not.
+        """
+        states = ["State: picture"]
+        if self.settings.prompt == "history":
+            past = zip(self._past_states, self.past_actions, strict=True)
+            states = [f"State {t}: {state} Action {t}: {action}" for t, (state, action) in enumerate(past)]
+            states.append(f"State {len(states)}: picture")
+        return "\n".join([self.goal, *states, "Actions: " + " ".join(self.admissible_actions), self.answer])
 
     @abstractmethod
     def expert_action(self) -> str:
         """Returns what the expert does at the current state."""
 
-    @abstractmethod
     def demonstration(self, action: str, rng: np.random.Generator) -> str:
-        """Returns a response that takes an action at the current state.
+        """Returns one of `demonstrations`.
 
         Args:
             action: The action, not necessarily the expert's.
-            rng: Varies the wording of the thoughts.
+            rng: Chooses the wording of the thoughts.
         """
+        choices = self.demonstrations(action)
+        return choices[int(rng.integers(len(choices)))]
 
     @abstractmethod
     def demonstrations(self, action: str) -> list[str]:
-        """Returns every response that `demonstration` may give for an action at the current state."""
+        """Returns responses that read the current state rightly and take an action, one for each wording.
 
-    @abstractmethod
+        Whatever the action, what comes before it is the same: it tells about the state and leaves the choice
+        open. Otherwise log P(action | thoughts) would be about 0 and carry no signal.
+        """
+
     def target_distribution(self, reward_exponent: float) -> dict[str, float] | None:
         """Returns the exact R^β/Z over the outcomes of the current instance, None where it cannot be had.
 
         Terminal objects are action sequences (a tree, P_B = 1); the step limit counts as a forced stop.
-        Only admissible actions are in the tree, so `INVALID_OUTCOME` has no mass and is left out.
+        Only admissible actions are in the tree, so `INVALID_OUTCOME` has no mass and is left out. Here the
+        whole tree is walked; a task whose tree is large has its own way.
         """
+        mass: dict[str, float] = defaultdict(float)
+        for leaf, probability in self._weighted_leaves(reward_exponent):
+            mass[leaf.outcome] += probability
+        return dict(mass)
 
-    @abstractmethod
     def target_success(self, reward_exponent: float) -> float | None:
         """Returns the success probability of a perfect sampler of R^β/Z on the current instance."""
+        return sum(probability for leaf, probability in self._weighted_leaves(reward_exponent) if leaf.solved)
 
     @abstractmethod
     def _start(self, rng: np.random.Generator) -> None:
@@ -194,6 +255,14 @@ class TaskEnv(gymnasium.Env, ABC):
     @abstractmethod
     def _apply(self, action: str | None) -> float:
         """Makes a transition (None: the episode ended without one) and returns the original reward."""
+
+    def _over(self) -> bool:
+        """Returns whether the environment ends the episode at the current state; for most tasks it never does."""
+        return False
+
+    @abstractmethod
+    def _state_text(self) -> str:
+        """Returns the current state as the histories of later prompts tell it."""
 
     @abstractmethod
     def _draw(self, rng: np.random.Generator) -> Image.Image:
@@ -210,6 +279,38 @@ class TaskEnv(gymnasium.Env, ABC):
     @abstractmethod
     def _solved(self) -> bool:
         """Returns whether the current state solves the task."""
+
+    def _begin(self) -> None:
+        """Goes to the first state of the current instance."""
+        self.end = None
+        self.past_actions = []
+        self._past_states = []
+        self._picture = None
+        self._start(self._rng(1))
+
+    def _rng(self, *key: int) -> np.random.Generator:
+        """Returns a generator that is a function of the instance and a key, never of how the environment was used."""
+        return np.random.default_rng([self.instance_seed or 0, key[0], SPLITS.index(self.split), *key[1:]])
+
+    def _weighted_leaves(self, reward_exponent: float) -> Iterator[tuple[Leaf, float]]:
+        """Yields every leaf of the current instance's tree with its probability under R^β/Z."""
+        if self._leaves is None:
+            root = self.branch()
+            root._begin()
+            self._leaves = list(root._leaves_below())
+        log_weights = reward_exponent * np.array([leaf.log_reward for leaf in self._leaves])
+        weights = np.exp(log_weights - log_weights.max())
+        yield from zip(self._leaves, (weights / weights.sum()).tolist(), strict=True)
+
+    def _leaves_below(self) -> Iterator[Leaf]:
+        """Yields the leaves of the tree below the current state."""
+        if self.end is not None:
+            yield Leaf(self.outcome, self.success, self.log_reward)
+            return
+        for action in self.admissible_actions:
+            after = self.branch()
+            after.advance(action)
+            yield from after._leaves_below()
 
     def _observation(self) -> NDArray[np.uint8]:
         return np.array(self.picture(), dtype=np.uint8)

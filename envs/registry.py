@@ -1,19 +1,36 @@
 """From settings and names to environments."""
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from envs.base import TaskEnv
+from envs.blackjack.environment import BlackjackEnv
+from envs.household.environment import AlfworldEnv
 from envs.numberline.environment import NumberLineEnv
+from envs.numbersequence.environment import NumberSequenceEnv
 from shared.errors import UserError
-from shared.task_settings import NumberLineSettings, TaskSettings
+from shared.task_settings import (
+    AlfworldSettings,
+    BlackjackSettings,
+    NumberLineSettings,
+    NumberSequenceSettings,
+    TaskSettings,
+)
 
-TASKS = (NumberLineEnv.task,)
+TASKS = (NumberLineEnv.task, BlackjackEnv.task, NumberSequenceEnv.task, AlfworldEnv.task)
 """Names of the tasks."""
 
 
 def make_env(settings: TaskSettings) -> TaskEnv:
     """Returns a new environment of the settings' task."""
-    return NumberLineEnv(settings)
+    match settings:
+        case NumberLineSettings():
+            return NumberLineEnv(settings)
+        case BlackjackSettings():
+            return BlackjackEnv(settings)
+        case NumberSequenceSettings():
+            return NumberSequenceEnv(settings)
+        case AlfworldSettings():
+            return AlfworldEnv(settings)
 
 
 def default_settings(task: str) -> TaskSettings:
@@ -23,6 +40,7 @@ def default_settings(task: str) -> TaskSettings:
         UserError: No such task.
     """
     try:
-        return NumberLineSettings.model_validate({"name": task})
+        settings: TaskSettings = TypeAdapter(TaskSettings).validate_python({"name": task})
     except ValidationError:
         raise UserError(f"task {task!r}: there is no such task; use one of: {', '.join(TASKS)}") from None
+    return settings

@@ -29,7 +29,7 @@ from cluster.playing import (
     write_picture,
 )
 from envs.base import TaskEnv
-from envs.registry import default_settings
+from envs.registry import TASKS, default_settings
 from shared.errors import UserError
 from shared.response import DONE_TOKEN
 
@@ -42,7 +42,7 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def play(
-        task: Annotated[str, typer.Argument(help="The task: numberline.")],
+        task: Annotated[str, typer.Argument(help=f"The task: {', '.join(TASKS)}.")],
         player: Annotated[
             str,
             typer.Option(
@@ -52,7 +52,7 @@ def register(app: typer.Typer) -> None:
         ] = "human",
         episodes: Annotated[int, typer.Option(min=1, help="How many episodes.")] = 1,
         split: Annotated[
-            str, typer.Option(help="`id` (as in training) or `ood` (larger numbers than training has).")
+            str, typer.Option(help="`id` (as in training) or `ood` (larger numbers than training has, other decks).")
         ] = "id",
         seed: Annotated[
             int, typer.Option(min=0, max=2**31, help="Instance of the first episode; the others count on from it.")
@@ -68,7 +68,7 @@ def register(app: typer.Typer) -> None:
         """Play a task in the terminal: by hand, by the expert, at random, or by a policy.
 
         A player sees what a policy sees, a picture and a text, and answers with one action a step. `[DONE]`
-        stops; only what the picture shows then counts. The same seed is the same instance, always.
+        stops; what counts is where it stands then. The same seed is the same instance, always.
 
         See what the task is: `gflowvlm play numberline`
 
@@ -103,13 +103,19 @@ class HumanPlayer:
     def act(self, env: TaskEnv) -> Move:
         """Returns the typed action; raises EOFError when the person stops (Ctrl-D or Ctrl-C)."""
         actions = env.admissible_actions
+        # Commands of several words are long to type: their numbers do as well.
+        numbered = {str(n): a for n, a in enumerate(actions, 1)} if any(" " in a for a in actions) else {}
+        asked = " ".join(actions)
+        if numbered:
+            self._console.print(Text("\n".join(f"{n:>3} {action}" for n, action in numbered.items())))
+            asked = "or its number"
         while True:
             try:
-                typed = self._console.input(f"Your action, {escape(' '.join(actions))} (Ctrl-D ends): ").strip()
+                typed = self._console.input(f"Your action, {escape(asked)} (Ctrl-D ends): ").strip()
             except (EOFError, KeyboardInterrupt):
                 self._console.print()
                 raise EOFError from None
-            action = DONE_TOKEN if typed.lower() == "done" else typed
+            action = numbered.get(typed, DONE_TOKEN if typed.lower() == "done" else typed)
             if action in actions:
                 return Move(action)
             self._console.print(Text(f"{_printable(typed)!r} is not possible here."))

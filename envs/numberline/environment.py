@@ -21,19 +21,19 @@ class NumberLineEnv(TaskEnv):
     (invalid responses included).
 
     Attributes:
-        settings: The task's settings.
         start: The first number.
         target: The number to reach.
         current: The number of the current state.
     """
 
     task = "numberline"
+    goal = prompts.GOAL
+    answer = prompts.ANSWER
+    settings: NumberLineSettings
 
     def __init__(self, settings: NumberLineSettings | None = None, render_mode: str | None = None) -> None:
-        self.settings = settings if settings is not None else NumberLineSettings()
-        super().__init__(self.settings.image_size, self.settings.max_steps, render_mode)
+        super().__init__(settings if settings is not None else NumberLineSettings(), render_mode)
         self.start = self.target = self.current = 0
-        self._past_numbers: list[int] = []
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -47,24 +47,14 @@ class NumberLineEnv(TaskEnv):
         """``+``, ``-`` and ``[DONE]``, at every state."""
         return ["+", "-", DONE_TOKEN]
 
-    def prompt(self) -> str:
-        """Returns the prompt, with or without history as the settings say."""
-        if self.settings.prompt == "markov":
-            return prompts.markov_prompt(self.admissible_actions)
-        return prompts.history_prompt(self._past_numbers, self.past_actions, self.admissible_actions)
-
     def expert_action(self) -> str:
         """Returns the move towards the target, `[DONE]` on it."""
         if self.current == self.target:
             return DONE_TOKEN
         return "+" if self.current < self.target else "-"
 
-    def demonstration(self, action: str, rng: np.random.Generator) -> str:
-        """Returns a response that reads both numbers, states their relation and takes the action."""
-        return prompts.demonstration(action, self.current, self.target, rng)
-
     def demonstrations(self, action: str) -> list[str]:
-        """Returns the responses that read both numbers rightly, one for each wording of their relation."""
+        """Returns the responses that read both numbers and take the action, one for each wording of their relation."""
         return prompts.demonstrations(action, self.current, self.target)
 
     def target_distribution(self, reward_exponent: float) -> dict[str, float]:
@@ -84,13 +74,11 @@ class NumberLineEnv(TaskEnv):
         choices = [n for n in range(low, high + 1) if n != self.start and abs(n - self.start) <= reach]
         self.target = choices[int(rng.integers(len(choices)))]
         self.current = self.start
-        self._past_numbers = []
 
     def _apply(self, action: str | None) -> float:
         before = self.current
         if action is not None:
             low, high = self.bounds
-            self._past_numbers.append(before)
             self.current = min(max(before + (1 if action == "+" else -1), low), high)
         if self._solved() and self.end is not EndReason.INVALID:
             return 1.0
@@ -101,6 +89,9 @@ class NumberLineEnv(TaskEnv):
 
     def _state_log_reward(self) -> float:
         return target.log_reward(self.current, self.target)
+
+    def _state_text(self) -> str:
+        return str(self.current)
 
     def _state_outcome(self) -> str:
         return str(self.current)

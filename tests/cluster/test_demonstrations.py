@@ -8,7 +8,7 @@ import pytest
 from cluster.demonstrations import Demonstrations, playgrounds, reading_room
 from learner.sft import SftExample
 from shared.response import parse_response
-from shared.task_settings import NumberLineSettings
+from shared.task_settings import BlackjackSettings, NumberLineSettings, NumberSequenceSettings, TaskSettings
 
 SETTINGS = NumberLineSettings()
 
@@ -75,3 +75,17 @@ def test_the_reading_stage_leaves_the_prompt_out_and_then_ends() -> None:
     fields = [parse_response(example.response).fields for example in reading]
     assert np.mean([abs(f["current"] - f["target"]) > SETTINGS.ood_max_distance for f in fields]) > 0.5
     assert all(example.prompt != "" for example in source.batch(32, 8))
+
+
+@pytest.mark.parametrize("settings", [BlackjackSettings(), NumberSequenceSettings(continuation=2)])
+@pytest.mark.parametrize("ood", [False, True])
+def test_other_tasks_are_demonstrated_too(settings: TaskSettings, ood: bool) -> None:
+    room = reading_room(settings, ood)
+    source = Demonstrations(playgrounds(settings, ood), 0.5, True, 0, room, reading_steps=16)
+    reading, played = source.batch(0, 16), [e for step in range(16, 24) for e in source.batch(step, 16)]
+    assert all(example.prompt == "" for example in reading)
+    for example in played:
+        actions = next(line for line in example.prompt.split("\n") if line.startswith("Actions: ")).split()[1:]
+        assert parse_response(example.response).action in actions
+    assert any(parse_response(e.response).action == "[DONE]" for e in played)
+    assert sum("State 1" in e.prompt for e in played) > 16

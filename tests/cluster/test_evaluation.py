@@ -15,14 +15,15 @@ from envs.registry import make_env
 from shared.config import RunConfig
 from shared.metrics import EVALUATION_METRICS
 from shared.response import DONE_TOKEN
+from shared.task_settings import BlackjackSettings, NumberSequenceSettings
 from shared.trajectory import EndReason, Step, Trajectory, Validity
 
 CONFIG = RunConfig()
 
 
-def played(seed, actions, split="id"):
+def played(seed, actions, split="id", config=CONFIG):
     """The trajectory of an action sequence in the real environment; None is a malformed response."""
-    env = make_env(CONFIG.task)
+    env = make_env(config.task)
     env.reset(seed=seed, options={"split": split})
     log_rewards, steps, rewards = [env.log_reward], [], []
     for action in actions:
@@ -43,7 +44,7 @@ def played(seed, actions, split="id"):
         group_id="g",
         instance_id=env.instance_id,
         instance_seed=seed,
-        task="numberline",
+        task=env.task,
         split=split,
         steps=steps,
         images=[b""],
@@ -56,14 +57,40 @@ def played(seed, actions, split="id"):
     )
 
 
-def expert_actions(seed):
-    env = make_env(CONFIG.task)
+def expert_actions(seed, config=CONFIG):
+    env = make_env(config.task)
     env.reset(seed=seed, options={"split": "id"})
     actions = []
     while env.end is None:
         actions.append(env.expert_action())
         env.step(actions[-1])
     return actions
+
+
+def test_div_at_n_counts_the_right_continuations_of_a_sequence():
+    config = RunConfig(task=NumberSequenceSettings(ambiguous_share=1.0))
+    plan = EvaluationPlan("id", instances=6, samples=4, seed=0)
+    sampled = []
+    for seed in plan.seeds:
+        env = make_env(config.task)
+        env.reset(seed=seed)
+        a = env.prefix[0]
+        for actions in ([str(4 * a), DONE_TOKEN], [str(5 * a), DONE_TOKEN], [DONE_TOKEN], [str(4 * a), None]):
+            sampled.append(played(seed, actions, config=config))
+    figures = evaluate_trajectories(config, plan, 1, sampled, sampled[::4])
+    assert (figures.success, figures.success_greedy, figures.div_at_n) == (0.5, 1.0, 2.0)
+    assert figures.total_variation == pytest.approx(0.5, abs=0.05)
+    assert figures.success_bound > 0.99
+
+
+def test_the_17_rule_is_measured_against_what_a_perfect_sampler_wins():
+    config = RunConfig(task=BlackjackSettings())
+    plan = EvaluationPlan("id", instances=60, samples=1, seed=0)
+    sampled = [played(s, expert_actions(s, config), config=config) for s in plan.seeds]
+    figures = evaluate_trajectories(config, plan, 1, sampled, sampled)
+    assert 0.2 < figures.success < figures.success_bound < 1.0
+    assert 0.0 <= figures.total_variation <= 1.0
+    assert figures.div_at_n == 1.0
 
 
 def test_the_expert_succeeds_everywhere_and_is_measured_so():

@@ -82,6 +82,28 @@ def test_one_picture_per_state_is_written_and_shows_that_state(tmp_path: Path) -
     assert Image.open(folder / "episode_001_step_01.png").size == (64, 64)
 
 
+def test_every_task_is_played_by_expert_random_and_by_hand(tmp_path: Path) -> None:
+    ends = {"blackjack": {"environment"}, "numbersequence": {"done"}}
+    for task in ends:
+        episodes = listed(task, "--player", "expert", "--episodes", "30", to=tmp_path / "expert.json")
+        assert {e["end"] for e in episodes} == ends[task]
+        assert task == "blackjack" or all(e["success"] for e in episodes)
+        by_chance = listed(task, "--player", "random", "--episodes", "30", to=tmp_path / "random.json")
+        assert {e["end"] for e in by_chance} == {"done", "environment"}
+        actions = episodes[3]["actions"]
+        assert isinstance(actions, list)
+        typed = "double\n" + "\n".join(actions) + "\n"
+        (by_hand,) = listed(task, "--seed", "3", to=tmp_path / "hand.json", typed=typed)
+        assert by_hand == episodes[3]
+
+
+def test_the_last_picture_of_a_hand_shows_the_dealers_cards(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    listed("blackjack", "--seed", "0", "--images", str(folder), to=tmp_path / "out.json", typed="stand\n")
+    assert sorted(p.name for p in folder.iterdir()) == ["episode_000_step_00.png", "episode_000_step_01.png"]
+    assert (folder / "episode_000_step_00.png").read_bytes() != (folder / "episode_000_step_01.png").read_bytes()
+
+
 def test_random_player_repeats_itself_and_differs_between_seeds(tmp_path: Path) -> None:
     arguments = ("numberline", "--player", "random", "--episodes", "20")
     first, again = (listed(*arguments, to=tmp_path / name) for name in ("a.json", "b.json"))

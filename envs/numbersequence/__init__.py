@@ -1,0 +1,1 @@
+"""NumberSequence: continue an arithmetic or Fibonacci-like sequence, read from a picture."""

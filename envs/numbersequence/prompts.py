@@ -1,0 +1,44 @@
+"""NumberSequence's prompt and demonstrations.
+
+The policy has to read the sequence from the picture: the prompt names none of its numbers but the admissible ones.
+"""
+
+from collections.abc import Collection, Sequence
+
+from shared.response import format_response
+
+GOAL = (
+    "Fill each ? of the sequence: add the same step each time, or add the two numbers before. [DONE] when no ? is left."
+)
+ANSWER = 'Answer: {"sequence": "", "missing": , "thoughts": "", "action": ""}'
+
+_COMPLETE = ("no number is missing", "the sequence is complete", "nothing is left to fill")
+_NO_RULE = ("no rule fits", "the numbers follow no rule", "there is no rule")
+_STEP = ("steps of {step}", "{step} more each time", "each adds {step}")
+_SUM = ("sums of two", "the two before together", "each is the sum of two")
+
+
+def sequence_text(numbers: Sequence[int]) -> str:
+    """Returns a sequence as history and responses have it."""
+    return " ".join(str(number) for number in numbers)
+
+
+def demonstrations(action: str, numbers: Sequence[int], missing: int, rules: Collection[str]) -> list[str]:
+    """Returns responses with the right sequence, thoughts on the rules that it obeys, and the action.
+
+    Args:
+        action: The action.
+        numbers: The sequence so far.
+        missing: How many numbers are still missing.
+        rules: Names of the rules that all of the numbers obey.
+    """
+    fields = {"sequence": sequence_text(numbers), "missing": missing}
+    if missing == 0:
+        thoughts = list(_COMPLETE)
+    elif not rules:
+        thoughts = list(_NO_RULE)
+    else:
+        step = numbers[-1] - numbers[-2]
+        wordings = [{"step": _STEP, "sum": _SUM}[rule] for rule in rules]
+        thoughts = [" and ".join(parts).format(step=step) for parts in zip(*wordings, strict=True)]
+    return [format_response(action, thought, fields) for thought in thoughts]
