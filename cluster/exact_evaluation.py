@@ -10,7 +10,6 @@ malformed text. It is followed to no end, counts as missing in the distances, an
 that a distance is known to within the uncovered mass. Nothing is sampled, so there is no sampling error.
 """
 
-import copy
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,12 +96,15 @@ class ExactMatch:
 
 
 def tree_size(env: TaskEnv) -> int:
-    """Returns how many states the tree of an instance has at most: the admissible moves of the first state throughout.
+    """Returns how many states the tree of an instance has; counting ends beyond `MAX_STATES`.
 
     `env` must have been reset to the instance.
     """
-    moves = len(env.admissible_actions) - (DONE_TOKEN in env.admissible_actions)
-    return sum(moves**depth for depth in range(env.max_steps + 1))
+    states, waiting = 0, [env]
+    while len(waiting) > 0 and states <= MAX_STATES:
+        states += 1
+        waiting += _children(waiting.pop()).values()
+    return states
 
 
 def expand_tree(env: TaskEnv) -> list[TreeState]:
@@ -116,16 +118,14 @@ def expand_tree(env: TaskEnv) -> list[TreeState]:
     while waiting:
         here = waiting.popleft()
         forced = here.end is not None
-        moves = [] if forced else [a for a in here.admissible_actions if a != DONE_TOKEN]
-        children = {action: copy.deepcopy(here) for action in moves}
-        for action, child in children.items():
-            child.step(action)
+        children = _children(here)
         waiting.extend(children.values())
         prompt, image = here.prompt(), here.image_png()
-        responses = {action: here.demonstrations(action) for action in moves}
+        responses = {action: here.demonstrations(action) for action in children}
         log_reward, outcome = here.log_reward, here.outcome
         if not forced:
-            here.step(DONE_TOKEN)
+            here = here.branch()
+            here.advance(DONE_TOKEN)
         actions = tuple(here.past_actions)
         states.append(TreeState(actions, prompt, image, responses, log_reward, outcome, here.success, forced))
     return states
@@ -200,6 +200,17 @@ def mean_match(matches: Sequence[ExactMatch]) -> ExactMatch:
     """Returns the mean of each figure over instances."""
     rows = [match.as_dict() for match in matches]
     return ExactMatch(**{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]})
+
+
+def _children(env: TaskEnv) -> dict[str, TaskEnv]:
+    """Returns copies of an environment after each of its moves, by move; none where stopping is forced."""
+    children = {}
+    if env.end is None:
+        for action in env.admissible_actions:
+            if action != DONE_TOKEN:
+                children[action] = env.branch()
+                children[action].advance(action)
+    return children
 
 
 def _scored_step(state: TreeState, response: str, inputs: PolicyInputs) -> ScoredStep:

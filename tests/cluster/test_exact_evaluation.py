@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from cluster.exact_evaluation import (
+    MAX_STATES,
     ActionProbabilities,
     action_probabilities,
     exact_match,
@@ -18,7 +19,7 @@ from learner.scoring import ScoredStep, Scorer
 from learner.tiny_policy import build_tiny_policy
 from shared.policy_inputs import PolicyInputs
 from shared.response import DONE_TOKEN, parse_response, token_spans
-from shared.task_settings import NumberLineSettings
+from shared.task_settings import BlackjackSettings, NumberLineSettings, NumberSequenceSettings
 
 BETA = 3.0
 
@@ -78,6 +79,25 @@ def test_a_perfect_policy_matches_the_target_of_the_environment(env):
         assert getattr(match, distance) == pytest.approx(0.0, abs=1e-12)
     env.reset(seed=3)
     assert match.success == pytest.approx(env.target_success(BETA))
+
+
+@pytest.mark.parametrize("settings", [BlackjackSettings(), NumberSequenceSettings(continuation=2)])
+def test_the_trees_of_other_tasks_are_small_and_match_their_target(settings):
+    env = make_env(settings)
+    for seed in range(4):
+        env.reset(seed=seed)
+        states = expand_tree(env)
+        assert len(states) == tree_size(env) < 100
+        assert any(s.forced for s in states)
+        match = exact_match(states, perfect(states), BETA)
+        assert match.total_variation == pytest.approx(0.0, abs=1e-12)
+        assert match.success == pytest.approx(env.target_success(BETA))
+
+
+def test_counting_the_states_of_a_huge_tree_ends():
+    env = make_env(NumberLineSettings(max_steps=64))
+    env.reset(seed=0)
+    assert tree_size(env) == MAX_STATES + 1
 
 
 def test_mass_that_gets_lost_counts_as_distance(env):
