@@ -6,7 +6,7 @@ import sys
 import typer
 from rich.console import Console
 
-from cluster.commands import bench, compare, doctor, evaluate, play, presets, prove, replay, sft, train
+from cluster.commands import alfworld, bench, compare, doctor, evaluate, play, presets, prove, replay, sft, train
 from cluster.interruption import INTERRUPTED
 from cluster.process_environment import prepare_process
 from shared.errors import UserError
@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (train, compare, evaluate, play, replay, prove, sft, bench, presets, doctor):
+for command in (train, compare, evaluate, play, replay, prove, sft, bench, presets, alfworld, doctor):
     command.register(app)
 
 

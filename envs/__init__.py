@@ -7,3 +7,4 @@ import gymnasium
 
 for _name in ("NumberLine", "Blackjack", "NumberSequence"):
     gymnasium.register(id=f"gflowvlm/{_name}-v0", entry_point=f"envs.{_name.lower()}.environment:{_name}Env")
+gymnasium.register(id="gflowvlm/Alfworld-v0", entry_point="envs.household.environment:AlfworldEnv")

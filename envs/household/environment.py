@@ -1,0 +1,136 @@
+"""The ALFWorld environment."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from envs.base import TaskEnv
+from envs.household import prompts
+from envs.household.games import Game, find_games, official_data
+from envs.household.sessions import Session, TextSession
+from envs.household.starter import starter_set
+from envs.household.tasks import SUB_GOALS, TaskType
+from shared.response import DONE_TOKEN
+from shared.task_settings import AlfworldSettings
+from shared.trajectory import EndReason
+
+GOAL_REWARD = 50.0
+REWARD_FLOOR = 0.1
+UNSEEN_FOLDER = "valid_unseen"
+
+
+class AlfworldEnv(TaskEnv):
+    """Household tasks by text commands, in what the agent sees where it stands.
+
+    Games are ALFWorld's: where its data is installed that is played, unchanged; elsewhere generated games
+    are (see `starter_set`). Seed and split choose the game, and consecutive seeds go through all games of a
+    split once before any comes again. In distribution are the games of the seen rooms, out of distribution
+    those of the unseen ones.
+
+    Stopping at a state is worth R(z⊤) = max(0.1, 50·[goal holds] + sub-goals that hold); see
+    `sub_goals_reached`. Reaching the goal does not end the episode: the policy has to stop.
+
+    The original reward is 50 for ending where the goal holds, 1 for every sub-goal reached for the first
+    time in the episode, and -1 for an invalid response.
+
+    The expert follows the planner's plan, planned anew from wherever it is asked.
+
+    Attributes:
+        game: The game of the current instance.
+    """
+
+    task = "alfworld"
+    log_reward_floor = math.log(REWARD_FLOOR)
+    answer = prompts.ANSWER
+    settings: AlfworldSettings
+    game: Game
+
+    def __init__(self, settings: AlfworldSettings | None = None, render_mode: str | None = None) -> None:
+        super().__init__(settings if settings is not None else AlfworldSettings(), render_mode)
+        self._most_sub_goals = 0
+
+    @property
+    def admissible_actions(self) -> list[str]:
+        """The game's admissible commands, sorted, and ``[DONE]``."""
+        return [*self._session.observation.commands, DONE_TOKEN]
+
+    def prompt(self) -> str:
+        """Returns the prompt, with or without history as the settings say."""
+        past = list(zip(self._past_states, self.past_actions, strict=True))
+        return prompts.prompt(self.goal, past if self.settings.prompt == "history" else None, self.admissible_actions)
+
+    def expert_action(self) -> str:
+        """Returns the next command of the planner's plan; `[DONE]` at the goal, or where there is no way to it."""
+        if self._solved():
+            return DONE_TOKEN
+        plan = self._session.plan()
+        return plan[0] if plan else DONE_TOKEN
+
+    def demonstrations(self, action: str) -> list[str]:
+        """Returns responses that name place and thing in hand and what is left to do, one for each wording."""
+        session = self._session
+        return prompts.demonstrations(action, session.seen(), session.task, session.sub_goals())
+
+    def target_distribution(self, reward_exponent: float) -> None:
+        """Returns None: the tree of action sequences is too large."""
+
+    def target_success(self, reward_exponent: float) -> None:
+        """Returns None: the tree of action sequences is too large."""
+
+    def _start(self, rng: np.random.Generator) -> None:
+        games = find_games(self._root(), self._folder(), tuple(TaskType(t) for t in self.settings.task_types))
+        self.game = games[(self.instance_seed or 0) % len(games)]
+        self._session = self._open(self.game)
+        self.goal = prompts.goal(self._session.observation)
+        self._most_sub_goals = self._session.sub_goals()
+
+    def _root(self) -> Path:
+        if self.settings.games is not None:
+            return Path(self.settings.games).expanduser()
+        return official_data() or starter_set()
+
+    def _folder(self) -> str:
+        return UNSEEN_FOLDER if self.split == "ood" else self.settings.seen_games
+
+    def _open(self, game: Game) -> Session:
+        if self.settings.view == "facts":
+            return TextSession(game)
+        from envs.household.thor import ThorSession
+
+        return ThorSession(game)
+
+    def _apply(self, action: str | None) -> float:
+        reward = 0.0
+        if action is not None:
+            self._session.step(action)
+            reached = self._session.sub_goals()
+            reward = float(max(0, reached - self._most_sub_goals))
+            self._most_sub_goals = max(self._most_sub_goals, reached)
+        if self.end is EndReason.INVALID:
+            return reward - 1.0
+        over = self.end is not None or len(self.past_actions) == self.max_steps
+        return reward + (GOAL_REWARD if over and self._solved() else 0.0)
+
+    def _state_text(self) -> str:
+        return prompts.state_text(self._session.observation)
+
+    def _draw(self, rng: np.random.Generator) -> Image.Image:
+        return self._session.picture(self.image_size)
+
+    def _state_log_reward(self) -> float:
+        reward = self._session.sub_goals() + (GOAL_REWARD if self._solved() else 0.0)
+        return math.log(max(REWARD_FLOOR, reward))
+
+    def _state_outcome(self) -> str:
+        if self._solved():
+            return "goal"
+        return f"{self._session.sub_goals()} of {SUB_GOALS[self._session.task.type]} sub-goals"
+
+    def _solved(self) -> bool:
+        return self._session.observation.won
+
+    def _info(self) -> dict[str, Any]:
+        return {**super()._info(), "game": self.game.name, "task_type": self.game.task_type.value}
