@@ -1,0 +1,40 @@
+# Every part of a run on NVIDIA GPUs, at the versions of constraints.txt. CUDA's libraries come with the Python packages,
+# the driver from the node.
+# From the project's folder:  docker build -f k8s/docker/gpu.Dockerfile -t gflowvlm-gpu:0.1.0 .
+FROM debian:bookworm-slim AS build
+# Debian's security updates are wanted, so its packages have no versions here.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends ca-certificates python3.11 python3.11-venv \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /app
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY scripts scripts
+COPY shared shared
+COPY envs envs
+COPY actors actors
+COPY learner learner
+COPY cluster cluster
+RUN --mount=type=cache,target=/root/.cache/pip python3.11 scripts/set_up.py --engine gpu
+
+FROM debian:bookworm-slim
+# gcc and Python's headers: Triton compiles the launchers of its kernels on the node. wget: KubeRay's readiness probes.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends \
+        ca-certificates gcc libc6-dev libnuma1 python3.11 python3.11-dev wget \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 1000 --user-group --create-home gflowvlm
+COPY --from=build /app /app
+COPY --chmod=0755 k8s/docker/train-or-resume /usr/local/bin/train-or-resume
+# RAY_TRAIN_V2_ENABLED and RAY_SERVE_THROUGHPUT_OPTIMIZED: Ray reads them when a process starts, so every node of the
+# cluster has to have them (cluster/process_environment.py). NVIDIA_DRIVER_CAPABILITIES: what the node's driver is used for.
+ENV PATH=/app/.venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    RAY_TRAIN_V2_ENABLED=1 \
+    RAY_SERVE_THROUGHPUT_OPTIMIZED=1 \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 1000:1000
+WORKDIR /home/gflowvlm
+CMD ["gflowvlm", "--help"]
