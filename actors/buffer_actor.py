@@ -158,7 +158,7 @@ def create_buffer_actor(config: RunConfig, run_dir: Path, name: str) -> Any:
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
     kind = ray.remote(ReplayBufferActor).options(name=name, namespace=NAMESPACE, **options)
     try:
-        actor = kind.remote(config.buffer, config.seed, str(RunFolder(run_dir.resolve()).trajectories))
+        actor = kind.remote(config.replay, config.seed, str(RunFolder(run_dir.resolve()).trajectories))
     except ValueError:
         raise UserError(
             f"replay buffer {name!r}: there is one already on this cluster; wait for that run to end, or stop it"

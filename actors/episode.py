@@ -62,6 +62,7 @@ async def play_group(
 ) -> PlayedGroup:
     """Plays `group_size` rollouts of one instance, all of them at once.
 
+    Where the expert plays, its rollouts are demonstrations that differ in their wording.
     A malformed or inadmissible response ends its episode at the reward floor and is recorded as such. A
     response that could not be had at all fails the whole group: it is no behaviour of the policy.
 
@@ -80,6 +81,9 @@ async def play_group(
     """
     group = PlayedGroup(new_group_id(request.group_index))
     rollouts = [_Rollout(make_env(), inputs, request, settings, group, index) for index in range(settings.group_size)]
+    if settings.expert_plays:
+        group.trajectories = [rollout.demonstrate() for rollout in rollouts]
+        return group
     try:
         async with asyncio.TaskGroup() as tasks:
             played = [tasks.create_task(rollout.play(source)) for rollout in rollouts]

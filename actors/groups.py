@@ -34,6 +34,7 @@ class PlaySettings:
         version: Policy version that must answer; None for the newest at every step.
         expert_on_failure: Add the expert's trajectory to a group in which all rollouts failed.
         seed: Seed of exploration and of the expert's wording.
+        expert_plays: The expert makes every rollout; the policy is not asked.
         sampling_seed: Makes every sampled response repeatable for the same engine; None draws freely.
     """
 
@@ -44,6 +45,7 @@ class PlaySettings:
     version: int | None = None
     expert_on_failure: bool = False
     seed: int = 0
+    expert_plays: bool = False
     sampling_seed: int | None = None
 
 

@@ -56,8 +56,9 @@ class ReplayBuffer:
     """Holds the trajectories that the learner samples; the same after a crash as before it.
 
     An append is acknowledged once its file is on disk, and appending an acknowledged trajectory again
-    changes nothing. Counts of *accepted* trajectories are of those the policy made: the expert's are extra
-    and count neither there nor against the capacity (except in groups that the expert alone made).
+    changes nothing. Counts of *accepted* trajectories are of those the policy made, and of groups that the
+    expert alone made; an expert's trajectory beside the policy's is extra and counts neither there nor against
+    the capacity.
 
     Eviction takes whole groups out of memory; their files stay, as the run's record. Groups leave when they
     are staler than `replay_staleness` against the newest version in the buffer, and, beyond the capacity, by
@@ -105,7 +106,7 @@ class ReplayBuffer:
 
     @property
     def accepted(self) -> int:
-        """Trajectories of the policy ever acknowledged."""
+        """Trajectories ever acknowledged, those that an expert added to the policy's left out."""
         return self._accepted_by_version.total()
 
     def append(self, batch: pa.RecordBatch) -> list[str]:
@@ -180,8 +181,9 @@ class ReplayBuffer:
     def stats(self) -> dict[str, Any]:
         """Returns the buffer's counts.
 
-        ``accepted`` (policy trajectories ever acknowledged), ``accepted_groups``, ``accepted_experts``,
-        ``accepted_by_version`` (by a trajectory's oldest version), ``largest_group_index`` (None before the
+        ``accepted`` (trajectories ever acknowledged without the extra experts'), ``accepted_groups``,
+        ``accepted_experts`` (all of the expert's), ``accepted_by_version`` (by a trajectory's oldest version, -1
+        for the expert's), ``largest_group_index`` (None before the
         first group), ``size`` (trajectories in memory, experts
         included), ``groups``, ``expert`` (expert trajectories in memory), ``evicted`` (ever), ``bytes`` (in
         memory), ``newest_version``, ``newest_success`` (share among the newest `NEWEST_WINDOW` of the policy;
@@ -234,12 +236,14 @@ class ReplayBuffer:
             index = index_of_group(group_id)
             if index is not None:
                 self._largest_group_index = max(index, self._largest_group_index or 0)
-        experts, successes = batch["expert"].to_pylist(), batch["success"].to_pylist()
-        for expert, success, version in zip(experts, successes, versions, strict=True):
-            if expert:
-                self._accepted_experts += 1
-            else:
+        names = ("expert", "success", "group_id")
+        rows = list(zip(*(batch[name].to_pylist() for name in names), versions, strict=True))
+        of_policy = {group_id for expert, _, group_id, _ in rows if not expert}
+        for expert, success, group_id, version in rows:
+            self._accepted_experts += expert
+            if not (expert and group_id in of_policy):
                 self._accepted_by_version[version] += 1
+            if not expert:
                 self._newest_success.append(success)
                 self._newest_version = max(self._newest_version, version)
 

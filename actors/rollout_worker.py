@@ -121,6 +121,7 @@ class RolloutWorker(EnvRunner):
             version=version,
             expert_on_failure=rollout.expert_on_failure,
             seed=self._run.seed,
+            expert_plays=self._run.expert_plays,
         )
 
         async def record(group: PlayedGroup) -> None:

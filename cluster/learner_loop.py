@@ -91,12 +91,12 @@ class _Loop:
         total = self.config.learner.steps
         first = self.learner.steps_taken
         if self.rank == 0:
-            append_row(self.folder.metrics, "learner", {"step": first, "pid": os.getpid()})
-            if first == 0:
-                self._check_sampler_agrees()
-            else:
+            if first > 0:
                 # A crash between checkpoint and publication must not leave the samplers a step behind.
                 self._publish()
+            append_row(self.folder.metrics, "learner", {"step": first, "version": self.version, "pid": os.getpid()})
+            if first == 0:
+                self._check_sampler_agrees()
         batch_ref = self._request_batch(first)
         for step in range(first, total):
             started = time.monotonic()
@@ -113,7 +113,7 @@ class _Loop:
     def _request_batch(self, step: int) -> ray.ObjectRef:
         return self.buffer.wait_sample.remote(
             step=step,
-            groups=self.config.learner.groups_per_batch,
+            groups=self.config.groups_per_batch,
             version=self.version,
             min_accepted=(step + 1) * self.config.fresh_per_step,
             timeout_s=self.config.learner.data_timeout_s,

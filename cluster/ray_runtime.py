@@ -11,6 +11,7 @@ from pathlib import Path
 
 import ray
 
+from cluster.interruption import sigterm_as_interrupt
 from cluster.process_environment import PROCESS_ENVIRONMENT
 from shared.config import RunConfig
 from shared.errors import UserError
@@ -57,6 +58,8 @@ def resource_plan(config: RunConfig) -> ResourcePlan:
 def ray_cluster(config: RunConfig) -> Iterator[str]:
     """Connects to the configured cluster, or starts a local one; yields the dashboard's address.
 
+    Inside, SIGTERM raises `KeyboardInterrupt`.
+
     Raises:
         UserError: The cluster cannot be reached, a port is taken, or GPUs that are asked for are missing.
     """
@@ -64,7 +67,9 @@ def ray_cluster(config: RunConfig) -> Iterator[str]:
     address = config.cluster.address
     context = _start_local(config) if address is None else _connect(address)
     try:
-        yield str(context.dashboard_url)
+        # Ray's own handler, set at its start, ends the process with a stack trace a few seconds after SIGTERM.
+        with sigterm_as_interrupt():
+            yield str(context.dashboard_url)
     finally:
         ray.shutdown()
 

@@ -1,5 +1,6 @@
 """Who plays what: hands groups of rollouts to the workers, within the capacity rule, whatever dies."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -67,11 +68,12 @@ class _Call:
     method: str
     requests: tuple[GroupRequest, ...]
     job: EvaluationJob | None = None
+    version: int | None = None
 
     @property
     def kwargs(self) -> dict[str, Any]:
         if self.job is None:
-            return {"requests": list(self.requests)}
+            return {"requests": list(self.requests), "version": self.version}
         sampled = self.tag == SAMPLED
         return {
             "requests": list(self.requests),
@@ -90,6 +92,8 @@ class RolloutScheduler:
         groups_per_worker: Training groups that one worker plays at the same time.
         run_seed: Seed of the run.
         next_group: Index of the next training group.
+        rollout_version: Gives the policy version that must play a training group that starts now; its None
+            leaves every response to the newest.
         on_groups: Called with the summaries of finished training groups.
         on_evaluation: Called with each finished evaluation.
     """
@@ -102,6 +106,7 @@ class RolloutScheduler:
         groups_per_worker: int,
         run_seed: int,
         next_group: int,
+        rollout_version: Callable[[], int | None],
         on_groups: Callable[[list[GroupSummary]], None],
         on_evaluation: Callable[[EvaluationJob], None],
     ) -> None:
@@ -112,6 +117,7 @@ class RolloutScheduler:
         self._groups_per_worker = groups_per_worker
         self._run_seed = run_seed
         self._next_group = next_group
+        self._rollout_version = rollout_version
         self._on_groups, self._on_evaluation = on_groups, on_evaluation
         self._running: dict[int, list[_Call]] = {actor_id: [] for actor_id in self._manager.actor_ids()}
         self._again: deque[_Call] = deque()
@@ -156,6 +162,9 @@ class RolloutScheduler:
         Raises:
             UserError: Groups fail again and again without any that finishes.
         """
+        if not any(self._running.values()):
+            # Without a call in flight the manager would not wait at all, and the driver would spin.
+            time.sleep(wait_s)
         for result in self._manager.fetch_ready_async_reqs(timeout_seconds=wait_s):
             if result.ok:
                 self._collect(result.actor_id, result.tag, result.get())
@@ -236,12 +245,14 @@ class RolloutScheduler:
                 self._send(actor_id, self._evaluations.popleft())
 
     def _next_rollout(self) -> _Call | None:
+        version = self._rollout_version()
         if self._again:
-            return self._again.popleft()
+            return replace(self._again.popleft(), version=version)
         if self._admission.admit(1) == 0:
             return None
         index, self._next_group = self._next_group, self._next_group + 1
-        return _Call(ROLLOUT, "sample", (GroupRequest(index, training_seed(self._run_seed, index), "id"),))
+        request = GroupRequest(index, training_seed(self._run_seed, index), "id")
+        return _Call(ROLLOUT, "sample", (request,), version=version)
 
     def _send(self, actor_id: int, call: _Call | None) -> None:
         if call is None:

@@ -56,6 +56,7 @@ class TrainingRun:
         checkpoint = latest_checkpoint(folder.checkpoints)
         self.step = int(checkpoint.name.removeprefix("step-")) if checkpoint is not None else 0
         self.version = BASE_VERSION
+        self._learner_started = False
         self._newest: deque[list[Any]] = deque(maxlen=NEWEST_TRAJECTORIES)
         last = next((r for r in reversed(self._rows) if r["kind"] == "rollout"), {})
         self._env_steps = int(last.get("env_steps", 0))
@@ -84,7 +85,7 @@ class TrainingRun:
     def _make_scheduler(self) -> None:
         config, stats = self.config, self._actors.buffer_stats()
         self.admission = Admission(
-            max_staleness=config.buffer.max_staleness,
+            max_staleness=config.replay.max_staleness,
             batch=config.fresh_per_step * config.learner.publish_every,
             group_size=config.rollout.group_size,
             version=self.step // config.learner.publish_every,
@@ -96,6 +97,7 @@ class TrainingRun:
             groups_per_worker=config.rollout.groups_per_worker,
             run_seed=config.seed,
             next_group=0 if stats["largest_group_index"] is None else stats["largest_group_index"] + 1,
+            rollout_version=lambda: self.version if config.on_policy else None,
             on_groups=self._note_groups,
             on_evaluation=self._note_evaluation,
         )
@@ -106,7 +108,7 @@ class TrainingRun:
         self._actors.start_learner()
         self._started = time.monotonic()
         while not (self._actors.learner_finished and not self.scheduler.evaluating):
-            self.scheduler.pump(train=not self._actors.learner_finished, wait_s=PUMP_WAIT_S)
+            self.scheduler.pump(train=self._rollouts_wanted(), wait_s=PUMP_WAIT_S)
             self._follow_log()
             self._snapshot()
         self._follow_log()
@@ -123,13 +125,19 @@ class TrainingRun:
             )
         return self._report()
 
+    def _rollouts_wanted(self) -> bool:
+        # On-policy rollouts need the version that the learner publishes when it starts.
+        ready = self._learner_started or not self.config.on_policy
+        return ready and not self._actors.learner_finished
+
     def _follow_log(self) -> None:
         for row in self._tail.new_rows():
             self._rows.append(row)
             if row["kind"] == "fatal":
                 raise UserError(row["error"])
             if row["kind"] == "learner":
-                self.step = row["step"]
+                self.step, self.version = row["step"], row["version"]
+                self._learner_started = True
                 self.display.say(f"learner started at step {row['step']}")
             elif row["kind"] == "mismatch":
                 self.display.say(f"sampler and learner agree to {row['max']:.1e} nats on {row['tokens']} tokens")

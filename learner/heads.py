@@ -1,4 +1,4 @@
-"""What some losses learn besides the policy: log Z(g) or a state's flow, read off the policy's hidden state.
+"""What some objectives learn besides the policy: log Z(g), a state's flow or value, read off its hidden state.
 
 The head sits on the last hidden state of a prompt's last token, which has seen the whole state z_t and nothing
 of the response. It is part of the learner only: saved with a checkpoint, never with the adapter.
@@ -17,7 +17,7 @@ HIDDEN = 128
 
 
 class HeadKind(StrEnum):
-    """What a head's number means, nats."""
+    """What a head's number means; nats unless said otherwise."""
 
     LOG_Z = "log_z"
     """log Z_φ(g), at a trajectory's first state (Malkin et al. 2022, arXiv 2201.13259)."""
@@ -25,6 +25,8 @@ class HeadKind(StrEnum):
     """log F_φ(z_t), at every visited state (Bengio et al. 2023, arXiv 2111.09266)."""
     LOG_FLOW_AHEAD = "log_flow_ahead"
     """log F̃_φ(z_t) = log F(z_t) − log R(z_t ⊤): what is still to come (Pan et al. 2023, arXiv 2302.01687)."""
+    VALUE = "value"
+    """V_φ(z_t), the expected return of PPO; in rewards, not in nats."""
 
 
 HEAD_OF_LOSS: dict[str, HeadKind] = {
@@ -34,7 +36,7 @@ HEAD_OF_LOSS: dict[str, HeadKind] = {
     "fl_db": HeadKind.LOG_FLOW_AHEAD,
     "fl_subtb": HeadKind.LOG_FLOW_AHEAD,
 }
-"""Losses with a head -> what it learns. The other losses have none."""
+"""GFlowNet losses with a head -> what it learns. The other losses have none."""
 
 
 class StateHead(nn.Module):

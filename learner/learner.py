@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,20 +11,17 @@ from torch import Tensor
 
 from learner.checkpoint import load_checkpoint, save_adapter, save_checkpoint
 from learner.distributed import Ranks
-from learner.heads import HEAD_OF_LOSS, StateHead
-from learner.losses import LOSSES, LossOutput
+from learner.heads import StateHead
+from learner.metrics import StepMetrics
 from learner.mismatch import Mismatch, compare
 from learner.model import adapter_parameters, default_device, load_policy
+from learner.objectives import ScoredBatch, make_objective
 from learner.optimization import Optimization
 from learner.reference import ReferenceScores
 from learner.scoring import MicroBatch, Scorer, StepScores, steps_of
-from learner.targets import LossInputs, Target, loss_inputs
 from shared.config import RunConfig
 from shared.policy_inputs import PolicyInputs
 from shared.trajectory import Trajectory
-
-_SUMMED = ("trajectories_used", "trajectories_dropped", "groups", "groups_of_one")
-_MAXIMAL = ("residual_abs_max", "mismatch_max", "seconds_reference", "seconds_scoring", "seconds_backward")
 
 
 class Learner:
@@ -50,24 +46,12 @@ class Learner:
         self.policy = load_policy(config.policy, model_path, seed=config.seed, device=self.device)
         self._scorer = Scorer(self.policy, inputs, self.device, config.learner.token_budget)
         self._reference = ReferenceScores(self.policy, self._scorer, capacity=config.buffer.capacity)
-        name = config.objective.loss
+        self._objective = make_objective(config)
         self._head: StateHead | None = None
-        if name in HEAD_OF_LOSS:
-            features = self._scorer.hidden_size()
-            self._head = StateHead(HEAD_OF_LOSS[name], features, config.seed).to(self.device)
+        if self._objective.head is not None:
+            self._head = StateHead(self._objective.head, self._scorer.hidden_size(), config.seed).to(self.device)
         head_parameters = [] if self._head is None else self._head.named_trainable()
         self._optimization = Optimization(adapter_parameters(self.policy), config.learner, head_parameters)
-        self._loss = partial(LOSSES[name], residual_clip=config.objective.residual_clip)
-        if name.endswith("subtb"):
-            self._loss = partial(self._loss, subtb_lambda=config.objective.subtb_lambda)
-        self._target = Target(
-            reward_exponent=config.target.reward_exponent,
-            log_reward_floor=config.target.log_reward_floor,
-            reference_weight=config.target.reference_weight,
-            cot_weight=config.policy.cot_weight,
-            cut_is_terminal=config.target.truncation == "terminal",
-            loss=name,
-        )
 
     @property
     def steps_taken(self) -> int:
@@ -75,52 +59,61 @@ class Learner:
         return self._optimization.counters.step
 
     def step(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-        """Takes one optimisation step on a batch.
+        """Takes one step on a batch: one update, or one for each epoch of the objective.
 
         Args:
             trajectories: The whole batch, the same on every rank; each takes its share of the instances.
 
         Returns:
-            Metrics, the same on every rank: the loss's own (`learner.losses.output`);
-            ``trajectories_without_flow`` (see `learner.targets`); ``log_z`` (nats; the losses that estimate it:
-            `tb`, `var_tb` and, from the flow of the first states, `flow_*` and `fl_*`); ``log_pf_mean`` (nats
-            per transition, of the policy alone); ``grad_norm`` (of the adapter, before clipping),
-            ``head_grad_norm`` (likewise, where the loss has a head), ``lr``, ``updated``, ``skipped_updates``;
-            ``trajectories``, ``responses``, ``response_tokens``; ``micro_batches``; ``mismatch_mean`` and
-            ``mismatch_max`` (nats per token, between the stored sampler's and the learner's log-probabilities:
-            for replayed trajectories that is how far the policy has moved), ``mismatch_share`` (share of
-            response tokens that have a sampler's log-probability); ``seconds_reference``,
-            ``seconds_scoring``, ``seconds_backward`` (of the slowest rank).
+            Metrics, the same on every rank: those of the objective (`learner.losses.output`,
+            `learner.baselines`; of the last epoch), among them ``loss``, ``trajectories_used``,
+            ``trajectories_dropped`` and ``log_pf_mean`` (nats per transition, of the policy alone), and for
+            losses that estimate it ``log_z`` (nats); ``grad_norm`` (of the adapter, before clipping),
+            ``head_grad_norm`` (likewise, where the objective has a head), ``lr``, ``updated``,
+            ``skipped_updates``; ``trajectories``, ``responses``, ``response_tokens``; ``micro_batches``;
+            ``mismatch_mean`` and ``mismatch_max`` (nats per token, between the stored sampler's and the
+            learner's log-probabilities: for replayed trajectories that is how far the policy has moved),
+            ``mismatch_share`` (share of response tokens that have a sampler's log-probability);
+            ``seconds_reference``, ``seconds_scoring``, ``seconds_loss``, ``seconds_backward`` (of the slowest
+            rank, all epochs together).
 
         Raises:
             UserError: The gradient was not finite too many times in a row.
             RuntimeError: The ranks were given different batches.
         """
         mine = self._ranks.shard(trajectories)
-        self._optimization.zero_grad()
         clock = _Clock()
         batches = self._scorer.pack(steps_of(mine))
-        reference = self._reference.log_cot(mine, batches) if self._target.reference_weight > 0 else None
-        seconds = {"seconds_reference": clock.lap()}
+        reference = self._reference.log_cot(mine, batches) if self._objective.uses_reference else None
+        clock.lap("seconds_reference")
 
         scores, token_log_probs, kept = self._forward(batches)
         if self._head is not None and self.steps_taken == 0:
-            self._centre_head(self._head, trajectories, mine, scores, reference)
-        inputs = loss_inputs(mine, scores, reference, self._target)
-        output = self._loss(**inputs.arguments())
-        used = float(self._ranks.sum(output.metrics["trajectories_used"].double()))
-        share = float(output.metrics["trajectories_used"]) / max(used, 1.0)
-        seconds["seconds_scoring"] = clock.lap()
-
-        if output.loss.requires_grad:
-            (weights,) = torch.autograd.grad(output.loss * share, scores)
-            self._backward(batches, kept, weights)
-        self._ranks.sum_gradients(self._optimization.parameters)
-        update = self._optimization.update(has_signal=used > 0)
-        seconds["seconds_backward"] = clock.lap()
+            estimates = self._objective.first_estimates(ScoredBatch(mine, scores.detach(), reference))
+            self._centre_head(self._head, trajectories, mine, estimates, scores)
+        clock.lap("seconds_scoring")
+        loss_of = self._objective.prepare(ScoredBatch(mine, scores.detach(), reference), self._ranks)
+        for epoch in range(self._objective.epochs):
+            if epoch > 0:
+                scores, _, kept = self._forward(batches)
+                clock.lap("seconds_scoring")
+            self._optimization.zero_grad()
+            output = loss_of(scores)
+            count = float(self._ranks.sum(torch.tensor(output.count, dtype=torch.float64)))
+            weights = None
+            if output.loss.requires_grad:
+                (weights,) = torch.autograd.grad(output.loss * (output.count / max(count, 1.0)), scores)
+            clock.lap("seconds_loss")
+            if weights is not None:
+                self._backward(batches, kept, weights)
+            self._ranks.sum_gradients(self._optimization.parameters)
+            update = self._optimization.update(has_signal=count > 0)
+            clock.lap("seconds_backward")
+        self._optimization.end_step()
 
         mismatch = compare(mine, _by_trajectory(mine, token_log_probs))
-        return {**self._metrics(mine, batches, inputs, output, share, mismatch, seconds), **update}
+        figures = output.metrics | _batch_figures(mine, batches, mismatch, clock.seconds)
+        return {**figures.over_ranks(self._ranks), **update}
 
     def score(self, trajectories: Sequence[Trajectory]) -> list[list[list[float]]]:
         """Returns the log-probability (nats) of every response token, by trajectory, step and token."""
@@ -159,11 +152,11 @@ class Learner:
         A batch that fits the token budget is scored once.
 
         Returns:
-            (S, 3) scores as a leaf, (S, 4) with a head; the tokens' log-probabilities by step; and the first
+            (S, 4) scores as a leaf, (S, 5) with a head; the tokens' log-probabilities by step; and the first
             micro-batch's scores with their graph.
         """
         total = sum(len(batch.index) for batch in batches)
-        scores = torch.zeros(total, 3 if self._head is None else 4)
+        scores = torch.zeros(total, 4 if self._head is None else 5)
         tokens: list[list[float]] = [[] for _ in range(total)]
         kept: Tensor | None = None
         for batch in reversed(batches):
@@ -174,7 +167,7 @@ class Learner:
         return scores.requires_grad_(), tokens, kept
 
     def _scored(self, batch: MicroBatch) -> tuple[StepScores, Tensor]:
-        """Returns a micro-batch's scores, and those that the loss takes, the head's number last: (N, 3 or 4)."""
+        """Returns a micro-batch's scores, and those that the loss takes, the head's number last: (N, 4 or 5)."""
         result = self._scorer.score_steps(batch, with_hidden=self._head is not None)
         stacked = result.stacked()
         if self._head is not None and result.hidden is not None:
@@ -186,18 +179,17 @@ class Learner:
         head: StateHead,
         trajectories: Sequence[Trajectory],
         mine: list[Trajectory],
+        estimates: Tensor,
         scores: Tensor,
-        reference: Tensor | None,
     ) -> None:
         """Sets the head's constant from the first batch, the whole of it on every rank, and adds it to its scores."""
-        estimates = loss_inputs(mine, scores.detach(), reference, self._target).first_estimates()
         own = {id(trajectory) for trajectory in mine}
         places = [i for i, trajectory in enumerate(trajectories) if id(trajectory) in own]
         everyones = torch.zeros(len(trajectories), dtype=torch.float64)
         everyones[places] = estimates
         head.centre_on(self._ranks.sum(everyones))
         with torch.no_grad():
-            scores[:, 3] += float(head.centre)
+            scores[:, -1] += float(head.centre)
 
     def _backward(self, batches: list[MicroBatch], kept: Tensor | None, weights: Tensor) -> None:
         """Accumulates the gradients of adapter and head, given d loss / d score of every step."""
@@ -206,55 +198,35 @@ class Learner:
             kept = None
             stacked.backward(weights[batch.index].to(stacked.device))
 
-    def _metrics(
-        self,
-        mine: list[Trajectory],
-        batches: list[MicroBatch],
-        inputs: LossInputs,
-        output: LossOutput,
-        share: float,
-        mismatch: Mismatch,
-        seconds: dict[str, float],
-    ) -> dict[str, float]:
-        taken = torch.arange(inputs.log_pf.shape[1]) < inputs.length[:, None]
-        local = {name: float(value) for name, value in output.metrics.items()}
-        maximal = {name: value for name, value in {**local, **seconds}.items() if name in _MAXIMAL}
-        maximal["mismatch_max"] = mismatch.max
-        summed = {
-            **{n: v if n in _SUMMED else v * share for n, v in local.items() if n not in _MAXIMAL},
-            "trajectories_without_flow": inputs.without_flow,
-            "trajectories": len(mine),
-            "responses": sum(len(t.steps) for t in mine),
-            "response_tokens": mismatch.response_tokens,
-            "micro_batches": len(batches),
-            "log_pf_mean": float(torch.where(taken, inputs.policy_log_pf, 0.0).sum()),
-            "mismatch_mean": mismatch.total,
-        }
-        first_flow = inputs.log_first_flow()
-        if first_flow is not None:
-            summed["log_z"] = float(first_flow.detach().sum())
-        counts = [float(taken.sum()), float(mismatch.tokens)]
-        sums = self._ranks.sum(torch.tensor([*summed.values(), *counts], dtype=torch.float64)).tolist()
-        result = dict(zip(summed, sums, strict=False))
-        transitions, compared = sums[-2:]
-        result["log_pf_mean"] /= max(transitions, 1.0)
-        if first_flow is not None:
-            result["log_z"] /= max(result["trajectories"], 1.0)
-        result["mismatch_mean"] /= max(compared, 1.0)
-        result["mismatch_share"] = compared / max(result["response_tokens"], 1.0)
-        maxima = self._ranks.max(torch.tensor(list(maximal.values()), dtype=torch.float64)).tolist()
-        return {**result, **dict(zip(maximal, maxima, strict=True))}
-
 
 class _Clock:
+    """Adds up where the time goes, seconds by name."""
+
     def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
-    def lap(self) -> float:
-        """Returns the seconds since the last call."""
+    def lap(self, name: str) -> None:
+        """Adds the time since the last call under a name."""
         now = time.perf_counter()
-        elapsed, self._last = now - self._last, now
-        return elapsed
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+def _batch_figures(
+    mine: Sequence[Trajectory], batches: Sequence[MicroBatch], mismatch: Mismatch, seconds: dict[str, float]
+) -> StepMetrics:
+    tokens, compared = float(mismatch.response_tokens), float(mismatch.tokens)
+    return StepMetrics(
+        sums={
+            "trajectories": float(len(mine)),
+            "responses": float(sum(len(t.steps) for t in mine)),
+            "response_tokens": tokens,
+            "micro_batches": float(len(batches)),
+        },
+        means={"mismatch_mean": (mismatch.total, compared), "mismatch_share": (compared, tokens)},
+        maxima={"mismatch_max": mismatch.max, **seconds},
+    )
 
 
 def _collect(batch: MicroBatch, result: StepScores, tokens: list[list[float]]) -> None:

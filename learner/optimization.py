@@ -109,12 +109,11 @@ class Optimization:
         finite = all(math.isfinite(norm) for norm in norms.values())
         if finite and has_signal:
             self._adamw.step()
-        counters.step += 1
         counters.skipped += not finite
         counters.skipped_in_a_row = 0 if finite else counters.skipped_in_a_row + 1
         if counters.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
-                f"learner step {counters.step}: the gradient was not finite {MAX_SKIPPED_IN_A_ROW} times in a row; "
+                f"learner step {counters.step + 1}: the gradient was not finite {MAX_SKIPPED_IN_A_ROW} times in a row; "
                 "resume from a checkpoint with a smaller learner.learning_rate, or with policy.dtype=float32"
             )
         return {
@@ -123,6 +122,10 @@ class Optimization:
             "updated": float(finite and has_signal),
             "skipped_updates": float(counters.skipped),
         }
+
+    def end_step(self) -> None:
+        """Counts a batch as taken; the schedule goes on."""
+        self.counters.step += 1
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the optimiser's state as named tensors; empty before the first update."""

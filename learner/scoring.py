@@ -23,6 +23,9 @@ from shared.errors import UserError
 from shared.policy_inputs import PolicyInputs
 from shared.trajectory import Step, Trajectory
 
+LOG_ACT, LOG_COT, LOG_STOP, LOG_REST = range(4)
+"""Columns of `StepScores.stacked`."""
+
 
 @dataclass(frozen=True)
 class ScoredStep:
@@ -67,6 +70,7 @@ class StepScores:
         log_act: (N,) log P_Act: the sum over the action's tokens; 0 when malformed.
         log_cot: (N,) log P_CoT: the sum over the tokens before the action; all tokens when malformed.
         log_stop: (N,) log P([DONE]) at the action's first position; 0 when malformed (there is none).
+        log_rest: (N,) the sum over the tokens after the action; 0 when malformed.
         token_log_probs: (N, R) log-probability of each response token, detached; 0 in the padding.
         hidden: (N, features) last hidden state of the prompt's last token, in the model's precision; None
             where it was not asked for.
@@ -75,12 +79,13 @@ class StepScores:
     log_act: Tensor
     log_cot: Tensor
     log_stop: Tensor
+    log_rest: Tensor
     token_log_probs: Tensor
     hidden: Tensor | None
 
     def stacked(self) -> Tensor:
-        """(N, 3): log_act, log_cot, log_stop."""
-        return torch.stack([self.log_act, self.log_cot, self.log_stop], dim=1)
+        """(N, 4): log_act, log_cot, log_stop, log_rest."""
+        return torch.stack([self.log_act, self.log_cot, self.log_stop, self.log_rest], dim=1)
 
 
 def steps_of(trajectories: Iterable[Trajectory]) -> list[ScoredStep]:
@@ -180,6 +185,7 @@ class Scorer:
             log_act=torch.where(in_action, tokens, 0.0).sum(dim=1),
             log_cot=torch.where(in_cot, tokens, 0.0).sum(dim=1),
             log_stop=torch.where(action_end > cot_end, stop, 0.0),
+            log_rest=torch.where(column >= action_end[:, None], tokens, 0.0).sum(dim=1),
             token_log_probs=tokens.detach(),
             hidden=captured[-1] if with_hidden else None,
         )

@@ -186,8 +186,8 @@ def loss_inputs(
 
     Args:
         trajectories: K trajectories with S steps in all.
-        scores: (S, 3) log P_Act, log P_CoT and log P([DONE]) of the steps, in order (`StepScores.stacked`);
-            (S, 4) with the head's number of their states for a loss with a head.
+        scores: (S, 3 or more) log P_Act, log P_CoT and log P([DONE]) of the steps, in order
+            (`StepScores.stacked`); for a loss with a head its number of their states in the last column.
         reference_log_cot: (S,) log P_ref(c) of the steps; None where `reference_weight` is 0.
         target: Exponents, weights and rules.
 
@@ -279,7 +279,7 @@ def _log_flow(
     ones = torch.ones(scores.shape[0], dtype=torch.float64)
     from_head = _placed(ones, columns, states) > 0
     known = log_reward if target.head is HeadKind.LOG_FLOW else torch.zeros_like(log_reward)
-    return torch.where(from_head, _placed(scores[:, 3].cpu().double(), columns, states), known), from_head
+    return torch.where(from_head, _placed(scores[:, -1].cpu().double(), columns, states), known), from_head
 
 
 def _placed(values: Tensor, columns: Sequence[Sequence[int | None]], width: int) -> Tensor:

@@ -8,6 +8,7 @@ from shared.settings import Fraction, Settings
 from shared.task_settings import NumberLineSettings, TaskSettings
 
 Precision = Literal["float32", "bfloat16"]
+LossName = Literal["tb", "var_tb", "db", "subtb", "flow_db", "flow_subtb", "fl_db", "fl_subtb", "sft", "ppo", "grpo"]
 
 
 class PolicySettings(Settings):
@@ -92,10 +93,29 @@ class BufferSettings(Settings):
     priority_temperature: float = Field(1.0, gt=0, le=100, description="Softness of the priority by reward.")
 
 
-class ObjectiveSettings(Settings):
-    """The loss."""
+class PolicyGradientSettings(Settings):
+    """The baselines ppo and grpo. The defaults are RL4VLM's, but for the wider clip."""
 
-    loss: Literal["tb", "var_tb", "db", "subtb", "flow_db", "flow_subtb", "fl_db", "fl_subtb"] = "var_tb"
+    epochs: int = Field(4, ge=1, le=64, description="Updates from one batch.")
+    ratio_clip: float = Field(0.2, gt=0, lt=1, description="How far the probability ratio counts, up and down.")
+    discount: Fraction = Field(0.9, description="Gamma of ppo's advantages.")
+    gae_lambda: Fraction = Field(0.95, description="Lambda of ppo's advantages.")
+    value_weight: float = Field(0.5, ge=0, le=100, description="Weight of ppo's value loss.")
+    reward: Literal["original", "revised"] = Field(
+        "original", description="The task's own rewards, or the GFlowNet reward R(x) at the end of the episode."
+    )
+
+
+class ObjectiveSettings(Settings):
+    """What the learner minimises: a GFlowNet loss, or a baseline (sft, ppo, grpo)."""
+
+    loss: LossName = Field(
+        "var_tb",
+        description="With ppo and grpo rollouts are strictly on-policy and a batch is its new groups alone; "
+        "with sft the expert plays.",
+    )
+    policy_gradient: PolicyGradientSettings = PolicyGradientSettings()
+    sft_done: bool = Field(True, description="Whether sft imitates the expert's stop action [DONE] too.")
     subtb_lambda: float = Field(0.9, gt=0, le=2.0, description="Lambda of subtb, flow_subtb and fl_subtb.")
     residual_clip: float | None = Field(10.0, gt=0, description="Residual beyond which the penalty is linear, nats.")
 
@@ -166,6 +186,28 @@ class RunConfig(Settings):
     cluster: ClusterSettings = ClusterSettings()
 
     @property
+    def on_policy(self) -> bool:
+        """Whether the objective may only be given trajectories of the newest policy."""
+        return self.objective.loss in ("ppo", "grpo")
+
+    @property
+    def expert_plays(self) -> bool:
+        """Whether the expert, not the policy, makes the training trajectories."""
+        return self.objective.loss == "sft"
+
+    @property
+    def replay(self) -> BufferSettings:
+        """The buffer's settings as the objective lets them be: nothing is replayed on-policy."""
+        if not self.on_policy:
+            return self.buffer
+        return self.buffer.model_copy(update={"newest_share": 1.0, "max_staleness": 0})
+
+    @property
+    def groups_per_batch(self) -> int:
+        """Groups in a learner's batch: without replay, the new ones alone."""
+        return self.fresh_groups_per_step if self.on_policy else self.learner.groups_per_batch
+
+    @property
     def fresh_groups_per_step(self) -> int:
         """New groups that one learner step consumes; the rest of its batch is replayed."""
         return max(1, round(self.learner.groups_per_batch * self.buffer.newest_share))
@@ -183,12 +225,29 @@ class RunConfig(Settings):
                 f"buffer.capacity ({self.buffer.capacity}) must hold a batch of "
                 f"learner.groups_per_batch x rollout.group_size = {batch} trajectories"
             )
-        if self.objective.loss == "var_tb" and self.rollout.group_size < 2:
-            raise ValueError("objective.loss var_tb needs rollout.group_size of at least 2 (a variance within a group)")
+        loss = self.objective.loss
+        if loss in ("var_tb", "grpo") and self.rollout.group_size < 2:
+            raise ValueError(f"objective.loss {loss} needs rollout.group_size of at least 2 (it compares a group)")
+        if self.on_policy:
+            self._only_own_policy(loss)
         if self.buffer.replay_staleness <= self.buffer.max_staleness:
             raise ValueError("buffer.replay_staleness must exceed buffer.max_staleness, or new data could be too old")
-        if self.learner.groups_per_batch < self.learner.workers:
-            raise ValueError("learner.groups_per_batch must be at least learner.workers (each learner needs a group)")
+        if self.groups_per_batch < self.learner.workers:
+            raise ValueError(
+                "learner.groups_per_batch (ppo, grpo: times buffer.newest_share) must be at least learner.workers "
+                "(each learner needs a group)"
+            )
         if self.policy.max_response_tokens >= self.sampler.max_model_len:
             raise ValueError("policy.max_response_tokens must be below sampler.max_model_len")
         return self
+
+    def _only_own_policy(self, loss: str) -> None:
+        wanted = {
+            "rollout.epsilon": (self.rollout.epsilon, 0.0),
+            "rollout.expert_on_failure": (self.rollout.expert_on_failure, False),
+            "sampler.temperature": (self.sampler.temperature, 1.0),
+            "learner.publish_every": (self.learner.publish_every, 1),
+        }
+        for name, (found, needed) in wanted.items():
+            if found != needed:
+                raise ValueError(f"objective.loss {loss} learns only from its own newest policy; set {name}={needed}")

@@ -32,7 +32,7 @@ def _timed(config: RunConfig, model_path: str, scale: Scale, say: Say, threads: 
     say(f"loading {config.policy.model}")
     inputs = PolicyInputs.load(model_path)
     learner = Learner(config, model_path)
-    groups = config.learner.groups_per_batch
+    groups = config.groups_per_batch
     seconds, trajectories, tokens = [], 0, 0
     # The first step warms up and is not counted.
     for number in range(scale.learner_steps + 1):

@@ -30,7 +30,7 @@ def bench_replay(config: RunConfig, model_path: str, scale: Scale, say: Say) -> 
     batches = [to_record_batch(group) for group in groups]
     with tempfile.TemporaryDirectory(prefix="gflowvlm-bench-") as folder:
         say(f"appending and sampling in this process, files in {folder}")
-        buffer = ReplayBuffer(config.buffer, config.seed, Path(folder) / "pure")
+        buffer = ReplayBuffer(config.replay, config.seed, Path(folder) / "pure")
         figures = _rates("replay_append", "one group a call, on disk before the call returns", buffer.append, batches)
         figures += _sample_rates("replay_sample", config, scale, "in this process", buffer.sample)
 
@@ -65,7 +65,7 @@ def _rates(
 def _sample_rates(
     name: str, config: RunConfig, scale: Scale, where: str, sample: Callable[[int, int, int], pa.RecordBatch]
 ) -> list[Figure]:
-    groups, step, rows, size = config.learner.groups_per_batch, 0, 0, 0
+    groups, step, rows, size = config.groups_per_batch, 0, 0, 0
     started = time.perf_counter()
     while time.perf_counter() - started < scale.seconds / 2:
         batch = sample(step, groups, 0)

@@ -82,7 +82,7 @@ def _show_plan(console: Console, config: RunConfig) -> None:
     for part, count, cpus, gpus in plan.rows:
         table.add_row(part, str(count), f"{cpus:g}", f"{gpus:g}")
     console.print(table)
-    batch = config.learner.groups_per_batch * config.rollout.group_size
+    batch = config.groups_per_batch * config.rollout.group_size
     console.print(
         f"in all {plan.cpus:g} CPUs and {plan.gpus:g} GPUs; model {config.policy.model} in {config.policy.dtype}; "
         f"{batch} trajectories a batch, {config.fresh_per_step} of them new; {config.learner.steps} learner steps"

@@ -286,6 +286,17 @@ def test_one_success_is_enough_to_do_without_the_expert(inputs: PolicyInputs) ->
     assert [t.expert for t in group.trajectories] == [False] * 4
 
 
+def test_where_the_expert_plays_the_policy_is_not_asked(inputs: PolicyInputs) -> None:
+    policy = Texts(inputs, ["nonsense"])
+    group = play(policy, inputs, group_size=3, expert_plays=True)
+    assert policy.requests == []
+    assert [t.expert for t in group.trajectories] == [True] * 3
+    assert all(t.success and t.end is EndReason.DONE for t in group.trajectories)
+    assert len({t.trajectory_id for t in group.trajectories}) == 3
+    worded = {tuple(step.response_text for step in t.steps) for t in group.trajectories}
+    assert len(worded) > 1
+
+
 def test_the_expert_stays_out_unless_asked_for(inputs: PolicyInputs) -> None:
     assert len(play(Texts(inputs, ["nonsense"]), inputs).trajectories) == 4
 

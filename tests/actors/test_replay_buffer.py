@@ -186,6 +186,15 @@ def test_experts_do_not_count_against_capacity_or_as_accepted() -> None:
     assert (stats["accepted"], stats["accepted_experts"]) == (8, 4)
 
 
+def test_groups_of_the_expert_alone_count_as_accepted_and_against_capacity() -> None:
+    target = buffer(capacity=4, newest_share=1.0)
+    for index in range(3):
+        append(target, [make_trajectory(f"e{index}/{k}", f"g{index:08d}-0a", expert=True) for k in range(2)])
+    stats = target.stats()
+    assert (stats["accepted"], stats["accepted_experts"], stats["accepted_by_version"]) == (6, 6, {-1: 6})
+    assert (stats["size"], stats["evicted"]) == (4, 2)
+
+
 def test_a_group_larger_than_the_capacity_is_kept_while_it_is_the_newest() -> None:
     target = buffer(capacity=2)
     append(target, make_group(0, 5))

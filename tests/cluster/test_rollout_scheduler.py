@@ -1,5 +1,8 @@
+import time
+
+from actors.admission import Admission
 from cluster.evaluation import EvaluationPlan
-from cluster.rollout_scheduler import EvaluationJob, idle_worker_calls, training_seed
+from cluster.rollout_scheduler import EvaluationJob, RolloutScheduler, idle_worker_calls, training_seed
 from shared.config import RunConfig
 
 
@@ -27,3 +30,20 @@ def test_a_worker_without_training_groups_runs_more_than_fill_it_and_a_full_one_
     assert idle_worker_calls(8, 6) == 1
     assert idle_worker_calls(8, 8) == 1
     assert idle_worker_calls(1, 0) == 1
+
+
+def test_the_driver_rests_while_no_call_is_in_flight():
+    admission = Admission(max_staleness=0, batch=8, group_size=8)
+    scheduler = RolloutScheduler(
+        [],
+        admission,
+        groups_per_worker=1,
+        run_seed=0,
+        next_group=0,
+        rollout_version=lambda: None,
+        on_groups=lambda summaries: None,
+        on_evaluation=lambda job: None,
+    )
+    started = time.monotonic()
+    scheduler.pump(wait_s=0.2)
+    assert time.monotonic() - started >= 0.2

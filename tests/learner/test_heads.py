@@ -66,7 +66,7 @@ def test_what_the_head_learns_reaches_the_adapter(make_learner, make_trajectory)
     learner.step(batch)
     learner._optimization.zero_grad()
     (micro_batch,) = learner._scorer.pack(steps_of(batch)[:1])
-    learner._scored(micro_batch)[1][:, 3].sum().backward()
+    learner._scored(micro_batch)[1][:, -1].sum().backward()
     assert any(float(p.grad.abs().max()) > 0 for _, p in adapter_parameters(learner.policy) if p.grad is not None)
 
 
@@ -112,6 +112,6 @@ def test_a_head_that_is_a_number_of_the_prompt_does_not_see_the_response(make_le
     pair = [first, dataclasses.replace(second, images=first.images)]
     (micro_batch,) = learner._scorer.pack(steps_of(pair))
     with torch.no_grad():
-        values = learner._scored(micro_batch)[1][:, 3]
+        values = learner._scored(micro_batch)[1][:, -1]
     torch.testing.assert_close(values[0], values[1])
     assert len(pair[0].steps[0].response_ids) != len(pair[1].steps[0].response_ids)

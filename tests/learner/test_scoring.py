@@ -49,6 +49,7 @@ def test_padded_scores_equal_those_of_unpadded_sequences(policy, tiny_inputs, st
             tokens[step.cot_end : step.action_end].sum(),
             tokens[: step.cot_end].sum(),
             torch.tensor(0.0) if malformed else table[step.cot_end, tiny_inputs.done_id],
+            tokens[step.action_end :].sum(),
         ]
         torch.testing.assert_close(scores.stacked()[row], torch.stack(expected), atol=2e-4, rtol=1e-5)
         n = len(step.response_ids)

@@ -29,6 +29,10 @@ def test_overrides_are_dotted_and_typed():
         ("learner.steps=many", "learner.steps = 'many'"),
         ("learner.learning_rate=.nan", "learner.learning_rate"),
         ("rollout.group_size=1", "var_tb needs"),
+        ("rollout.group_size=1 objective.loss=grpo", "grpo needs"),
+        ("rollout.epsilon=0.1 objective.loss=ppo", "set rollout.epsilon=0.0"),
+        ("sampler.temperature=0.7 objective.loss=grpo", "set sampler.temperature=1.0"),
+        ("learner.publish_every=2 objective.loss=ppo", "set learner.publish_every=1"),
         ("buffer.capacity=3", "must hold a batch"),
         ("policy.max_response_tokens=512", "must be below"),
         ("learner", "section.key=value"),
@@ -37,7 +41,7 @@ def test_overrides_are_dotted_and_typed():
 )
 def test_a_wrong_setting_is_one_line_that_names_it(override, message):
     with pytest.raises(UserError) as error:
-        parse_config(apply_overrides({"seed": 0}, [override]), "preset x")
+        parse_config(apply_overrides({"seed": 0}, override.split()), "preset x")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -50,6 +54,17 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path):
             load_yaml(path)
     with pytest.raises(UserError, match=r"missing\.yaml"):
         load_yaml(tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize("loss", ["ppo", "grpo"])
+def test_on_policy_losses_learn_from_new_groups_alone_and_from_as_many_as_the_others(loss):
+    others = RunConfig()
+    config = RunConfig.model_validate({"objective": {"loss": loss}})
+    assert config.groups_per_batch == config.fresh_groups_per_step == others.fresh_groups_per_step
+    assert config.fresh_per_step == others.fresh_per_step
+    assert (config.replay.newest_share, config.replay.max_staleness) == (1.0, 0)
+    assert others.groups_per_batch == others.learner.groups_per_batch > others.fresh_groups_per_step
+    assert others.replay == others.buffer
 
 
 def test_new_data_of_a_step_are_whole_groups():
