@@ -98,8 +98,11 @@ class ExactMatch:
 def tree_size(env: TaskEnv) -> int:
     """Returns how many states the tree of an instance has; counting ends beyond `MAX_STATES`.
 
-    `env` must have been reset to the instance.
+    Where the task itself has no target distribution, its tree cannot be walked and counts as too large. `env` must
+    have been reset to the instance.
     """
+    if env.target_distribution(1.0) is None:
+        return MAX_STATES + 1
     states, waiting = 0, [env]
     while len(waiting) > 0 and states <= MAX_STATES:
         states += 1
@@ -150,7 +153,7 @@ def action_probabilities(
                 for response in responses:
                     steps.append(_scored_step(state, response, inputs))
                     owners.append((number, action))
-        scores = torch.zeros(len(steps), 4)
+        scores = torch.zeros(len(steps), 3)
         with torch.no_grad():
             for batch in scorer.pack(steps):
                 scores[batch.index] = scorer.score_steps(batch).stacked().cpu()
@@ -222,10 +225,10 @@ def _scored_step(state: TreeState, response: str, inputs: PolicyInputs) -> Score
 def _marginalised(
     states: Sequence[TreeState], owners: Sequence[tuple[int, str]], scores: Sequence[Sequence[float]]
 ) -> list[ActionProbabilities | None]:
-    """Sums over chains of thought; `scores` holds exp of `StepScores.stacked` for the responses."""
+    """Sums over chains of thought; `scores` holds P_Act, P_CoT and P([DONE]) of the responses."""
     of: list[dict[str, float]] = [defaultdict(float) for _ in states]
     covered = [0.0] * len(states)
-    for (number, action), (act, cot, stop, _) in zip(owners, scores, strict=True):
+    for (number, action), (act, cot, stop) in zip(owners, scores, strict=True):
         of[number][action] += cot * act
         # Every chain of thought is there once for each action, and says the same about stopping each time.
         share = 1.0 / len(states[number].responses)

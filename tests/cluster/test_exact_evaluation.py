@@ -13,6 +13,7 @@ from cluster.exact_evaluation import (
     mean_match,
     tree_size,
 )
+from envs.base import TaskEnv
 from envs.registry import make_env
 from learner.model import load_base_model
 from learner.scoring import ScoredStep, Scorer
@@ -98,6 +99,15 @@ def test_counting_the_states_of_a_huge_tree_ends():
     env = make_env(NumberLineSettings(max_steps=64))
     env.reset(seed=0)
     assert tree_size(env) == MAX_STATES + 1
+
+
+def test_the_tree_of_a_task_without_a_target_is_not_walked(monkeypatch):
+    env = make_env(BlackjackSettings())
+    env.reset(seed=0)
+    assert tree_size(env) < 100
+    monkeypatch.setattr(env, "target_distribution", lambda beta: None)
+    monkeypatch.delattr(TaskEnv, "branch")
+    assert tree_size(env) > MAX_STATES
 
 
 def test_mass_that_gets_lost_counts_as_distance(env):
