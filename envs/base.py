@@ -147,7 +147,11 @@ class TaskEnv(gymnasium.Env, ABC):
         return reward
 
     def branch(self) -> Self:
-        """Returns a copy that can go on differently; the state of an episode is in immutable values and lists."""
+        """Returns a copy that can go on differently.
+
+        Right for tasks that keep the state of an episode in immutable values and lists; only those have a tree
+        that can be walked.
+        """
         other = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, list):
