@@ -153,7 +153,7 @@ def action_probabilities(
                 for response in responses:
                     steps.append(_scored_step(state, response, inputs))
                     owners.append((number, action))
-        scores = torch.zeros(len(steps), 3)
+        scores = torch.zeros(len(steps), 4)
         with torch.no_grad():
             for batch in scorer.pack(steps):
                 scores[batch.index] = scorer.score_steps(batch).stacked().cpu()
@@ -225,10 +225,10 @@ def _scored_step(state: TreeState, response: str, inputs: PolicyInputs) -> Score
 def _marginalised(
     states: Sequence[TreeState], owners: Sequence[tuple[int, str]], scores: Sequence[Sequence[float]]
 ) -> list[ActionProbabilities | None]:
-    """Sums over chains of thought; `scores` holds P_Act, P_CoT and P([DONE]) of the responses."""
+    """Sums over chains of thought; `scores` holds exp of `StepScores.stacked` for the responses."""
     of: list[dict[str, float]] = [defaultdict(float) for _ in states]
     covered = [0.0] * len(states)
-    for (number, action), (act, cot, stop) in zip(owners, scores, strict=True):
+    for (number, action), (act, cot, stop, _) in zip(owners, scores, strict=True):
         of[number][action] += cot * act
         # Every chain of thought is there once for each action, and says the same about stopping each time.
         share = 1.0 / len(states[number].responses)
