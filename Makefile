@@ -7,10 +7,11 @@ ENGINE ?= auto
 ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.set-up-$(ENGINE)
+ALFWORLD_STAMP := .venv/.set-up-alfworld
 SOURCES := shared envs actors learner cluster tests scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast lint format bench compare-torchgfn
+.PHONY: help setup alfworld train test test-fast lint format bench compare-torchgfn
 
 help: ## list the targets
 	@echo "Targets (options for a command: make train ARGS='--preset numberline-tiny'):"
@@ -23,6 +24,12 @@ $(STAMP): pyproject.toml constraints.txt scripts/set_up.py
 	@if [ -z "$(PYTHON)" ]; then echo "set-up: no Python 3.11 or later found;" \
 	"install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; fi
 	@$(PYTHON) scripts/set_up.py --engine $(ENGINE)
+	@touch $@
+
+alfworld: $(ALFWORLD_STAMP) ## set up, with ALFWorld's packages as well (compiles a planner: some minutes)
+
+$(ALFWORLD_STAMP): $(STAMP) constraints-alfworld.txt
+	@$(BIN)/python scripts/set_up.py --engine $(ENGINE) --alfworld
 	@touch $@
 
 train: setup ## set up, then run the main job on its default preset

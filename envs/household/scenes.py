@@ -81,8 +81,9 @@ def floor_plan(number: int) -> FloorPlan:
     folder = files("alfworld.gen") / "layouts"
     names = json.loads((folder / f"FloorPlan{number}-openable.json").read_text(encoding="utf-8"))
     types = json.loads((folder / f"FloorPlan{number}-objects.json").read_text(encoding="utf-8"))
-    # A basin is named after the sink or bathtub that it is part of: Sink|x|y|z|SinkBasin.
+    # A basin is named after what it is part of: Sink|x|y|z|SinkBasin. One plan has a sink's in its bathtub.
     places = [(name, name.split("|")[-1] if name.endswith("Basin") else name.split("|")[0]) for name in sorted(names)]
+    places = [(name, kind) for name, kind in places if kind.startswith(name.split("|")[0])]
     return FloorPlan(
         number,
         tuple((name, kind) for name, kind in places if kind in constants.VAL_RECEPTACLE_OBJECTS),
