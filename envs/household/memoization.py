@@ -1,8 +1,8 @@
 """Keeps textworld from parsing the same texts at every step, and its planner's front end from side effects.
 
 textworld parses every action template, feedback rule and query with a general parser each time it is
-used, which is most of a step. Results are the same for the same text, so they are kept; the tests
-compare whole games with and without.
+used, which is most of a step; copying what their variables stand for is most of the rest. Parsed texts
+are kept and copies made only of what is changed; the tests compare whole games with and without.
 """
 
 import copy
@@ -36,6 +36,7 @@ def install() -> None:
         if _installed:
             return
         textgen._parse_and_convert = _remembering_templates(textgen._parse_and_convert)
+        textgen.copy_context = _copy_context
         pddl_logic._parse_and_convert = lru_cache(GAMES)(pddl_logic._parse_and_convert)
         Rule.parse_conjunctive_query = staticmethod(lru_cache(TEMPLATES)(Rule.parse_conjunctive_query))
         fast_downward.pddl2sas = _remembering_translations(fast_downward.pddl2sas)
@@ -50,6 +51,11 @@ def _remembering_templates(parse: Callable[..., Any]) -> Callable[..., Any]:
         return copy.deepcopy(remembered(*args, **kwargs))
 
     return parse_again
+
+
+def _copy_context(context: dict[str, Any]) -> dict[str, Any]:
+    """Returns a context whose bindings can be added to; what they bind is only read, so it is shared, not copied."""
+    return {**context, "variables": dict(context["variables"]), "mapping": dict(context["mapping"])}
 
 
 def _remembering_translations(translate: Callable[..., Any]) -> Callable[..., Any]:
