@@ -18,11 +18,11 @@ COPY cluster cluster
 RUN --mount=type=cache,target=/root/.cache/pip python3.11 scripts/set_up.py --engine gpu
 
 FROM debian:bookworm-slim
-# gcc and Python's headers: Triton compiles the launchers of its kernels on the node. wget: KubeRay's readiness probes.
+# g++ and Python's headers: Triton and FlashInfer compile kernels on the node. wget: KubeRay's readiness probes.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends \
-        ca-certificates gcc libc6-dev libnuma1 python3.11 python3.11-dev wget \
+        ca-certificates g++ libc6-dev libnuma1 python3.11 python3.11-dev wget \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --user-group --create-home gflowvlm
 COPY --from=build /app /app
