@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+from rich.console import Console
+
 from actors.sampling import BASE_VERSION
+from cluster.evaluation import REPORT_SEED_OFFSET
 from cluster.plots import headless_pyplot, save_picture
 from cluster.run_log import read_rows
 from cluster.run_setup import new_run, write_whole
@@ -18,6 +21,12 @@ from shared.errors import UserError
 from shared.run_folder import RunFolder
 
 TABLE, RAW, CURVES = "table.md", "runs.csv", "curves.png"
+
+EXACT = "exact.json"
+"""In a run's folder: its exact match to the target, before and after training."""
+
+EXACT_COMPARED = ("total_variation", "sequence_total_variation", "uncovered")
+"""Figures of the exact match that are compared."""
 
 COMPARED = ("success", "div_at_n", "total_variation", "malformed_rate")
 """Figures of the final report that are compared, before and after, in and out of distribution."""
@@ -46,6 +55,11 @@ class ComparedRun:
         return cls(loss, seed, config, RunFolder((out / f"{loss}-{seed}").resolve()))
 
     @property
+    def exact(self) -> Path:
+        """File of its exact match."""
+        return self.folder.root / EXACT
+
+    @property
     def finished(self) -> bool:
         """Whether its final report is written."""
         return self.folder.summary.exists()
@@ -65,8 +79,9 @@ class ComparedRun:
 def figures(run: ComparedRun) -> dict[str, float | int | str | None]:
     """Returns what a finished run reached: one row of `RAW`.
 
-    Keys: ``loss``, ``seed``, ``steps``, ``versions``, ``minutes``, ``peak_memory_gib``, and for each split
-    and each figure of `COMPARED` ``SPLIT_FIGURE_before`` and ``SPLIT_FIGURE_after``.
+    Keys: ``loss``, ``seed``, ``steps``, ``versions``, ``env_steps``, ``minutes``, ``peak_memory_gib``, for each
+    split and each figure of `COMPARED` ``SPLIT_FIGURE_before`` and ``SPLIT_FIGURE_after``, and where they were
+    measured the same with ``exact_FIGURE`` for `EXACT_COMPARED`.
 
     Raises:
         UserError: Its summary cannot be read.
@@ -84,9 +99,46 @@ def figures(run: ComparedRun) -> dict[str, float | int | str | None]:
         for report in summary["report"]:
             when = "before" if report["version"] == BASE_VERSION else "after"
             row |= {f"{report['split']}_{name}_{when}": report[name] for name in COMPARED}
+        played = [r["env_steps"] for r in read_rows(run.folder.metrics) if r["kind"] == "rollout"]
+        row["env_steps"] = max(played, default=None)
+        if run.exact.exists():
+            exact = json.loads(run.exact.read_text(encoding="utf-8"))
+            row |= {f"exact_{n}_{when}": exact[when][n] for when in ("before", "after") for n in EXACT_COMPARED}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{run.folder.summary}: is no summary of a run ({error}); remove it and run again") from None
     return row
+
+
+def measure_exact(run: ComparedRun, runs: Sequence[ComparedRun], instances: int, console: Console) -> None:
+    """Writes a finished run's exact match to the target into its folder; nothing where its tree is too large.
+
+    Before training all runs of a comparison have the same policy, so that part is taken over from any of them.
+
+    Args:
+        run: The run.
+        runs: All runs of the comparison.
+        instances: Instances to expand: the first of the final report.
+        console: Where progress is shown.
+    """
+    # Brings torch, which the comparison does without otherwise.
+    from cluster.run_evaluation import exact_figures
+
+    known = [json.loads(other.exact.read_text(encoding="utf-8")) for other in runs if other.exact.exists()]
+    before = next((made["before"] for made in known if made["instances"] == instances), None)
+    best = int(json.loads(run.folder.summary.read_text(encoding="utf-8"))["version"])
+    found = exact_figures(
+        run.folder.root,
+        split="id",
+        seed=run.config.evaluation.seed + REPORT_SEED_OFFSET,
+        instances=instances,
+        versions=[best] if before is not None else sorted({BASE_VERSION, best}),
+        console=console,
+    )
+    if found is None:
+        return
+    before = found[BASE_VERSION] if before is None else before
+    figures_of_both = {"instances": instances, "version": best, "before": before, "after": found[best]}
+    write_whole(run.exact, json.dumps(figures_of_both, indent=1))
 
 
 def write_comparison(runs: Sequence[ComparedRun], out: Path) -> str:
@@ -109,17 +161,25 @@ def markdown_table(rows: Sequence[dict[str, float | int | str | None]]) -> str:
         "success": "id_success",
         "Div@N": "id_div_at_n",
         "total variation": "id_total_variation",
+        "exact, outcomes": "exact_total_variation",
+        "exact, sequences": "exact_sequence_total_variation",
         "out-of-distribution success": "ood_success",
         "malformed": "id_malformed_rate",
     }
-    heads = ["loss", "seeds", *(f"{name}, before → after" for name in columns), "versions", "minutes", "peak GiB"]
+    totals = {
+        "environment steps": ("env_steps", 0),
+        "versions": ("versions", 0),
+        "minutes": ("minutes", 1),
+        "peak GiB": ("peak_memory_gib", 1),
+    }
+    heads = ["loss", "seeds", *(f"{name}, before → after" for name in columns), *totals]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for loss, group in by_loss.items():
         cells = [loss, str(len(group))]
         for name in columns.values():
             digits = 3 if name.endswith("rate") else 2
             cells.append(" → ".join(_spread(group, f"{name}_{when}", digits) for when in ("before", "after")))
-        cells += [_spread(group, "versions", 0), _spread(group, "minutes", 1), _spread(group, "peak_memory_gib", 1)]
+        cells += [_spread(group, name, digits) for name, digits in totals.values()]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -11,6 +11,9 @@ from envs.registry import make_env
 from shared.config import RunConfig
 from shared.trajectory import Trajectory, Validity
 
+REPORT_SEED_OFFSET = 1_000_000
+"""The final report is on other instances than those the best adapter was chosen by."""
+
 FLOOR_DRAWS = 64
 """Repetitions behind the noise floor of the total variation."""
 

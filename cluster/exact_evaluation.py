@@ -6,27 +6,31 @@ actions are marginalised over the chains of thought that the task's demonstratio
     P(a | z) = Σ_c P_CoT(c | z) P_Act(a | c, z)
 
 What those chains of thought leave out (1 − Σ_c P_CoT) is *uncovered*: other words for the same, misreadings,
-malformed text. It is followed to no end, counts as missing in the distances, and is reported beside them, so
-that a distance is known to within the uncovered mass. Nothing is sampled, so there is no sampling error.
+malformed text. So are states that are hardly ever come to, where only the others are scored. Uncovered mass is
+followed to no end, counts as missing in the distances, and is reported beside them, so that a distance is known
+to within it. Nothing is sampled, so there is no sampling error.
 """
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from envs.base import TaskEnv
-from learner.scoring import ScoredStep, Scorer
+from learner.scoring import LOG_STOP, ScoredStep, Scorer
 from shared.policy_inputs import PolicyInputs
 from shared.response import DONE_TOKEN, parse_response, token_spans
 
 MAX_STATES = 20_000
 """Largest tree that is expanded: states of one instance."""
 
-_STEPS_AT_ONCE = 512
+LEFT_OUT = 0.01
+"""Probability that an evaluation does not follow to its end: the rarest of thousands of states."""
+
+_STATES_AT_ONCE = 32
 _INVALID = "invalid"
 
 
@@ -61,7 +65,7 @@ class ActionProbabilities:
 
     Attributes:
         of: By action, the stop action included.
-        uncovered: 1 − Σ_c P_CoT(c | z).
+        uncovered: 1 − Σ_c P_CoT(c | z); 1 where the state was left out.
     """
 
     of: Mapping[str, float]
@@ -79,7 +83,8 @@ class ExactMatch:
         jensen_shannon: Over outcomes, nats; at most ln 2.
         sequence_total_variation: Over action sequences, the terminal objects of the tree.
         sequence_jensen_shannon: Over action sequences, nats.
-        uncovered: Probability that a chain of thought outside the demonstrations comes up on the way.
+        uncovered: Probability that a chain of thought outside the demonstrations, or a state that was left
+            out, comes up on the way.
     """
 
     states: float
@@ -135,31 +140,44 @@ def expand_tree(env: TaskEnv) -> list[TreeState]:
 
 
 def action_probabilities(
-    states: Sequence[TreeState], scorer: Scorer, inputs: PolicyInputs, advance: Callable[[int], None]
+    states: Sequence[TreeState],
+    scorer: Scorer,
+    inputs: PolicyInputs,
+    advance: Callable[[float], None],
+    left_out: float = 0.0,
 ) -> list[ActionProbabilities | None]:
     """Returns P(a | z) of every state, None where stopping is forced.
 
+    The states that the policy comes to most often are scored first; it ends when those that are left have
+    no more than `left_out` of the probability together. Their mass counts as uncovered.
+
     Args:
-        states: The states of a tree.
+        states: The states of a tree, the root first.
         scorer: Scorer of the policy.
         inputs: The policy's processor.
-        advance: Called with the number of states done since its last call.
+        advance: Called with the probability that was followed to its end since the last call, 1 in all.
+        left_out: Probability that may be left.
     """
-    result: list[ActionProbabilities | None] = []
-    for some in _chunks(states):
-        steps, owners = [], []
-        for number, state in enumerate(some):
-            for action, responses in state.responses.items():
-                for response in responses:
-                    steps.append(_scored_step(state, response, inputs))
-                    owners.append((number, action))
-        scores = torch.zeros(len(steps), 4)
-        with torch.no_grad():
-            for batch in scorer.pack(steps):
-                scores[batch.index] = scorer.score_steps(batch).stacked().cpu()
-        result += _marginalised(some, owners, scores.double().exp().tolist())
-        advance(len(some))
-    return result
+    by_actions = {state.actions: number for number, state in enumerate(states)}
+    found: list[ActionProbabilities | None] = [
+        None if state.forced else ActionProbabilities({}, uncovered=1.0) for state in states
+    ]
+    waiting: dict[tuple[str, ...], float] = {(): 1.0} if not states[0].forced else {}
+    left = 1.0
+    while sum(waiting.values()) > left_out:
+        chosen = sorted(waiting, key=lambda actions: -waiting[actions])[:_STATES_AT_ONCE]
+        some = [states[by_actions[actions]] for actions in chosen]
+        for state, given in zip(some, _scored(some, scorer, inputs), strict=True):
+            found[by_actions[state.actions]] = given
+            here = waiting.pop(state.actions)
+            for action in state.responses:
+                child = (*state.actions, action)
+                if not states[by_actions[child]].forced:
+                    waiting[child] = here * given.of[action]
+        advance(left - sum(waiting.values()))
+        left = sum(waiting.values())
+    advance(left)
+    return found
 
 
 def exact_match(
@@ -178,10 +196,10 @@ def exact_match(
         if given is None:
             stop = here
         else:
-            stop = here * given.of[DONE_TOKEN]
+            stop = here * given.of.get(DONE_TOKEN, 0.0)
             uncovered += here * given.uncovered
             for action in state.responses:
-                reach[(*state.actions, action)] = here * given.of[action]
+                reach[(*state.actions, action)] = here * given.of.get(action, 0.0)
         policy[state.actions] = stop
         success += stop * state.solved
     log_weights = torch.tensor([reward_exponent * s.log_reward for s in states], dtype=torch.float64)
@@ -222,27 +240,27 @@ def _scored_step(state: TreeState, response: str, inputs: PolicyInputs) -> Score
     return ScoredStep(state.prompt, state.image, ids, spans.cot_end, spans.action_end)
 
 
-def _marginalised(
-    states: Sequence[TreeState], owners: Sequence[tuple[int, str]], scores: Sequence[Sequence[float]]
-) -> list[ActionProbabilities | None]:
-    """Sums over chains of thought; `scores` holds exp of `StepScores.stacked` for the responses."""
+def _scored(states: Sequence[TreeState], scorer: Scorer, inputs: PolicyInputs) -> list[ActionProbabilities]:
+    """Sums over the chains of thought of each state."""
+    steps, owners = [], []
+    for number, state in enumerate(states):
+        for action, responses in state.responses.items():
+            for response in responses:
+                steps.append(_scored_step(state, response, inputs))
+                owners.append((number, action))
+    scores = torch.zeros(len(steps), LOG_STOP + 1)
+    with torch.no_grad():
+        for batch in scorer.pack(steps):
+            scores[batch.index] = scorer.score_steps(batch).stacked()[:, : LOG_STOP + 1].cpu()
     of: list[dict[str, float]] = [defaultdict(float) for _ in states]
     covered = [0.0] * len(states)
-    for (number, action), (act, cot, stop, _) in zip(owners, scores, strict=True):
+    for (number, action), (act, cot, stop) in zip(owners, scores.double().exp().tolist(), strict=True):
         of[number][action] += cot * act
         # Every chain of thought is there once for each action, and says the same about stopping each time.
         share = 1.0 / len(states[number].responses)
         of[number][DONE_TOKEN] += share * cot * stop
         covered[number] += share * cot
-    return [
-        None if state.forced else ActionProbabilities(dict(p), max(0.0, 1.0 - mass))
-        for state, p, mass in zip(states, of, covered, strict=True)
-    ]
-
-
-def _chunks(states: Sequence[TreeState]) -> Iterator[Sequence[TreeState]]:
-    for first in range(0, len(states), _STEPS_AT_ONCE):
-        yield states[first : first + _STEPS_AT_ONCE]
+    return [ActionProbabilities(dict(p), max(0.0, 1.0 - mass)) for p, mass in zip(of, covered, strict=True)]
 
 
 def _summed(probabilities: Mapping[tuple[str, ...], float], name_of: Mapping[tuple[str, ...], str]) -> dict[Any, float]:

@@ -1,6 +1,7 @@
 """Evaluating a run's policy in this process, without Ray."""
 
 import asyncio
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from actors.samplers import make_sampler
 from actors.sampling import BASE_VERSION, PolicySampler
 from cluster.evaluation import EvaluationPlan, evaluate_trajectories
 from cluster.exact_evaluation import (
+    LEFT_OUT,
     MAX_STATES,
     action_probabilities,
     exact_match,
@@ -30,6 +32,7 @@ from learner.scoring import Scorer
 from shared.config import RunConfig
 from shared.errors import UserError
 from shared.policy_inputs import PolicyInputs
+from shared.run_folder import RunFolder
 
 GROUPS_AT_ONCE = 8
 
@@ -51,8 +54,7 @@ def evaluate_run(
     """
     folder, config = open_run(directory)
     version = best_version(folder) if version is None else version
-    if version != BASE_VERSION and not folder.adapter(version).is_dir():
-        raise UserError(f"{directory}: there is no adapter version {version}; `ls {folder.adapters}` shows them")
+    _check_version(folder, version)
     model = resolve_model(config.policy.model)
     engine = config.sampler.engine if engine is None else engine
 
@@ -77,50 +79,59 @@ def evaluate_run(
 
 
 def exact_figures(
-    directory: Path, *, split: str, seed: int, instances: int, version: int | None, console: Console
-) -> dict[str, dict[str, float]] | None:
-    """Returns the exact match of base model and adapter version to the target, by policy and figure.
+    directory: Path, *, split: str, seed: int, instances: int, versions: Sequence[int], console: Console
+) -> dict[int, dict[str, float]] | None:
+    """Returns the exact match of policy versions to the target, by version and figure.
 
     Args:
         directory: The run's folder.
         split: ``id`` or ``ood``.
         seed: Seed of the first instance.
         instances: Instances to expand; figures are means over them.
-        version: Adapter version; None for the best.
+        versions: Adapter versions; 0 is the base model.
         console: Where progress is shown.
 
     Returns:
-        ``{"base": {...}, "version": {...}}`` with the figures of `ExactMatch`; None where the tree of an
-        instance is too large.
+        The figures of `ExactMatch` by version; None where the tree of an instance is too large.
 
     Raises:
         UserError: There is no such run or version.
     """
     folder, config = open_run(directory)
-    version = best_version(folder) if version is None else version
+    for version in versions:
+        _check_version(folder, version)
     env = make_env(config.task)
-    env.reset(seed=seed, options={"split": split})
-    if tree_size(env) > MAX_STATES:
-        return None
-    model = resolve_model(config.policy.model)
-    inputs = PolicyInputs.load(model)
     trees = []
     for instance in range(instances):
         env.reset(seed=seed + instance, options={"split": split})
+        if tree_size(env) > MAX_STATES:
+            return None
         trees.append(expand_tree(env))
+    model = resolve_model(config.policy.model)
+    inputs = PolicyInputs.load(model)
     result = {}
     with Progress(console=console, transient=True) as progress:
-        for name, adapter in {"base": None, "version": folder.adapter(version)}.items():
-            policy = load_adapted(model, config.policy.dtype, adapter if version != BASE_VERSION else None)
+        for version in versions:
+            adapter = folder.adapter(version) if version != BASE_VERSION else None
+            policy = load_adapted(model, config.policy.dtype, adapter)
             scorer = Scorer(policy, inputs, default_device(), config.learner.token_budget)
-            task = progress.add_task(f"scoring every state ({name})", total=sum(map(len, trees)))
+            task = progress.add_task(f"following every action sequence, version {version}", total=float(instances))
             advance = partial(progress.advance, task)
             matches = [
-                exact_match(tree, action_probabilities(tree, scorer, inputs, advance), config.target.reward_exponent)
+                exact_match(
+                    tree,
+                    action_probabilities(tree, scorer, inputs, advance, LEFT_OUT),
+                    config.target.reward_exponent,
+                )
                 for tree in trees
             ]
-            result[name] = mean_match(matches).as_dict()
+            result[version] = mean_match(matches).as_dict()
     return result
+
+
+def _check_version(folder: RunFolder, version: int) -> None:
+    if version != BASE_VERSION and not folder.adapter(version).is_dir():
+        raise UserError(f"{folder.root}: there is no adapter version {version}; `ls {folder.adapters}` shows them")
 
 
 async def _play(

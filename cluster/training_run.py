@@ -12,7 +12,7 @@ from actors.admission import Admission
 from actors.groups import GroupSummary
 from actors.sampling import BASE_VERSION
 from cluster.checkpoints import latest_checkpoint
-from cluster.evaluation import EvaluationPlan, evaluate_trajectories
+from cluster.evaluation import REPORT_SEED_OFFSET, EvaluationPlan, evaluate_trajectories
 from cluster.memory import memory_gib
 from cluster.models import resolve_model
 from cluster.plots import draw_learning_curve
@@ -30,9 +30,6 @@ PUMP_WAIT_S = 0.1
 SNAPSHOT_INTERVAL_S = 5.0
 NEWEST_TRAJECTORIES = 128
 STATUS_TIMEOUT_S = 1.0
-
-REPORT_SEED_OFFSET = 1_000_000
-"""The final report is on other instances than those the best adapter was chosen by."""
 
 REPORT = "report"
 

@@ -51,7 +51,7 @@ class Learner:
         if self._objective.head is not None:
             self._head = StateHead(self._objective.head, self._scorer.hidden_size(), config.seed).to(self.device)
         head_parameters = [] if self._head is None else self._head.named_trainable()
-        self._optimization = Optimization(adapter_parameters(self.policy), config.learner, head_parameters)
+        self._optimization = Optimization(adapter_parameters(self.policy), config.optimization, head_parameters)
 
     @property
     def steps_taken(self) -> int:

@@ -94,8 +94,14 @@ class BufferSettings(Settings):
 
 
 class PolicyGradientSettings(Settings):
-    """The baselines ppo and grpo. The defaults are RL4VLM's, but for the wider clip."""
+    """The baselines ppo and grpo. Epochs, discount, lambda and the value's weight are RL4VLM's."""
 
+    learning_rate: float = Field(
+        2e-4,
+        gt=0,
+        le=1,
+        description="Peak rate of the adapter instead of learner.learning_rate; the schedule has the same shape.",
+    )
     epochs: int = Field(4, ge=1, le=64, description="Updates from one batch.")
     ratio_clip: float = Field(0.2, gt=0, lt=1, description="How far the probability ratio counts, up and down.")
     discount: Fraction = Field(0.9, description="Gamma of ppo's advantages.")
@@ -201,6 +207,15 @@ class RunConfig(Settings):
         if not self.on_policy:
             return self.buffer
         return self.buffer.model_copy(update={"newest_share": 1.0, "max_staleness": 0})
+
+    @property
+    def optimization(self) -> LearnerSettings:
+        """The learner's settings as the objective lets them be: policy gradients have a rate of their own."""
+        if not self.on_policy:
+            return self.learner
+        peak = self.objective.policy_gradient.learning_rate
+        final = self.learner.final_learning_rate * peak / self.learner.learning_rate
+        return self.learner.model_copy(update={"learning_rate": peak, "final_learning_rate": final})
 
     @property
     def groups_per_batch(self) -> int:

@@ -45,6 +45,7 @@ def register(app: typer.Typer) -> None:
         and compared with the target; nothing is sampled there. It takes about a minute an instance with the
         default task and policy, and works where all action sequences can be enumerated.
         """
+        from actors.sampling import BASE_VERSION
         from cluster.evaluation import EvaluationPlan
         from cluster.run_evaluation import evaluate_run, exact_figures
 
@@ -61,8 +62,19 @@ def register(app: typer.Typer) -> None:
                 table.add_row(name, "-" if value is None else f"{value:.4g}")
         console.print(table)
         if exact:
-            figures["exact"] = exact_figures(
-                run, split=split, seed=seed, instances=exact_instances, version=version, console=console
+            chosen = int(figures["version"])
+            exact_by_version = exact_figures(
+                run,
+                split=split,
+                seed=seed,
+                instances=exact_instances,
+                versions=sorted({BASE_VERSION, chosen}),
+                console=console,
+            )
+            figures["exact"] = (
+                None
+                if exact_by_version is None
+                else {"base": exact_by_version[BASE_VERSION], "version": exact_by_version[chosen]}
             )
             _show_exact(console, figures, exact_instances)
         if json_file is not None:

@@ -128,11 +128,12 @@ def test_probabilities_of_actions_are_sums_over_the_chains_of_thought(env, tiny)
     inputs = PolicyInputs.load(tiny)
     model = load_base_model(tiny, "float32").eval()
     scorer = Scorer(model, inputs, torch.device("cpu"), token_budget=4000)
-    states = expand_tree(env)[:3]
+    states = expand_tree(env)
     done = []
     found = action_probabilities(states, scorer, inputs, done.append)
-    assert sum(done) == 3
-    for state, given in zip(states, found, strict=True):
+    assert sum(done) == pytest.approx(1.0)
+    assert [given is None for given in found] == [state.forced for state in states]
+    for state, given in itertools.islice(zip(states, found, strict=True), 3):
         assert set(given.of) == {"+", "-", DONE_TOKEN}
         total = covered = 0.0
         for response in state.responses["+"]:
@@ -146,6 +147,35 @@ def test_probabilities_of_actions_are_sums_over_the_chains_of_thought(env, tiny)
             covered += float(scores.log_cot.double().exp())
         assert given.of["+"] == pytest.approx(total, rel=1e-4)
         assert given.uncovered == pytest.approx(1 - covered, abs=1e-6)
+
+
+def test_what_is_left_out_are_the_rarest_states_and_no_more_mass_than_was_allowed(env, tiny):
+    inputs = PolicyInputs.load(tiny)
+    scorer = Scorer(load_base_model(tiny, "float32").eval(), inputs, torch.device("cpu"), token_budget=4000)
+    states = expand_tree(env)
+    whole = action_probabilities(states, scorer, inputs, lambda _: None)
+    reach = {(): 1.0}
+    for state, given in zip(states, whole, strict=True):
+        for action in state.responses:
+            reach[(*state.actions, action)] = reach[state.actions] * given.of[action]
+    inner = [reach[s.actions] for s in states if not s.forced and s.actions]
+    allowed = 0.5 * sum(sorted(inner)[: len(inner) // 2])
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr("cluster.exact_evaluation._STATES_AT_ONCE", 1)
+        done = []
+        part = action_probabilities(states, scorer, inputs, done.append, allowed)
+    assert sum(done) == pytest.approx(1.0)
+    left_out = [s for s, given in zip(states, part, strict=True) if given is not None and not given.of]
+    assert left_out
+    at_the_edge = [reach[s.actions] for s in left_out if s.actions[:-1] not in {o.actions for o in left_out}]
+    assert sum(at_the_edge) <= allowed
+    for given, expected in zip(part, whole, strict=True):
+        if given is not None and given.of:
+            assert given.of == pytest.approx(expected.of, rel=1e-4)
+    exact, bounded = (exact_match(states, found, BETA) for found in (whole, part))
+    assert bounded.uncovered <= exact.uncovered + allowed + 1e-9
+    assert abs(bounded.total_variation - exact.total_variation) <= allowed + 1e-9
 
 
 def test_figures_of_several_instances_are_averaged(env):

@@ -62,6 +62,11 @@ def test_on_policy_losses_learn_from_new_groups_alone_and_from_as_many_as_the_ot
     config = RunConfig.model_validate({"objective": {"loss": loss}})
     assert config.groups_per_batch == config.fresh_groups_per_step == others.fresh_groups_per_step
     assert config.fresh_per_step == others.fresh_per_step
+    peak = config.objective.policy_gradient.learning_rate
+    assert config.optimization.learning_rate == peak
+    shape = others.learner.final_learning_rate / others.learner.learning_rate
+    assert config.optimization.final_learning_rate == pytest.approx(shape * peak)
+    assert others.optimization == others.learner
     assert (config.replay.newest_share, config.replay.max_staleness) == (1.0, 0)
     assert others.groups_per_batch == others.learner.groups_per_batch > others.fresh_groups_per_step
     assert others.replay == others.buffer

@@ -136,7 +136,7 @@ def test_sft_without_done_leaves_the_stopping_responses_out(make_config, make_tr
 def test_a_baseline_learns_on_the_tiny_model(tiny_model, make_config, make_trajectory, loss):
     """Of two actions it takes the one that is paid (or shown) in half a dozen steps."""
     config = make_config(
-        objective={"loss": loss, "policy_gradient": {"ratio_clip": 0.5}},
+        objective={"loss": loss, "policy_gradient": {"ratio_clip": 0.5, "learning_rate": 5e-3}},
         learner={"learning_rate": 5e-3, "final_learning_rate": 5e-3},
     )
     good = [rewarded(make_trajectory(["+", "[DONE]"], EndReason.DONE), [0, 1], expert=loss == "sft") for _ in range(2)]
