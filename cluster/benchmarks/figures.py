@@ -46,6 +46,7 @@ class Figure:
         unit: Its unit.
         description: What it says and under which conditions.
         at_least: The least it should be, where the project promises something.
+        at_most: The most it should be, likewise.
     """
 
     part: str
@@ -54,11 +55,21 @@ class Figure:
     unit: str
     description: str
     at_least: float | None = None
+    at_most: float | None = None
 
     @property
     def met(self) -> bool | None:
-        """Whether the number is as large as promised; None where nothing is."""
-        return None if self.at_least is None else self.value >= self.at_least
+        """Whether the number is as promised; None where nothing is."""
+        if self.at_least is not None:
+            return self.value >= self.at_least
+        return None if self.at_most is None else self.value <= self.at_most
+
+    @property
+    def bar(self) -> str:
+        """What is promised, empty where nothing is."""
+        if self.at_least is not None:
+            return f">= {self.at_least:g}"
+        return "" if self.at_most is None else f"<= {self.at_most:g}"
 
     def as_dict(self) -> dict[str, Any]:
         """Returns everything but the name."""

@@ -13,6 +13,11 @@ from shared.policy_inputs import PolicyInputs
 
 PART = "learner"
 
+LONG_EPISODES = 64
+"""Trajectories, of the task's full length, of the batch on which the loss's share is measured."""
+
+LOSS_SHARE_BAR = 0.02
+
 
 def bench_learner(config: RunConfig, model_path: str, scale: Scale, say: Say) -> list[Figure]:
     """Times optimisation steps on batches of the run's size, each of trajectories not seen before.
@@ -50,4 +55,21 @@ def _timed(config: RunConfig, model_path: str, scale: Scale, say: Say, threads: 
         Figure(PART, "learner_trajectories_per_s", trajectories / sum(seconds), "trajectories/s", how),
         Figure(PART, "learner_tokens_per_s", tokens / sum(seconds), "tokens/s", f"response tokens; {how}"),
         Figure(PART, "learner_step_s", statistics.median(seconds), "s", f"median; {how}"),
+        _loss_share(config, learner, inputs, say),
     ]
+
+
+def _loss_share(config: RunConfig, learner: Learner, inputs: PolicyInputs, say: Say) -> Figure:
+    """Measures how much of a step the loss function and its gradient in the scores take."""
+    groups = -(-LONG_EPISODES // config.rollout.group_size)
+    batch = [t for group in made_groups(config, inputs, groups, first=10**6, stops=False) for t in group]
+    batch = batch[:LONG_EPISODES]
+    say(f"one step on {len(batch)} long trajectories, {sum(len(t.steps) for t in batch)} responses")
+    started = time.perf_counter()
+    metrics = learner.step(batch)
+    share = metrics["seconds_loss"] / (time.perf_counter() - started)
+    what = (
+        f"of a step's time in {config.objective.loss} and its gradient in the scores; {len(batch)} trajectories of "
+        f"up to {max(len(t.steps) for t in batch)} steps"
+    )
+    return Figure(PART, "learner_loss_share", share, "share", what, at_most=LOSS_SHARE_BAR)

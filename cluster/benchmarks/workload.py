@@ -12,14 +12,16 @@ from envs.base import TaskEnv
 from envs.registry import make_env
 from shared.config import RunConfig
 from shared.policy_inputs import PolicyInputs
-from shared.response import parse_response, token_spans
+from shared.response import DONE_TOKEN, parse_response, token_spans
 from shared.trajectory import EndReason, Step, Trajectory, Validity
 
 EXPERT_SHARE = 0.7
 """Share of actions that are the expert's; the others are random, so that lengths and ends vary."""
 
 
-def made_groups(config: RunConfig, inputs: PolicyInputs, count: int, first: int = 0) -> list[list[Trajectory]]:
+def made_groups(
+    config: RunConfig, inputs: PolicyInputs, count: int, first: int = 0, stops: bool = True
+) -> list[list[Trajectory]]:
     """Returns groups of demonstrated trajectories.
 
     Args:
@@ -27,8 +29,9 @@ def made_groups(config: RunConfig, inputs: PolicyInputs, count: int, first: int 
         inputs: Makes the response tokens.
         count: Number of groups.
         first: Number of the first group; every group has an instance of its own.
+        stops: Whether `[DONE]` is among the actions; without it only the environment ends an episode.
     """
-    return [_made_group(config, inputs, index) for index in range(first, first + count)]
+    return [_made_group(config, inputs, index, stops) for index in range(first, first + count)]
 
 
 def copied_groups(groups: Sequence[list[Trajectory]], count: int) -> list[list[Trajectory]]:
@@ -55,24 +58,27 @@ def made_requests(config: RunConfig, inputs: PolicyInputs, count: int, first: in
     return requests[:count]
 
 
-def _made_group(config: RunConfig, inputs: PolicyInputs, index: int) -> list[Trajectory]:
+def _made_group(config: RunConfig, inputs: PolicyInputs, index: int, stops: bool = True) -> list[Trajectory]:
     group_id = new_group_id(index)
     return [
-        _made_trajectory(make_env(config.task), inputs, group_id, np.random.default_rng([index, member]), index, member)
+        _made_trajectory(make_env(config.task), inputs, group_id, index, member, stops)
         for member in range(config.rollout.group_size)
     ]
 
 
 def _made_trajectory(
-    env: TaskEnv, inputs: PolicyInputs, group_id: str, rng: np.random.Generator, instance_seed: int, member: int
+    env: TaskEnv, inputs: PolicyInputs, group_id: str, instance_seed: int, member: int, stops: bool
 ) -> Trajectory:
+    rng = np.random.default_rng([instance_seed, member])
     env.reset(seed=instance_seed, options={"split": "id"})
     steps: list[Step] = []
     images: dict[bytes, int] = {}
     log_rewards, original_rewards = [env.log_reward], []
     while env.end is None:
-        actions = env.admissible_actions
+        actions = [action for action in env.admissible_actions if stops or action != DONE_TOKEN]
         action = env.expert_action() if rng.random() < EXPERT_SHARE else actions[int(rng.integers(len(actions)))]
+        if action not in actions:
+            action = actions[0]
         image = images.setdefault(env.image_png(), len(images))
         steps.append(_made_step(inputs, env.prompt(), image, env.demonstration(action, rng)))
         original_rewards.append(float(env.step(action)[1]))

@@ -97,8 +97,8 @@ def _table(figures: list[Figure]) -> Table:
             table.add_section()
         previous = figure.part
         bar = ""
-        if figure.at_least is not None:
-            bar = f"[green]>= {figure.at_least:g}[/]" if figure.met else f"[red]missed: >= {figure.at_least:g}[/]"
+        if figure.met is not None:
+            bar = f"[green]{figure.bar}[/]" if figure.met else f"[red]missed: {figure.bar}[/]"
         what = Text.assemble(figure.name, "\n", (figure.description, "dim"))
         table.add_row(what, _readable(figure.value), figure.unit, bar)
     return table

@@ -28,7 +28,7 @@ from shared.config_io import dump_config
 from shared.errors import UserError
 from shared.policy_inputs import PolicyInputs
 from shared.run_folder import RunFolder
-from shared.trajectory import to_record_batch
+from shared.trajectory import EndReason, to_record_batch
 
 BRIEF = Scale(rounds=2, requests_per_slot=2, publishes=3, learner_steps=1, seconds=0.2, replay_groups=8)
 
@@ -109,6 +109,11 @@ def test_parts_without_an_engine_do_not_import_vllm() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=120)
 
 
+def test_made_groups_that_never_stop_go_on_to_the_step_limit(config: RunConfig, model: str) -> None:
+    groups = made_groups(config, PolicyInputs.load(model), 2, stops=False)
+    assert {t.end for group in groups for t in group} == {EndReason.STEP_LIMIT}
+
+
 def test_made_groups_are_groups_of_one_instance_with_the_runs_size(config: RunConfig, model: str) -> None:
     groups = made_groups(config, PolicyInputs.load(model), 2, first=5)
     assert [len(group) for group in groups] == [config.rollout.group_size] * 2
@@ -157,6 +162,8 @@ def test_sampling_keeps_so_many_requests_in_flight_and_asks_each_once() -> None:
 def test_a_bar_is_met_or_missed_or_absent() -> None:
     assert Figure("serve", "serve_ratio", 0.9, "ratio", "", at_least=0.9).met is True
     assert Figure("serve", "serve_ratio", 0.89, "ratio", "", at_least=0.9).met is False
+    assert Figure("learner", "share", 0.02, "share", "", at_most=0.02).met is True
+    assert Figure("learner", "share", 0.03, "share", "", at_most=0.02).met is False
     assert Figure("serve", "other", 0.0, "ratio", "").met is None
 
 
