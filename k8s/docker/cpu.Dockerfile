@@ -17,10 +17,11 @@ COPY cluster cluster
 RUN --mount=type=cache,target=/root/.cache/pip python3.11 scripts/set_up.py --engine cpu
 
 FROM debian:bookworm-slim
-# libnuma1: vLLM's CPU kernels. wget: KubeRay's readiness probes.
+# g++ and Python's headers: vLLM's CPU engine has PyTorch compile kernels at its first request. wget: KubeRay's probes.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends ca-certificates libnuma1 python3.11 wget \
+    && apt-get install --yes --no-install-recommends \
+        ca-certificates g++ libc6-dev libnuma1 python3.11 python3.11-dev wget \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --user-group --create-home gflowvlm
 COPY --from=build /app /app

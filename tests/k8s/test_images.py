@@ -63,6 +63,13 @@ def test_the_image_runs_as_an_ordinary_user_with_the_environment_that_ray_needs(
     assert [rest for name, rest in last_stage if name == "USER"] == ["1000:1000"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_image_can_compile_what_the_engines_compile_on_the_node(kind: str) -> None:
+    last_stage = instructions(kind)[[name for name, _ in instructions(kind)].index("FROM", 1) :]
+    (packages,) = [rest.split() for name, rest in last_stage if name == "RUN" and "apt-get install" in rest]
+    assert {"g++", "python3.11-dev"} <= set(packages)
+
+
 @pytest.fixture
 def recorder(tmp_path: Path) -> dict[str, str]:
     """An environment in which `gflowvlm` says what it was called with."""
