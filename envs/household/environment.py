@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
@@ -73,6 +73,14 @@ class AlfworldEnv(TaskEnv):
         """Returns responses that name place and thing in hand and what is left to do, one for each wording."""
         session = self._session
         return prompts.demonstrations(action, session.seen(), session.task, session.sub_goals())
+
+    def branch(self) -> Self:
+        """Returns a copy that can go on differently: the same game, played to the same state."""
+        other = super().branch()
+        other._session = self._open(self.game)
+        for action in self.past_actions:
+            other._session.step(action)
+        return other
 
     def target_distribution(self, reward_exponent: float) -> None:
         """Returns None: the tree of action sequences is too large."""

@@ -10,6 +10,7 @@ import pytest
 import envs
 from envs.household.engine import read_game
 from envs.household.games import find_games
+from envs.household.generation import generate, specs
 from envs.household.sessions import TextSession
 from envs.household.tasks import TaskType
 from shared.errors import UserError
@@ -70,9 +71,12 @@ def run(code: str, argument: str) -> list[object]:
 
 
 @pytest.mark.slow
-def test_observations_are_those_of_the_unpatched_packages(games_root: Path) -> None:
+def test_observations_are_those_of_the_unpatched_packages(games_root: Path, tmp_path: Path) -> None:
+    list(generate(tmp_path, specs({"train": 1}, "full", seed=1), workers=1))
+    games = find_games(games_root, "train", TYPES)
+    assert {game.task_type for game in games} == set(TYPES)
     script = []
-    for game in find_games(games_root, "train", TYPES)[:6]:
+    for game in (*games[:8], *find_games(tmp_path, "train", TYPES)):
         walkthrough = game.content()["walkthrough"]
         noise = ["help", "inventory", "look", "fly", "examine nothing", ""]
         commands = [word for command in walkthrough for word in (command, "look", "inventory")]

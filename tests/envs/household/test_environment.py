@@ -103,6 +103,25 @@ def test_rollouts_of_a_group_play_the_same_game_without_touching_each_other(make
     assert [env.success for env in group] == [False, True, False]
 
 
+def test_a_branch_goes_its_own_way(make_env: MakeEnv) -> None:
+    env = make_env()
+    env.reset(seed=5)
+    env.advance(env.expert_action())
+    before = env.prompt(), env.image_png()
+    branch = env.branch()
+    assert (branch.prompt(), branch.image_png()) == before
+    play_expert(branch)
+    assert branch.success
+    assert (env.prompt(), env.image_png(), env.end) == (*before, None)
+
+
+def test_there_is_no_exact_target(make_env: MakeEnv) -> None:
+    env = make_env()
+    env.reset(seed=5)
+    assert env.target_distribution(1.0) is None
+    assert env.target_success(1.0) is None
+
+
 def test_task_types_can_be_chosen(make_env: MakeEnv) -> None:
     env = make_env(task_types=["look_at_obj_in_light"])
     types = set()
