@@ -18,6 +18,7 @@ RAY_PREFIX = "ray_"
 """What Ray's exporter puts before the names of an application's metrics."""
 
 _UNITS = {"share": "percentunit", "seconds": "s", "GiB": "gbytes", "rate": "sci"}
+_REPLICAS = "ray_serve_deployment_replica_starts_total"
 _SPECS = {spec.name: spec for spec in ALL_METRICS}
 _OF_EVALUATION = {spec.name for spec in EVALUATION_METRICS}
 _WIDTH, _HEIGHT, _COLUMNS = 8, 8, 3
@@ -138,6 +139,18 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 description="Ray Serve's own figures, all runs of the cluster together.",
             ),
             panel("Staleness", "staleness_mean", "staleness_max"),
+            Panel(
+                "Policy server replicas",
+                (
+                    Query(f"count by (application) ({_REPLICAS})", "{{application}} there"),
+                    Query(
+                        f"count by (application) (last_over_time({_REPLICAS}[15m])) - "
+                        f"count by (application) ({_REPLICAS})",
+                        "{{application}} gone in 15 minutes",
+                    ),
+                ),
+                description="Replicas that go again and again: the engine dies, and the run stands still.",
+            ),
         ),
     ),
     (

@@ -23,6 +23,7 @@ WANTED = {series(spec.name) for spec in ALL_METRICS} | {
     "ray_node_cpu_utilization",
     "ray_node_disk_utilization_percentage",
     "ray_serve_deployment_queued_queries",
+    "ray_serve_deployment_replica_starts_total",
     "ray_serve_replica_processing_queries",
 }
 

@@ -21,7 +21,11 @@ DOCS = K8S.parent / "docs" / "cluster.md"
 OURS = {series(spec.name) for spec in ALL_METRICS}
 # Ray's own that are not a node's; tests/k8s/test_exporter.py sees them at a real one.
 OF_RAY = {"ray_actors", "ray_object_store_memory"}
-OF_SERVE = {"ray_serve_deployment_queued_queries", "ray_serve_replica_processing_queries"}
+OF_SERVE = {
+    "ray_serve_deployment_queued_queries",
+    "ray_serve_deployment_replica_starts_total",
+    "ray_serve_replica_processing_queries",
+}
 OF_AUTOSCALER = {f"autoscaler_{name}" for name in ("active_nodes", "pending_nodes", "recently_failed_nodes")}
 OF_NODES = {f"ray_{name}" for name in METRICS_GAUGES}
 
@@ -126,6 +130,10 @@ TROUBLES = {
     "GflowvlmWorkersRestarting": {"worker_restarts": "2+0x100 2+1x20"},
     "GflowvlmGroupsFailing": {"groups_failed": "3+0x100 3+3x20"},
     "GflowvlmGpuMemoryFull": {"ray_node_gram_used": "80+0x120", "ray_node_gram_available": "1+0x120"},
+    "GflowvlmSamplersDying": {
+        f'ray_serve_deployment_replica_starts_total{{application="a", replica="{n}"}}': values
+        for n, values in enumerate(("_x101 1+0x2 stale", "_x104 1+0x2 stale", "_x107 1+0x2 stale", "_x109 1+0x12"))
+    },
     "GflowvlmNodesFailing": {"autoscaler_recently_failed_nodes": "0+0x60 5+0x60"},
 }
 AT = "115m"
@@ -140,7 +148,7 @@ def firing(rule_file: Path, changed: dict[str, str | None]) -> set[str]:
     """
     values = {name: value for name, value in {**HEALTHY, **changed}.items() if value is not None}
     written = [
-        {"series": f'{series(name) if name in HEALTHY else name}{{run="r", split="id"}}', "values": value}
+        {"series": f'{series(name)}{{run="r", split="id"}}' if name in HEALTHY else name, "values": value}
         for name, value in values.items()
     ]
     names = [rule["alert"] for rule in rules()]
