@@ -63,13 +63,11 @@ def value_loss(*, value: Tensor, returns: Tensor, is_step: Tensor) -> LossOutput
         is_step: (K, T) bool, where a response is.
 
     Returns:
-        The loss, and `value_loss` and `value_explained_variance` (1 − var(returns − V) / var(returns); 0
-        where the returns do not vary).
+        The loss, and `value_loss`, `value_mean` and `return_mean`, means over responses; 0 where there is none.
     """
     error = torch.where(is_step, value, 0.0) - torch.where(is_step, returns.detach(), 0.0)
     count = is_step.sum().clamp(min=1)
     loss = 0.5 * error.square().sum() / count
-    left, all_of_it = error.detach()[is_step], returns.detach()[is_step]
-    varies = all_of_it.numel() > 1 and float(all_of_it.var()) > 0
-    explained = 1 - left.var() / all_of_it.var() if varies else torch.zeros_like(loss.detach())
-    return LossOutput(loss, {"value_loss": loss.detach(), "value_explained_variance": explained})
+    return_mean = torch.where(is_step, returns.detach(), 0.0).sum() / count
+    value_mean = torch.where(is_step, value.detach(), 0.0).sum() / count
+    return LossOutput(loss, {"value_loss": loss.detach(), "value_mean": value_mean, "return_mean": return_mean})

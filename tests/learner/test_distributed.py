@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -34,15 +36,21 @@ def train(config, model, batches, rank=0, world_size=1):
     return {"metrics": metrics, "gradients": torch.stack(gradients), "trained": trained, "centre": centre}
 
 
+def rewarded(trajectories):
+    """With rewards that differ within every group; every other trajectory is an expert's."""
+    rewards = [[float((i * 7 + s) % 5) for s in range(len(t.steps))] for i, t in enumerate(trajectories)]
+    return [dataclasses.replace(t, original_rewards=rewards[i], expert=i % 2 == 0) for i, t in enumerate(trajectories)]
+
+
 @pytest.mark.slow
 def test_two_learners_equal_one_and_notice_different_batches(tiny_model, make_config, make_trajectory, tmp_path):
     settings = {"grad_clip": 1e6, "learning_rate": 1e-5, "final_learning_rate": 1e-5}
     configs = {
         loss: make_config(objective={"loss": loss, "residual_clip": None}, learner=settings)
-        for loss in ("var_tb", "subtb", "tb", "fl_subtb")
+        for loss in ("var_tb", "subtb", "tb", "fl_subtb", "ppo", "grpo", "sft")
     }
     # In the second batch there is nothing for the second rank.
-    batches = [make_trajectory.batch(instances=3), make_trajectory.batch(instances=1)]
+    batches = [rewarded(make_trajectory.batch(instances=count)) for count in (3, 1)]
     mp.spawn(run_rank, (str(tmp_path), configs, tiny_model, batches), nprocs=PROCESSES)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
