@@ -107,7 +107,8 @@ def _things(canvas: ImageDraw.ImageDraw, box: Box, things: tuple[Thing, ...], un
         icons.thing(canvas, icon, kind_of(thing.name), lit="on" in thing.marks)
         _text(canvas, (left, bottom - line, right, bottom), thing.name, INK, pixels, "m")
         for row, mark in enumerate(thing.marks):
-            badge = (left + unit / 2, top + row * line, (left + right) / 2, top + (row + 1) * line)
+            wide = min((right - left) / 2, 16 * unit)
+            badge = (left + unit / 2, top + row * line, left + wide, top + (row + 1) * line)
             _badge(canvas, badge, mark, line)
 
 

@@ -1,0 +1,113 @@
+"""What ALFWorld's games cost here: CPU time of load, reset and step, and memory. docs/alfworld.md has the figures.
+
+    python scripts/measure_alfworld.py FOLDER          this project's environment
+    python scripts/measure_alfworld.py FOLDER --plain  textworld and alfworld as their documentation says
+
+FOLDER holds `json_2.1.1`; `gflowvlm alfworld generate FOLDER` makes one.
+"""
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from envs.household.environment import AlfworldEnv
+from envs.household.games import GAME_FILE, find_games
+from envs.household.tasks import TaskType
+from shared.task_settings import AlfworldSettings
+
+GAMES, STEPS, TOGETHER = 12, 15, 16
+
+
+def cpu_ms(work: Callable[[], object]) -> float:
+    """Returns the CPU time of a piece of work, milliseconds."""
+    begun = time.process_time()
+    work()
+    return 1000 * (time.process_time() - begun)
+
+
+def tell(what: str, times: list[float]) -> None:
+    """Prints the median and the largest of some times."""
+    print(f"{what:38} median {statistics.median(times):6.1f}  max {max(times):6.1f} ms CPU")
+
+
+def resident_mb() -> float:
+    """Returns this process's memory, MB."""
+    return psutil.Process().memory_info().rss / 2**20
+
+
+def measure_ours(folder: Path) -> None:
+    """Measures the environment that a run plays."""
+    settings = AlfworldSettings(games=str(folder))
+    env = AlfworldEnv(settings)
+    tell("first reset (imports, pool)", [cpu_ms(lambda: env.reset(seed=0))])
+    for what in ("reset of a new game", "reset of a known game"):
+        tell(what, [cpu_ms(partial(env.reset, seed=seed)) for seed in range(1, GAMES + 1)])
+    chooser = random.Random(0)
+    steps, pictures, prompts = [], [], []
+    for seed in range(GAMES):
+        env.reset(seed=seed)
+        for _ in range(STEPS):
+            action = chooser.choice(env.admissible_actions[:-1])
+            steps.append(cpu_ms(partial(env.advance, action)))
+            pictures.append(cpu_ms(env.picture))
+            prompts.append(cpu_ms(env.prompt))
+    tell("step", steps)
+    tell("picture", pictures)
+    tell("prompt", prompts)
+    before = resident_mb()
+    group = [AlfworldEnv(settings) for _ in range(TOGETHER)]
+    for seed, member in enumerate(group):
+        member.reset(seed=seed)
+    print(f"memory {resident_mb():.0f} MB, of which {(resident_mb() - before) / TOGETHER:.1f} MB for each environment")
+
+    def play() -> None:
+        for _ in range(STEPS):
+            for member in group:
+                member.step(chooser.choice(member.admissible_actions[:-1]))
+
+    pace = 1000 * TOGETHER * STEPS / cpu_ms(play)
+    print(f"{TOGETHER} environments: {pace:.0f} steps with picture and prompt a CPU second")
+
+
+def measure_plain(folder: Path) -> None:
+    """Measures the packages without this project's engine."""
+    import textworld
+    from alfworld.agents.environment.alfred_tw_env import AlfredDemangler, AlfredInfos
+
+    infos = textworld.EnvInfos(won=True, admissible_commands=True, facts=True)
+    chooser = random.Random(0)
+    loads, resets, steps = [], [], []
+    for game in find_games(folder, "train", tuple(TaskType))[:GAMES]:
+        wrappers = [AlfredDemangler(shuffle=False), AlfredInfos]
+        begun = time.process_time()
+        env = textworld.start(str(game.folder / GAME_FILE), infos, wrappers)
+        loads.append(1000 * (time.process_time() - begun))
+        resets.append(cpu_ms(env.reset))
+        commands = env.reset()["admissible_commands"]
+        for _ in range(STEPS):
+            begun = time.process_time()
+            state, _, _ = env.step(chooser.choice(commands))
+            steps.append(1000 * (time.process_time() - begun))
+            commands = state["admissible_commands"]
+    tell("load", loads)
+    tell("reset", resets)
+    tell("step", steps)
+
+
+def main() -> None:
+    """Measures what the arguments name."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--plain", action="store_true", help="without this project's engine")
+    arguments = parser.parse_args()
+    (measure_plain if arguments.plain else measure_ours)(arguments.folder)
+
+
+if __name__ == "__main__":
+    main()
