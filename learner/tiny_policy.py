@@ -67,6 +67,27 @@ TOKENIZER_TEXTS: tuple[str, ...] = (
     "0 is below 1 is less than 2 comes before 3 is above 4 is more than 5 comes after 6",
     "7 is equal to 8 is the same as 9 matches 1 Target Current",
     "user:\nassistant:\n stand hit dealer player card cards sum total of you are and or a in on with",
+    "Beat the dealer without going over 21. hit takes a card, stand and [DONE] end the hand.",
+    'Answer: {"dealer": "", "player": "", "total": , "thoughts": "", "action": ""}',
+    "State 0: dealer A player 1 Action 0: hit\nActions: stand hit",
+    "Fill each ? of the sequence: add the same step each time, or add the two numbers before. "
+    "[DONE] when no ? is left.",
+    'Answer: {"sequence": "", "missing": , "thoughts": "", "action": ""}',
+    "no number is missing",
+    "the sequence is complete",
+    "nothing is left to fill",
+    "no rule fits",
+    "the numbers follow no rule",
+    "there is no rule",
+    "steps of 1",
+    "1 more each time",
+    "each adds 1",
+    "sums of two",
+    "the two before together",
+    "each is the sum of two",
+    "steps of 1 and sums of two",
+    "1 more each time and the two before together",
+    "each adds 1 and each is the sum of two",
 )
 """What the tokenizer learns its merges from: the words of the tasks."""
 
