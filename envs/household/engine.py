@@ -46,7 +46,8 @@ class GameEngine:
 
             from envs.household import memoization
         except ImportError as error:
-            raise UserError(f"task alfworld: package {error.name!r} is not installed; {INSTALL}") from None
+            package = (error.name or "alfworld").split(".")[0]
+            raise UserError(f"task alfworld: package {package!r} is not installed; {INSTALL}") from None
         memoization.install()
         self._lock = memoization.PLANNER_LOCK
         infos = EnvInfos(facts=True, won=True, admissible_commands=True)

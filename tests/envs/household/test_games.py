@@ -178,3 +178,20 @@ def test_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("GFLOWVLM_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="GFLOWVLM_CACHE"):
         starter.starter_set()
+
+
+@pytest.mark.parametrize("call", ["starter.starter_set()", "engine.GameEngine()"])
+def test_packages_that_are_not_installed_are_named_with_what_installs_them(tmp_path: Path, call: str) -> None:
+    code = f"""
+import sys
+sys.modules["alfworld"] = None
+from envs.household import engine, starter
+from shared.errors import UserError
+try:
+    {call}
+except UserError as error:
+    print(error)
+"""
+    environment = {"PYTHONPATH": str(envs.__path__[0]) + "/..", "GFLOWVLM_CACHE": str(tmp_path), "HOME": "/tmp"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert "package 'alfworld' is not installed; `make alfworld`" in done.stdout, done.stderr
