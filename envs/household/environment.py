@@ -91,6 +91,8 @@ class AlfworldEnv(TaskEnv):
     def _start(self, rng: np.random.Generator) -> None:
         games = find_games(self._root(), self._folder(), tuple(TaskType(t) for t in self.settings.task_types))
         self.game = games[(self.instance_seed or 0) % len(games)]
+        # The last game's engine goes back to the pool first, so that one is enough.
+        self.__dict__.pop("_session", None)
         self._session = self._open(self.game)
         self.goal = prompts.goal(self._session.observation)
         self._most_sub_goals = self._session.sub_goals()
