@@ -6,7 +6,20 @@ import sys
 import typer
 from rich.console import Console
 
-from cluster.commands import alfworld, bench, compare, doctor, evaluate, play, presets, prove, replay, sft, train
+from cluster.commands import (
+    alfworld,
+    bench,
+    compare,
+    doctor,
+    evaluate,
+    play,
+    presets,
+    prove,
+    replay,
+    report,
+    sft,
+    train,
+)
 from cluster.interruption import INTERRUPTED
 from cluster.process_environment import prepare_process
 from shared.errors import UserError
@@ -21,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (train, compare, evaluate, play, replay, prove, sft, bench, presets, alfworld, doctor):
+for command in (train, compare, evaluate, play, replay, report, prove, sft, bench, presets, alfworld, doctor):
     command.register(app)
 
 
