@@ -109,13 +109,16 @@ def _plain(trajectory: Trajectory, pictures: Pictures) -> dict[str, Any]:
         "outcome": trajectory.outcome,
         "log_rewards": [_rounded(value) for value in trajectory.log_rewards],
         "rewards": [_rounded(value) for value in trajectory.original_rewards],
-        "steps": [_plain_step(step, numbers) for step in trajectory.steps],
+        "steps": [
+            _plain_step(step, previous, numbers)
+            for previous, step in zip(["", *(s.prompt for s in trajectory.steps)], trajectory.steps, strict=False)
+        ],
     }
 
 
-def _plain_step(step: Step, numbers: Sequence[int | None]) -> dict[str, Any]:
+def _plain_step(step: Step, previous_prompt: str, numbers: Sequence[int | None]) -> dict[str, Any]:
     return {
-        "prompt": step.prompt,
+        "prompt": new_lines(previous_prompt, step.prompt),
         "picture": numbers[step.image],
         "response": step.response_text,
         # A response that cannot be read is all chain of thought, as its tokens are.
@@ -128,6 +131,26 @@ def _plain_step(step: Step, numbers: Sequence[int | None]) -> dict[str, Any]:
         "action": step.action,
         "validity": step.validity.value,
     }
+
+
+def new_lines(previous: str, text: str) -> tuple[int, str]:
+    """Returns how much of a text repeats the beginning of the previous one, and the rest.
+
+    A prompt with a history repeats the one before: written out, 35 steps would be mostly repetition. Only whole lines
+    are taken over, so that a search through the rests finds whatever stands in one line.
+
+    Returns:
+        The length taken over, in UTF-16 units as a script counts them, and the rest.
+    """
+    low, high = 0, min(len(previous), len(text))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if previous[:middle] == text[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    kept = text[: text.rfind("\n", 0, low) + 1]
+    return len(kept.encode("utf-16-le")) // 2, text[len(kept) :]
 
 
 def _pieces(model: str, trajectories: Sequence[Trajectory]) -> list[tuple[int, str]]:

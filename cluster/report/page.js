@@ -125,7 +125,16 @@ function tokens(step, pieces) {
   return make("div", {className: "tokens"}, ...shown);
 }
 
-function stepCard(step, at, trajectory, context) {
+// A prompt is the beginning of the one before, as long as its first value says, and its second value.
+function promptsOf(trajectory) {
+  const prompts = [];
+  for (const {prompt: [kept, rest]} of trajectory.steps) {
+    prompts.push(kept > 0 ? prompts[prompts.length - 1].slice(0, kept) + rest : rest);
+  }
+  return prompts;
+}
+
+function stepCard(step, at, prompt, trajectory, context) {
   const cot = sum(step.log_probs.slice(0, step.cot_end));
   const act = sum(step.log_probs.slice(step.cot_end, step.action_end));
   const both = cot === null || act === null || step.action === null ? null : act + context.cotWeight * cot;
@@ -138,7 +147,7 @@ function stepCard(step, at, trajectory, context) {
   return make("div", {className: "step"}, make("div", {}, picture), make("div", {},
     make("h4", {textContent: "Step " + at + ", " + maker}),
     make("details", {open: at === 0}, make("summary", {textContent: "Prompt"}),
-      make("pre", {className: "text", textContent: visible(step.prompt)})),
+      make("pre", {className: "text", textContent: visible(prompt)})),
     make("h5", {textContent: "Chain of thought"}),
     make("pre", {className: "text", textContent: visible(step.thoughts)}),
     make("h5", {textContent: "Whole response"}),
@@ -151,13 +160,14 @@ function stepCard(step, at, trajectory, context) {
 }
 
 function showTrajectory(trajectory, context) {
+  const prompts = promptsOf(trajectory);
   const last = trajectory.log_rewards[trajectory.log_rewards.length - 1];
   const result = make("span", {className: trajectory.success ? "good" : "bad", textContent: trajectory.success ? "solved" : "not solved"});
   byId("detail").replaceChildren(
     make("h3", {textContent: visible(trajectory.id)}),
     make("p", {}, visible(trajectory.instance) + ", " + (trajectory.expert ? "made by the expert" : "made by the policy") + ", ", result,
       ": ended by " + trajectory.end.replace("_", " ") + " with outcome " + visible(trajectory.outcome) + ", log R " + figure(last)),
-    ...trajectory.steps.map((step, at) => stepCard(step, at, trajectory, context)));
+    ...trajectory.steps.map((step, at) => stepCard(step, at, prompts[at], trajectory, context)));
 }
 
 /* The list and its filters */
@@ -165,7 +175,7 @@ function showTrajectory(trajectory, context) {
 const versionsOf = (trajectory) => [...new Set(trajectory.steps.map((step) => step.version))];
 
 function searchable(trajectory) {
-  const texts = trajectory.steps.flatMap((step) => [step.prompt, step.response]);
+  const texts = trajectory.steps.flatMap((step) => [step.prompt[1], step.response]);
   return [trajectory.id, trajectory.instance, trajectory.outcome, ...texts].join("\n").toLowerCase();
 }
 

@@ -50,7 +50,8 @@ async def choose(browser: Chromium, control: str, value: str) -> None:
 
 
 def test_trajectories_are_browsed_and_filtered_by_keyboard(tmp_path: Path) -> None:
-    page = page_of(tmp_path, [numberline_group(n, seed=n, version=n) for n in range(4)])
+    groups = [numberline_group(n, seed=n, version=n) for n in range(4)]
+    page, second_prompt = page_of(tmp_path, groups), groups[2][2].steps[1].prompt
 
     async def look(browser: Chromium) -> None:
         assert await browser.value(SHOWN) == 20
@@ -76,6 +77,12 @@ def test_trajectories_are_browsed_and_filtered_by_keyboard(tmp_path: Path) -> No
             "thinking of it",
         ):
             assert said in text
+        assert await browser.value("document.querySelectorAll('#detail details pre')[1].textContent") == second_prompt
+        await browser.value("document.querySelector('#filters button').click()")
+        await browser.until(f"{SHOWN} === 20")
+        await browser.value("document.getElementById('filter-text').focus()")
+        await browser.press(*"000003-0a/1")
+        assert await browser.value(SHOWN) == 1
         await browser.value("document.querySelector('#filters button').click()")
         await browser.until(f"{SHOWN} === 20")
         await browser.value("document.querySelector('#list button').focus()")

@@ -107,6 +107,24 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     assert data["instance"] == HOSTILE
 
 
+@pytest.mark.parametrize(
+    ("previous", "text", "expected"),
+    [
+        ("", "a\nb", (0, "a\nb")),
+        (
+            "goal\nState 0: picture\nend",
+            "goal\nState 0: 4\nState 1: picture\nend",
+            (5, "State 0: 4\nState 1: picture\nend"),
+        ),
+        ("goal\nend", "goal\nend", (5, "end")),
+        ("\U0001f600\nend", "\U0001f600\nmore", (3, "more")),
+        ("one line", "one line, longer", (0, "one line, longer")),
+    ],
+)
+def test_prompts_repeat_whole_lines_of_the_one_before(previous: str, text: str, expected: tuple[int, str]) -> None:
+    assert browsing.new_lines(previous, text) == expected
+
+
 @pytest.mark.parametrize("pack", [embedded_json, packed_json])
 def test_embedded_values_can_end_no_element(pack: Any) -> None:
     packed = pack([HOSTILE, {HOSTILE: None}])
