@@ -114,10 +114,12 @@ def _train(console: Console, folder: RunFolder | None, config: RunConfig, direct
             raise
         path = _shown(folder)
         raise UserError(f"{path}: {error.strerror}; free some space, then `gflowvlm train --resume {path}`") from None
-    _show_report(console, folder, report, time.monotonic() - started)
+    _show_report(console, folder, config.task.name, report, time.monotonic() - started)
 
 
-def _show_report(console: Console, folder: RunFolder, report: list[dict[str, object]], seconds: float) -> None:
+def _show_report(
+    console: Console, folder: RunFolder, task: str, report: list[dict[str, object]], seconds: float
+) -> None:
     table = Table("", title="before and after, on instances not used in training or to choose the adapter")
     for row in report:
         policy = "base" if row["version"] == 0 else f"version {row['version']}"
@@ -139,7 +141,8 @@ def _show_report(console: Console, folder: RunFolder, report: list[dict[str, obj
     path = _shown(folder)
     console.print(f"done in {seconds / 60:.1f} minutes; learning curve: {path}/learning_curve.png", highlight=False)
     console.print("what next:", highlight=False)
-    console.print(f"  gflowvlm play numberline --player {path}     watch the policy play", highlight=False)
+    console.print(f"  gflowvlm play {task} --player {path}     watch the policy play", highlight=False)
+    console.print(f"  gflowvlm report {path}                  a page with curves and trajectories", highlight=False)
     console.print(f"  gflowvlm replay {path} --limit 5             look at what it learned from", highlight=False)
     console.print(f"  gflowvlm eval {path} --split ood             evaluate it again", highlight=False)
     console.print(f"  tensorboard --logdir {path}/tensorboard", highlight=False)
