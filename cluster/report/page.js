@@ -75,7 +75,7 @@ function showTree(tree) {
   byId("outcomes").replaceChildren(
     heads([["outcome", ""], ["sampled", "sampled"], ["target", "wanted"], ["", ""]]),
     make("tbody", {}, ...tree.outcomes.map((outcome) => make("tr", {},
-      make("td", {textContent: visible(outcome.name)}), number(percent(outcome.share)), number(percent(outcome.target)),
+      make("td", {textContent: visible(outcome.name), title: visible(outcome.name)}), number(percent(outcome.share)), number(percent(outcome.target)),
       bars(outcome.share, outcome.target)))));
   byId("tree-rows").replaceChildren(
     heads([["actions", ""], ["trajectories", "n"], ["sampled", "sampled"], ["target", "wanted"], ["", ""], ["P(a)", "n"],
@@ -87,7 +87,7 @@ function treeRow(row) {
   const guide = row.depth === 0 ? "" : "│ ".repeat(row.depth - 1) + "├ ";
   const unseen = row.count === 0 && row.expert === 0;
   const counted = row.count + (row.expert > 0 ? " + " + row.expert + " expert" : "");
-  const ends = make("td", {});
+  const ends = make("td", row.ends === null ? {} : {title: visible(row.ends.outcome)});
   if (row.ends !== null) {
     ends.append(
       make("span", {className: row.ends.success ? "good" : "bad", textContent: row.ends.success ? "✓ " : "✗ "}),
