@@ -21,6 +21,7 @@ from shared.config import RunConfig
 from shared.run_folder import RunFolder
 
 STOP_TIMEOUT_S = 60.0
+SNAPSHOT_TIMEOUT_S = 1.0
 
 
 class RunActors:
@@ -78,6 +79,14 @@ class RunActors:
         """Returns the replay buffer's counts."""
         stats: dict[str, Any] = ray.get(self.buffer.stats.remote(), timeout=ACTOR_TIMEOUT_S)
         return stats
+
+    def buffer_counts(self) -> dict[str, int]:
+        """Returns ``accepted`` and ``buffer_size`` (trajectories); nothing while the buffer is away or busy."""
+        try:
+            stats = ray.get(self.buffer.stats.remote(), timeout=SNAPSHOT_TIMEOUT_S)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            return {}
+        return {"accepted": stats["accepted"], "buffer_size": stats["size"]}
 
     def start_learner(self) -> None:
         """Starts the data-parallel learners under Ray Train, in the background."""

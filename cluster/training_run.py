@@ -190,6 +190,7 @@ class TrainingRun:
         values: dict[str, Any] = {
             "env_steps": self._env_steps,
             "response_tokens": self._response_tokens,
+            **self._actors.buffer_counts(),
             "groups_running": self.scheduler.groups_running,
             "groups_failed": self.scheduler.groups_failed,
             "worker_restarts": self.scheduler.worker_deaths,

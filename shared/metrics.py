@@ -50,14 +50,14 @@ STEP_METRICS = (
     MetricSpec("response_tokens_scored", "tokens", "Response tokens in the batch."),
     MetricSpec("micro_batches", "passes", "Forward passes that the batch was cut into by the token budget."),
     MetricSpec("mismatch_mean", "nats", "Mean |sampler - learner| log-probability per token of the batch."),
+    MetricSpec("mismatch_max", "nats", "Largest |sampler - learner| log-probability of a token of the batch."),
+    MetricSpec("mismatch_share", "share", "Response tokens of the batch that have a sampler's log-probability."),
     MetricSpec("staleness_mean", "versions", "Mean age of the batch's policy versions."),
     MetricSpec("staleness_max", "versions", "Largest age of the batch's policy versions."),
     MetricSpec("batch_success", "share", "Successful trajectories in the batch (replayed ones included)."),
     MetricSpec("wait_s", "seconds", "Time the learner waited for the batch."),
     MetricSpec("step_s", "seconds", "Time of the whole learner step, wait included."),
     MetricSpec("publish_s", "seconds", "Time to write and publish the adapter."),
-    MetricSpec("accepted", "trajectories", "Trajectories the replay buffer has acknowledged in total."),
-    MetricSpec("buffer_size", "trajectories", "Trajectories in the replay buffer now."),
 )
 
 ROLLOUT_METRICS = (
@@ -66,6 +66,8 @@ ROLLOUT_METRICS = (
     MetricSpec("rollout_length", "transitions", "Mean length of the newest trajectories."),
     MetricSpec("env_steps", "steps", "Environment steps played for training in total."),
     MetricSpec("response_tokens", "tokens", "Response tokens sampled for training in total."),
+    MetricSpec("accepted", "trajectories", "Trajectories the replay buffer has acknowledged in total."),
+    MetricSpec("buffer_size", "trajectories", "Trajectories in the replay buffer now."),
     MetricSpec("groups_running", "groups", "Groups being played now."),
     MetricSpec("groups_failed", "groups", "Groups that failed and were played again, in total."),
     MetricSpec("worker_restarts", "restarts", "Rollout worker restarts in total."),

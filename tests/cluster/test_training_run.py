@@ -79,6 +79,7 @@ def test_a_run_goes_on_when_any_of_its_processes_is_killed(tmp_path):
         wait_for(lambda: newest_step(folder) >= 2, "the second step", run, log)
         wait_for(lambda: max(prometheus(port, "step"), default=0) >= 2, "the step at the Prometheus endpoint", run, log)
         assert max(prometheus(port, "env_steps")) > 0
+        wait_for(lambda: max(prometheus(port, "accepted"), default=0) > 0, "the buffer's count there", run, log)
         for number, title in enumerate(
             ("ray::RolloutWorker", "ray::ReplayBufferActor", "ray::RayTrainWorker", "ray::ServeReplica")
         ):
