@@ -78,11 +78,17 @@ class PolicyClient:
             else:
                 return response
 
-    async def status(self) -> list[dict[str, Any]]:
-        """Returns every running replica's `PolicyServer.status`; replicas that do not answer are left out."""
+    async def status(self, timeout_s: float | None = None) -> list[dict[str, Any]]:
+        """Returns every running replica's `PolicyServer.status`; replicas that do not answer are left out.
+
+        Args:
+            timeout_s: Longest wait, then nobody has answered; by default that of a request. Not to be cancelled
+                from outside instead: Serve would leave an exception behind that nobody retrieves.
+        """
+        timeout_s = self.request_timeout_s if timeout_s is None else timeout_s
         try:
             broadcast = self.handle.broadcast("status")
-            answers = await broadcast.results_async(timeout_s=self.request_timeout_s, return_exceptions=True)
+            answers = await broadcast.results_async(timeout_s=timeout_s, return_exceptions=True)
         except (RayServeException, RayError, TimeoutError):
             return []
         return [answer for answer in answers if isinstance(answer, dict)]

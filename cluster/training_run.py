@@ -239,10 +239,7 @@ class TrainingRun:
 
     def _sampler_idle_share(self) -> float | None:
         """Share of the time since the last call in which no request was in flight, mean over replicas."""
-        try:
-            replicas = self._actors.loop.run(self._actors.client.status(), STATUS_TIMEOUT_S)
-        except TimeoutError:
-            return None
+        replicas = self._actors.loop.run(self._actors.client.status(STATUS_TIMEOUT_S))
         seen = {r["replica"]: (float(r["busy_s"]), float(r["up_s"])) for r in replicas}
         shares = []
         for replica, (busy, up) in seen.items():

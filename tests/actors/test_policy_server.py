@@ -1,6 +1,7 @@
 """The policy server on a real Ray Serve: replicas that follow the store, die and come back."""
 
 import asyncio
+import gc
 import os
 import signal
 import time
@@ -136,6 +137,20 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
         deploy_policy_server(config(), str(tmp_path / "no-model"), "missing-store", "missing")
     assert "\n" not in str(raised.value)
     assert "missing" not in serve.status().applications
+
+
+def test_replicas_that_do_not_answer_in_time_are_nobody_and_leave_nothing_behind(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body() -> None:
+        assert await served.client.status(timeout_s=1e-6) == []
+        # Some of these end while the replicas are being waited for.
+        for milliseconds in range(1, 6):
+            await served.client.status(timeout_s=milliseconds / 1000)
+        gc.collect()
+
+    served.run(body)
+    assert "never retrieved" not in caplog.text
 
 
 def test_a_server_that_never_starts_is_given_up_by_name(policy: Path, tmp_path: Path) -> None:
