@@ -24,18 +24,19 @@ from tests.cluster.whole_runs import (
     wait_for,
 )
 
-# Enough for the run to be still going when the last of its processes is killed.
-STEPS = 30
-SETTINGS = [
-    f"learner.steps={STEPS}",
-    f"evaluation.every={STEPS}",
-    "evaluation.instances=2",
-    "evaluation.samples=2",
-    "rollout.workers=2",
-    "rollout.groups_per_worker=1",
-    "learner.groups_per_batch=2",
-    "evaluation.at_start=false",
-]
+
+def settings(steps):
+    return [
+        f"learner.steps={steps}",
+        f"evaluation.every={steps}",
+        "evaluation.instances=2",
+        "evaluation.samples=2",
+        "rollout.workers=2",
+        "rollout.groups_per_worker=1",
+        "learner.groups_per_batch=2",
+        "evaluation.at_start=false",
+    ]
+
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -73,8 +74,10 @@ def fill(path):
 
 
 def test_a_run_goes_on_when_any_of_its_processes_is_killed(tmp_path):
+    # Enough for the run to be still going when the last of its processes is killed.
+    steps = 30
     folder, log, port = RunFolder(tmp_path / "run"), tmp_path / "log", free_port()
-    run = start("--run", folder.root, *SETTINGS, f"cluster.metrics_port={port}", log=log)
+    run = start("--run", folder.root, *settings(steps), f"cluster.metrics_port={port}", log=log)
     try:
         wait_for(lambda: newest_step(folder) >= 2, "the second step", run, log)
         wait_for(lambda: max(prometheus(port, "step"), default=0) >= 2, "the step at the Prometheus endpoint", run, log)
@@ -96,14 +99,15 @@ def test_a_run_goes_on_when_any_of_its_processes_is_killed(tmp_path):
     finally:
         run.kill()
         run.wait(timeout=30)
-    assert_steps_and_versions_go_on(folder, STEPS)
-    assert json.loads(folder.summary.read_text())["steps"] == STEPS
+    assert_steps_and_versions_go_on(folder, steps)
+    assert json.loads(folder.summary.read_text())["steps"] == steps
     assert_nothing_is_left(log)
 
 
 def test_a_run_resumes_after_ctrl_c_and_after_its_driver_is_killed(tmp_path):
+    steps = 16
     folder, log = RunFolder(tmp_path / "run"), tmp_path / "log"
-    run = start("--run", folder.root, *SETTINGS, log=log)
+    run = start("--run", folder.root, *settings(steps), log=log)
     try:
         wait_for(lambda: newest_step(folder) >= 2, "the second step", run, log)
         run.send_signal(signal.SIGINT)
@@ -130,7 +134,7 @@ def test_a_run_resumes_after_ctrl_c_and_after_its_driver_is_killed(tmp_path):
         assert run.wait(timeout=500) == 0, log.read_text()[-4000:]
     finally:
         run.kill()
-    assert_steps_and_versions_go_on(folder, STEPS)
+    assert_steps_and_versions_go_on(folder, steps)
     after = acknowledged(folder)
     assert set(before) <= set(after)
     assert set(after.values()) == {1}
@@ -138,8 +142,9 @@ def test_a_run_resumes_after_ctrl_c_and_after_its_driver_is_killed(tmp_path):
 
 
 def test_a_full_disk_ends_a_run_in_one_line_and_it_resumes_once_there_is_room(small_disk, tmp_path):
+    steps = 12
     folder, log = RunFolder(small_disk / "run"), tmp_path / "log"
-    run = start("--run", folder.root, *SETTINGS, log=log)
+    run = start("--run", folder.root, *settings(steps), log=log)
     try:
         wait_for(lambda: newest_step(folder) >= 2, "the second step", run, log)
         fill(small_disk / "filler")
@@ -159,7 +164,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_resumes_once_there_is_room(sm
         assert run.wait(timeout=500) == 0, log.read_text()[-4000:]
     finally:
         run.kill()
-    assert_steps_and_versions_go_on(folder, STEPS)
+    assert_steps_and_versions_go_on(folder, steps)
     after = acknowledged(folder)
     assert set(before) <= set(after)
     assert set(after.values()) == {1}
