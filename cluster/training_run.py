@@ -239,7 +239,11 @@ class TrainingRun:
 
     def _sampler_idle_share(self) -> float | None:
         """Share of the time since the last call in which no request was in flight, mean over replicas."""
-        replicas = self._actors.loop.run(self._actors.client.status(STATUS_TIMEOUT_S))
+        try:
+            # The outer limit is for a loop that is stuck itself.
+            replicas = self._actors.loop.run(self._actors.client.status(STATUS_TIMEOUT_S), 5 * STATUS_TIMEOUT_S)
+        except TimeoutError:
+            return None
         seen = {r["replica"]: (float(r["busy_s"]), float(r["up_s"])) for r in replicas}
         shares = []
         for replica, (busy, up) in seen.items():
