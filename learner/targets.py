@@ -179,6 +179,12 @@ def is_malformed(step: Step) -> bool:
     return step.action_end <= step.cot_end
 
 
+def instance_numbers(trajectories: Sequence[Trajectory]) -> Tensor:
+    """Returns (K,) int64, equal for trajectories of the same task instance g."""
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(t.instance_id for t in trajectories))}
+    return torch.tensor([numbers[t.instance_id] for t in trajectories], dtype=torch.int64)
+
+
 def loss_inputs(
     trajectories: Sequence[Trajectory], scores: Tensor, reference_log_cot: Tensor | None, target: Target
 ) -> LossInputs:
@@ -207,8 +213,7 @@ def loss_inputs(
     transitions = [layout.column for layout in layouts]
     log_pf = _placed(log_act + of_text, transitions, T)
     log_p_stop = _placed(log_done + of_text, [layout.stop_node for layout in layouts], T + 1)
-    numbers = {name: i for i, name in enumerate(dict.fromkeys(t.instance_id for t in trajectories))}
-    instance = torch.tensor([numbers[t.instance_id] for t in trajectories], dtype=torch.int64)
+    instance = instance_numbers(trajectories)
     length = torch.tensor([len(layout.nodes) - 1 for layout in layouts], dtype=torch.int64)
     stopped = torch.tensor([layout.stopped for layout in layouts], dtype=torch.bool)
     borrows = torch.tensor([layout.borrows for layout in layouts], dtype=torch.bool)

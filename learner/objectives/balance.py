@@ -10,7 +10,7 @@ from torch import Tensor
 from learner.distributed import Ranks
 from learner.losses import LOSSES, LossOutput
 from learner.metrics import StepMetrics
-from learner.objectives.base import LossOfScores, ObjectiveOutput, ScoredBatch
+from learner.objectives.base import LossOfScores, Objective, ObjectiveOutput, ScoredBatch
 from learner.targets import LossInputs, Target, loss_inputs
 from shared.config import RunConfig
 
@@ -18,7 +18,7 @@ _SUMMED = ("trajectories_used", "trajectories_dropped", "groups", "groups_of_one
 _MAXIMAL = ("residual_abs_max",)
 
 
-class BalanceObjective:
+class BalanceObjective(Objective):
     """One of `learner.losses`, towards the target that the configuration describes (`learner.targets`).
 
     Args:
@@ -40,7 +40,6 @@ class BalanceObjective:
         )
         self.head = self._target.head
         self.uses_reference = target.reference_weight > 0
-        self.epochs = 1
 
     def first_estimates(self, batch: ScoredBatch) -> Tensor:
         """(K,) nats, by what followed the visited states of each trajectory."""

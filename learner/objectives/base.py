@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
@@ -48,7 +48,7 @@ class ScoredBatch:
     reference: Tensor | None
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """Turns scores into a loss. One instance serves all steps and keeps nothing between them.
 
     Attributes:
@@ -57,12 +57,14 @@ class Objective(Protocol):
         epochs: Updates made from one batch.
     """
 
-    head: HeadKind | None
-    uses_reference: bool
-    epochs: int
+    head: HeadKind | None = None
+    uses_reference: bool = False
+    epochs: int = 1
 
     def first_estimates(self, batch: ScoredBatch) -> Tensor:
         """(K,) what the head should say of each trajectory by this batch, NaN where it says nothing."""
+        raise NotImplementedError(f"{type(self).__name__} has no head")
 
+    @abstractmethod
     def prepare(self, batch: ScoredBatch, ranks: Ranks) -> LossOfScores:
         """Returns the loss as a function of the scores; what is fixed during a batch is fixed by its first scores."""

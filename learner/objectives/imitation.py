@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from learner.baselines import cross_entropy
 from learner.distributed import Ranks
-from learner.heads import HeadKind
 from learner.metrics import StepMetrics
-from learner.objectives.base import LossOfScores, ObjectiveOutput, ScoredBatch
+from learner.objectives.base import LossOfScores, Objective, ObjectiveOutput, ScoredBatch
 from learner.scoring import LOG_ACT, LOG_COT, LOG_REST
 from shared.config import RunConfig
 from shared.response import DONE_TOKEN
 
 
-class ImitationObjective:
+class ImitationObjective(Objective):
     """Token cross-entropy on expert trajectories; what the policy made itself is left alone.
 
     Args:
         config: The run's configuration; `objective.sft_done` says whether responses that stop are imitated.
     """
 
-    head: HeadKind | None = None
-    uses_reference = False
-    epochs = 1
-
     def __init__(self, config: RunConfig) -> None:
         self._with_done = config.objective.sft_done
-
-    def first_estimates(self, batch: ScoredBatch) -> Tensor:
-        """(K,) NaN: there is no head."""
-        return torch.full((len(batch.trajectories),), math.nan, dtype=torch.float64)
 
     def prepare(self, batch: ScoredBatch, ranks: Ranks) -> LossOfScores:
         """Returns the cross-entropy; nothing depends on the first scores."""

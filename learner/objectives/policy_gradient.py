@@ -16,8 +16,9 @@ from learner.baselines import clipped_policy_loss, generalised_advantages, group
 from learner.distributed import Ranks
 from learner.heads import HeadKind
 from learner.metrics import StepMetrics
-from learner.objectives.base import LossOfScores, ObjectiveOutput, ScoredBatch
+from learner.objectives.base import LossOfScores, Objective, ObjectiveOutput, ScoredBatch
 from learner.scoring import LOG_ACT, LOG_COT
+from learner.targets import instance_numbers
 from shared.config import RunConfig
 from shared.trajectory import EndReason, Trajectory
 
@@ -25,7 +26,7 @@ REVISED_REWARD_UNIT = 100.0
 """The revised reward is R(x) in these units: the tasks' R is tens, a value head's first guesses are not."""
 
 
-class GrpoObjective:
+class GrpoObjective(Objective):
     """Group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300), without its KL term.
 
     Every response of a trajectory has the trajectory's advantage over its group.
@@ -34,27 +35,17 @@ class GrpoObjective:
         config: The run's configuration.
     """
 
-    head: HeadKind | None = None
-    uses_reference = False
-
     def __init__(self, config: RunConfig) -> None:
         self._settings = config.objective.policy_gradient
         self._cot_weight = config.policy.cot_weight
         self._cut_is_terminal = config.target.truncation == "terminal"
         self.epochs = self._settings.epochs
 
-    def first_estimates(self, batch: ScoredBatch) -> Tensor:
-        """(K,) NaN: there is no head."""
-        return torch.full((len(batch.trajectories),), math.nan, dtype=torch.float64)
-
     def prepare(self, batch: ScoredBatch, ranks: Ranks) -> LossOfScores:
         """Fixes advantages and the sampling policy's log-probabilities; returns the clipped surrogate."""
         reward = self._rewards(batch)
-        trajectories = batch.trajectories
-        numbers = {name: i for i, name in enumerate(dict.fromkeys(t.instance_id for t in trajectories))}
-        instance = torch.tensor([numbers[t.instance_id] for t in trajectories], dtype=torch.int64)
-        advantage = group_advantages(reward.nansum(dim=1), instance)[:, None].expand_as(reward)
-        return self._surrogate(batch, reward, advantage)
+        advantage = group_advantages(reward.nansum(dim=1), instance_numbers(batch.trajectories))
+        return self._surrogate(batch, reward, advantage[:, None].expand_as(reward))
 
     def _rewards(self, batch: ScoredBatch) -> Tensor:
         """(K, T) reward of every response, NaN in the padding."""
@@ -98,7 +89,7 @@ class PpoObjective(GrpoObjective):
         config: The run's configuration.
     """
 
-    head: HeadKind | None = HeadKind.VALUE
+    head = HeadKind.VALUE
 
     def first_estimates(self, batch: ScoredBatch) -> Tensor:
         """(K,) mean over the states of the discounted sum of what followed; NaN without a response."""

@@ -149,7 +149,7 @@ def test_probabilities_of_actions_are_sums_over_the_chains_of_thought(env, tiny)
         assert given.uncovered == pytest.approx(1 - covered, abs=1e-6)
 
 
-def test_what_is_left_out_are_the_rarest_states_and_no_more_mass_than_was_allowed(env, tiny):
+def test_what_is_left_out_are_the_rarest_states_and_no_more_mass_than_was_allowed(env, tiny, monkeypatch):
     inputs = PolicyInputs.load(tiny)
     scorer = Scorer(load_base_model(tiny, "float32").eval(), inputs, torch.device("cpu"), token_budget=4000)
     states = expand_tree(env)
@@ -160,11 +160,9 @@ def test_what_is_left_out_are_the_rarest_states_and_no_more_mass_than_was_allowe
             reach[(*state.actions, action)] = reach[state.actions] * given.of[action]
     inner = [reach[s.actions] for s in states if not s.forced and s.actions]
     allowed = 0.5 * sum(sorted(inner)[: len(inner) // 2])
-    monkey = pytest.MonkeyPatch()
-    with monkey.context() as patch:
-        patch.setattr("cluster.exact_evaluation._STATES_AT_ONCE", 1)
-        done = []
-        part = action_probabilities(states, scorer, inputs, done.append, allowed)
+    monkeypatch.setattr("cluster.exact_evaluation._STATES_AT_ONCE", 1)
+    done = []
+    part = action_probabilities(states, scorer, inputs, done.append, allowed)
     assert sum(done) == pytest.approx(1.0)
     left_out = [s for s, given in zip(states, part, strict=True) if given is not None and not given.of]
     assert left_out
