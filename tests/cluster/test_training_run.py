@@ -38,6 +38,9 @@ def settings(steps):
     ]
 
 
+QUICK_ENGINE = "sampler.engine=transformers"
+"""For the runs whose sampler's engine does not matter: it starts in a fraction of vLLM's time."""
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
@@ -107,7 +110,7 @@ def test_a_run_goes_on_when_any_of_its_processes_is_killed(tmp_path):
 def test_a_run_resumes_after_ctrl_c_and_after_its_driver_is_killed(tmp_path):
     steps = 16
     folder, log = RunFolder(tmp_path / "run"), tmp_path / "log"
-    run = start("--run", folder.root, *settings(steps), log=log)
+    run = start("--run", folder.root, *settings(steps), QUICK_ENGINE, log=log)
     try:
         wait_for(lambda: newest_step(folder) >= 2, "the second step", run, log)
         run.send_signal(signal.SIGINT)
@@ -144,7 +147,7 @@ def test_a_run_resumes_after_ctrl_c_and_after_its_driver_is_killed(tmp_path):
 def test_a_full_disk_ends_a_run_in_one_line_and_it_resumes_once_there_is_room(small_disk, tmp_path):
     steps = 12
     folder, log = RunFolder(small_disk / "run"), tmp_path / "log"
-    run = start("--run", folder.root, *settings(steps), log=log)
+    run = start("--run", folder.root, *settings(steps), QUICK_ENGINE, log=log)
     try:
         wait_for(lambda: newest_step(folder) >= 2, "the second step", run, log)
         fill(small_disk / "filler")
