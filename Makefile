@@ -8,10 +8,11 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.set-up-$(ENGINE)
 ALFWORLD_STAMP := .venv/.set-up-alfworld
+DOCS_STAMP := .venv/.set-up-docs
 SOURCES := shared envs actors learner cluster tests scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help setup alfworld train test test-fast lint format bench compare-torchgfn
+.PHONY: help setup alfworld train test test-fast lint format docs reference bench compare-torchgfn
 
 help: ## list the targets
 	@echo "Targets (options for a command: make train ARGS='--preset numberline-tiny'):"
@@ -49,6 +50,16 @@ lint: setup ## ruff (rules and format) and mypy
 format: setup ## let ruff put the sources in order
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+docs: $(DOCS_STAMP) ## build the documentation as a site into build/docs, and check its links
+	@PYTHONPATH=scripts $(BIN)/python -m docs_site
+
+$(DOCS_STAMP): $(STAMP) constraints-docs.txt
+	@$(BIN)/python scripts/set_up.py --docs
+	@touch $@
+
+reference: setup ## write docs/configuration.md and docs/commands.md anew, from the code
+	@PYTHONPATH=scripts:. $(BIN)/python -m docs_site.references
 
 bench: setup ## measure sampler, environments, learner, buffer and adapter hand-over
 	$(BIN)/gflowvlm bench $(ARGS)

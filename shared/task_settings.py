@@ -20,7 +20,7 @@ class EpisodeSettings(Settings):
 class NumberLineSettings(EpisodeSettings):
     """NumberLine: walk from a start number to a target number."""
 
-    name: Literal["numberline"] = "numberline"
+    name: Literal["numberline"] = Field("numberline", description="Chooses this task.")
     n_max: int = Field(5, ge=1, le=99, description="In-distribution numbers are 0..n_max.")
     ood_low: int = Field(10, ge=0, le=99, description="Smallest out-of-distribution number.")
     ood_high: int = Field(50, ge=1, le=99, description="Largest out-of-distribution number.")
@@ -37,13 +37,13 @@ class NumberLineSettings(EpisodeSettings):
 class BlackjackSettings(EpisodeSettings):
     """Blackjack: beat the dealer without going over 21."""
 
-    name: Literal["blackjack"] = "blackjack"
+    name: Literal["blackjack"] = Field("blackjack", description="Chooses this task.")
 
 
 class NumberSequenceSettings(EpisodeSettings):
     """NumberSequence: continue an arithmetic or Fibonacci-like sequence."""
 
-    name: Literal["numbersequence"] = "numbersequence"
+    name: Literal["numbersequence"] = Field("numbersequence", description="Chooses this task.")
     n_max: int = Field(9, ge=2, le=19, description="In-distribution starts and steps are 1..n_max.")
     ood_low: int = Field(10, ge=1, le=99, description="Smallest out-of-distribution start and step.")
     ood_high: int = Field(19, ge=2, le=99, description="Largest out-of-distribution start and step.")
@@ -73,7 +73,7 @@ AlfworldTaskType = Literal[
 class AlfworldSettings(EpisodeSettings):
     """ALFWorld: household tasks by text commands."""
 
-    name: Literal["alfworld"] = "alfworld"
+    name: Literal["alfworld"] = Field("alfworld", description="Chooses this task.")
     max_steps: int = Field(35, ge=1, le=200, description="Step limit.")
     image_size: int = Field(300, ge=32, le=1024, description="Side of the square picture, pixels.")
     games: str | None = Field(

@@ -1,4 +1,4 @@
-"""ALFWorld's extra: what is pinned, and that it changes nothing that the rest pins."""
+"""The extras with a lock of their own: what is pinned, and that it changes nothing that the rest pins."""
 
 import importlib.metadata as metadata
 import tomllib
@@ -10,6 +10,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
+EXTRAS = ("alfworld", "docs")
+IMPORTED = {"alfworld": "alfworld", "docs": "sphinx"}
+every_extra = pytest.mark.parametrize("extra", EXTRAS)
 
 
 def pins(name: str) -> dict[str, str]:
@@ -19,23 +22,33 @@ def pins(name: str) -> dict[str, str]:
     return {canonicalize_name(r.name): next(iter(r.specifier)).version for r in requirements}
 
 
-def extra() -> list[Requirement]:
+def asked_for(extra: str) -> list[Requirement]:
+    """What an extra asks for."""
     table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    return [Requirement(text) for text in table["project"]["optional-dependencies"]["alfworld"]]
+    return [Requirement(text) for text in table["project"]["optional-dependencies"][extra]]
 
 
-def test_extra_is_pinned_within_its_bounds_and_apart_from_the_rest() -> None:
-    ours, rest = pins("constraints-alfworld.txt"), pins("constraints.txt")
+@every_extra
+def test_extra_is_pinned_within_its_bounds_and_apart_from_the_rest(extra: str) -> None:
+    ours, rest = pins(f"constraints-{extra}.txt"), pins("constraints.txt")
     assert ours.keys().isdisjoint(rest)
-    for requirement in extra():
+    for requirement in asked_for(extra):
         assert requirement.specifier.contains(ours[canonicalize_name(requirement.name)])
 
 
-@pytest.mark.skipif(find_spec("alfworld") is None, reason="make alfworld")
-def test_both_locks_together_meet_every_requirement_of_the_extra() -> None:
-    """`make alfworld` installs the lock without resolving, so a gap, or a clash with the rest, would stay open."""
-    pinned = {**pins("constraints.txt"), **pins("constraints-alfworld.txt")}
-    todo, seen, wrong = extra(), set(), []
+def test_the_extras_pin_nothing_twice() -> None:
+    first, second = (pins(f"constraints-{extra}.txt").keys() for extra in EXTRAS)
+    assert first.isdisjoint(second)
+
+
+@every_extra
+def test_its_lock_and_the_rest_together_meet_every_requirement(extra: str) -> None:
+    """`make alfworld` and `make docs` install the lock without resolving: a gap, or a clash, would stay open."""
+    if find_spec(IMPORTED[extra]) is None:
+        pytest.skip(f"make {extra}")
+    own = pins(f"constraints-{extra}.txt")
+    pinned = {**pins("constraints.txt"), **own}
+    todo, seen, wrong = asked_for(extra), set(), []
     while todo:
         requirement = todo.pop()
         name = canonicalize_name(requirement.name)
@@ -51,4 +64,4 @@ def test_both_locks_together_meet_every_requirement_of_the_extra() -> None:
             if child.marker is None or any(child.marker.evaluate({"extra": e}) for e in (wanted or {""})):
                 todo.append(child)
     assert wrong == []
-    assert len(seen) > 25
+    assert own.keys() <= {name for name, _ in seen}, "pinned, and asked for by nothing"

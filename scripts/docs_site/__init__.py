@@ -1,0 +1,1 @@
+"""The documentation as a site: reference pages made from the code, Sphinx's settings, the check of all links."""
