@@ -10,7 +10,8 @@ extensions = ["myst_parser"]
 root_doc = "index"
 # Headings get the anchors that they have on GitHub.
 myst_heading_anchors = 3
-highlight_language = "text"
+# Commands stay on one line and scroll; what is marked `text` wraps (static/site.css).
+highlight_language = "none"
 # Options such as --plan keep their two hyphens.
 smartquotes = False
 pygments_style = "friendly"
