@@ -6,8 +6,9 @@ Images are stored once per trajectory as encoded bytes; steps refer to them by i
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -175,17 +176,40 @@ TRAJECTORY_SCHEMA = pa.schema(
 
 def to_record_batch(trajectories: Sequence[Trajectory]) -> pa.RecordBatch:
     """Returns the trajectories as one Arrow record batch of `TRAJECTORY_SCHEMA`."""
-    return pa.RecordBatch.from_pylist([asdict(t) for t in trajectories], schema=TRAJECTORY_SCHEMA)
+    # Not `asdict`, which copies every token.
+    rows = [{**vars(t), "steps": [vars(step) for step in t.steps]} for t in trajectories]
+    return pa.RecordBatch.from_pylist(rows, schema=TRAJECTORY_SCHEMA)
 
 
 def from_arrow(data: pa.RecordBatch | pa.Table) -> list[Trajectory]:
     """Returns the trajectories of a record batch or table of `TRAJECTORY_SCHEMA`."""
-    return [_from_row(row) for row in data.to_pylist()]
+    batches = [data] if isinstance(data, pa.RecordBatch) else data.to_batches()
+    return [_from_row(row) for batch in batches for row in python_values(batch.to_struct_array())]
 
 
 def _from_row(row: dict[str, Any]) -> Trajectory:
     steps = [Step(**{**step, "validity": Validity(step["validity"])}) for step in row["steps"]]
     return Trajectory(**{**row, "steps": steps, "end": EndReason(row["end"])})
+
+
+def python_values(array: pa.Array) -> list[Any]:
+    """Returns what `array.to_pylist` does, without a Python object for every number on the way.
+
+    A learner's batch has some hundred thousand tokens, and the learner waits for them.
+    """
+    kind = array.type
+    if array.null_count > 0:
+        return list(array.to_pylist())
+    if pa.types.is_list(kind):
+        values, offsets = python_values(array.flatten()), array.offsets.to_numpy()
+        return [values[start:end] for start, end in pairwise((offsets - offsets[0]).tolist())]
+    if pa.types.is_struct(kind):
+        columns = [python_values(column) for column in array.flatten()]
+        names = [kind.field(index).name for index in range(kind.num_fields)]
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        return list(array.to_numpy(zero_copy_only=False).tolist())
+    return list(array.to_pylist())
 
 
 def write_parquet(trajectories: Iterable[Trajectory] | pa.RecordBatch | pa.Table, path: Path) -> None:

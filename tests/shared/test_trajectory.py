@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ from shared.trajectory import (
     Trajectory,
     Validity,
     from_arrow,
+    python_values,
     read_parquet,
     to_record_batch,
     write_parquet,
@@ -66,6 +68,26 @@ def test_trajectories_come_back_from_parquet_as_they_were(tmp_path):
     write_parquet([TRAJECTORY, MALFORMED], path)
     assert from_arrow(read_parquet(path)) == [TRAJECTORY, MALFORMED]
     assert [p.name for p in tmp_path.iterdir()] == ["a.parquet"]
+
+
+def test_values_are_those_of_arrow_whatever_part_of_a_batch_is_asked_for():
+    batch = to_record_batch(
+        [
+            TRAJECTORY,
+            MALFORMED,
+            replace(TRAJECTORY, steps=[], images=[], original_rewards=[], log_rewards=[0.5], end=EndReason.STEP_LIMIT),
+        ]
+        * 3
+    )
+    for part in (batch, batch.slice(1, 4), batch.slice(5), batch.slice(2, 0), batch.take(pa.array([7, 2, 1]))):
+        array = part.to_struct_array()
+        assert python_values(array) == array.to_pylist()
+
+
+def test_an_expert_s_missing_log_probabilities_come_back_as_not_a_number():
+    expert = replace(TRAJECTORY, steps=[replace(STEP, sampler_log_probs=[math.nan] * 3)] * 2)
+    (back,) = from_arrow(to_record_batch([expert]))
+    assert all(math.isnan(p) for step in back.steps for p in step.sampler_log_probs)
 
 
 def test_a_stopped_trajectory_has_one_step_more_than_transitions():
