@@ -1,9 +1,11 @@
 """The replay buffer: whole groups of trajectories, Arrow in memory, Parquet on disk."""
 
 import heapq
+import math
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from actors.groups import index_of_group
 from actors.trajectory_files import TrajectoryFiles
 from shared.config import BufferSettings
 from shared.errors import UserError
-from shared.trajectory import SCHEMA_VERSION, TRAJECTORY_SCHEMA
+from shared.trajectory import SCHEMA_VERSION, TRAJECTORY_SCHEMA, python_values
 
 NEWEST_WINDOW = 128
 """Policy trajectories over which the newest success rate is taken."""
@@ -27,6 +29,7 @@ class _Group:
     Attributes:
         order: Running number in order of acceptance.
         batch: Their rows.
+        bytes: Their size.
         policy: Number of trajectories that the policy made.
         priority: The largest final log-reward, nats.
         version: The oldest policy version in it; None when only the expert made it.
@@ -36,6 +39,7 @@ class _Group:
     group_id: str
     order: int
     batch: pa.RecordBatch
+    bytes: int
     policy: int
     priority: float
     version: int | None
@@ -88,6 +92,8 @@ class ReplayBuffer:
         self._by_version: list[tuple[int, int, str]] = []
         self._known: set[str] = set()
         self._weight = 0
+        # Kept up to date, because the driver asks for them again and again, however many groups there are.
+        self._size = self._experts = self._bytes = 0
         self._orders = 0
         self._newest_version = 0
         self._accepted_by_version: Counter[int] = Counter()
@@ -128,8 +134,8 @@ class ReplayBuffer:
                 "run the same release on every node"
             )
         new = self._unknown_rows(batch)
-        for name, rewards in zip(new["trajectory_id"].to_pylist(), new["log_rewards"].to_pylist(), strict=True):
-            if len(rewards) == 0 or not np.all(np.isfinite(rewards)):
+        for name, rewards in zip(new["trajectory_id"].to_pylist(), python_values(new["log_rewards"]), strict=True):
+            if len(rewards) == 0 or not all(map(math.isfinite, rewards)):
                 raise ValueError(f"trajectory {name}: its log-rewards must be finite, found {rewards}")
         if new.num_rows > 0:
             if self._files is not None:
@@ -189,7 +195,6 @@ class ReplayBuffer:
         memory), ``newest_version``, ``newest_success`` (share among the newest `NEWEST_WINDOW` of the policy;
         None before the first), ``refused`` and ``last_refusal`` (trajectories that could not be written).
         """
-        size = sum(group.batch.num_rows for group in self._groups.values())
         newest = self._newest_success
         return {
             "accepted": self.accepted,
@@ -197,11 +202,11 @@ class ReplayBuffer:
             "accepted_experts": self._accepted_experts,
             "accepted_by_version": dict(self._accepted_by_version),
             "largest_group_index": self._largest_group_index,
-            "size": size,
+            "size": self._size,
             "groups": len(self._groups),
-            "expert": sum(group.batch.num_rows - group.policy for group in self._groups.values()),
+            "expert": self._experts,
             "evicted": self._evicted,
-            "bytes": sum(group.batch.nbytes for group in self._groups.values()),
+            "bytes": self._bytes,
             "newest_version": self._newest_version,
             "newest_success": sum(newest) / len(newest) if len(newest) > 0 else None,
             "refused": self._refused,
@@ -261,13 +266,14 @@ class ReplayBuffer:
             group_id=group_id,
             order=self._orders,
             batch=batch,
+            bytes=batch.nbytes,
             policy=len(experts) - sum(experts),
-            priority=max(rewards[-1] for rewards in batch["log_rewards"].to_pylist()),
+            priority=max(rewards[-1] for rewards in python_values(batch["log_rewards"])),
             version=min(policy_versions, default=None),
         )
         self._orders += 1
         self._groups[group_id] = group
-        self._weight += group.weight
+        self._weigh(group, 1)
         self._spared.append((group.order, group_id))
         self._spared_weight += group.weight
         if group.version is not None:
@@ -276,10 +282,16 @@ class ReplayBuffer:
     def _leave(self, group_id: str) -> _Group:
         """Takes a group out; what the queues still say of it is skipped, since its order is gone."""
         group = self._groups.pop(group_id)
-        self._weight -= group.weight
+        self._weigh(group, -1)
         if group.newest:
             self._spared_weight -= group.weight
         return group
+
+    def _weigh(self, group: _Group, sign: int) -> None:
+        self._weight += sign * group.weight
+        self._size += sign * group.batch.num_rows
+        self._experts += sign * (group.batch.num_rows - group.policy)
+        self._bytes += sign * group.bytes
 
     def _evict(self, group_id: str) -> None:
         self._evicted += self._leave(group_id).batch.num_rows
@@ -314,7 +326,10 @@ class ReplayBuffer:
 
 def _oldest_versions(batch: pa.RecordBatch) -> list[int]:
     """Returns each trajectory's oldest policy version, -1 without steps."""
-    return [min(steps.values.field("policy_version").to_pylist(), default=-1) for steps in batch["steps"]]
+    steps = batch["steps"]
+    versions = python_values(steps.flatten().field("policy_version"))
+    offsets = steps.offsets.to_numpy()
+    return [min(versions[start:end], default=-1) for start, end in pairwise((offsets - offsets[0]).tolist())]
 
 
 def _concatenated(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:

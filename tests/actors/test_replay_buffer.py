@@ -267,6 +267,9 @@ def test_a_restarted_buffer_is_the_same_buffer(data: st.DataObject, tmp_path_fac
             version=index // 3,
         )
         append(target, made)
+        held = target.content()
+        counted = {"size": held.num_rows, "expert": sum(held["expert"].to_pylist()), "groups": len(groups_in(held))}
+        assert counted.items() <= target.stats().items()
     again = buffer(folder, **changed)
     assert again.stats() == target.stats()
     assert again.content().to_pylist().__repr__() == target.content().to_pylist().__repr__()
