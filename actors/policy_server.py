@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from actors.adapter_store import find_adapter_store
-from actors.samplers import make_sampler
+from actors.samplers import SamplerFactory, make_sampler
 from actors.sampling import (
     SampleRequest,
     SampleResponse,
@@ -55,12 +55,14 @@ START_TRIES = 2
 class PolicyServer:
     """One replica: a sampler, and a task that waits for newer adapters."""
 
-    def __init__(self, config: RunConfig, model_path: str, store_name: str) -> None:
+    def __init__(
+        self, config: RunConfig, model_path: str, store_name: str, start_sampler: SamplerFactory = make_sampler
+    ) -> None:
         """Starts the sampler. Serve calls this on the event loop that later answers the requests."""
         self._store_name = store_name
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._adapter_error: str | None = None
-        self._sampler = make_sampler(config, model_path, config.sampler.engine, self._path_of)
+        self._sampler = start_sampler(config, model_path, config.sampler.engine, self._path_of)
         self._caught_up = asyncio.Event()
         self._following = asyncio.get_running_loop().create_task(self._follow_store())
 
@@ -141,7 +143,9 @@ class PolicyServer:
             ) from None
 
 
-def deploy_policy_server(config: RunConfig, model_path: str, store_name: str, name: str) -> DeploymentHandle:
+def deploy_policy_server(
+    config: RunConfig, model_path: str, store_name: str, name: str, start_sampler: SamplerFactory = make_sampler
+) -> DeploymentHandle:
     """Deploys the policy server on the connected Ray cluster and waits until every replica is ready.
 
     Args:
@@ -149,6 +153,7 @@ def deploy_policy_server(config: RunConfig, model_path: str, store_name: str, na
         model_path: Model directory or hub name, the same on every node.
         store_name: Name of the run's adapter store (`start_adapter_store`).
         name: Name of the Serve application.
+        start_sampler: Starts the sampler of each replica.
 
     Returns:
         The handle for `PolicyClient`.
@@ -174,7 +179,7 @@ def deploy_policy_server(config: RunConfig, model_path: str, store_name: str, na
         max_constructor_retry_count=START_TRIES,
         logging_config=_quiet_logging(),
     )
-    application = deployment.bind(config, model_path, store_name)
+    application = deployment.bind(config, model_path, store_name, start_sampler)
     target = serve.RunTarget(target=application, name=name, route_prefix=None)
     (handle,) = serve.run_many([target], wait_for_applications_running=False)
     try:

@@ -6,6 +6,9 @@ from pathlib import Path
 from actors.sampling import PolicySampler
 from shared.config import RunConfig
 
+SamplerFactory = Callable[[RunConfig, str, str, Callable[[int], Awaitable[Path]] | None], PolicySampler]
+"""Starts a sampler: see `make_sampler`."""
+
 
 def make_sampler(
     config: RunConfig,

@@ -5,10 +5,10 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 import ray.train
@@ -35,6 +35,29 @@ from shared.trajectory import EndReason, Step, Trajectory, Validity, from_arrow
 
 ACTOR_TIMEOUT_S = 120.0
 """Longest wait for the adapter store or the replay buffer to answer; covers their restart."""
+
+
+class BatchLearner(Protocol):
+    """What the loop asks of a learner; see `Learner`."""
+
+    @property
+    def steps_taken(self) -> int:
+        """Batches taken so far."""
+
+    def step(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Takes one step on a batch and returns its metrics."""
+
+    def score(self, trajectories: Sequence[Trajectory]) -> list[list[list[float]]]:
+        """Returns the log-probability of every response token."""
+
+    def save_adapter(self, directory: Path) -> None:
+        """Writes the adapter in PEFT format."""
+
+    def save(self, directory: Path) -> None:
+        """Writes a checkpoint."""
+
+    def load(self, directory: Path) -> None:
+        """Restores a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -70,24 +93,35 @@ def learner_loop(job_values: dict[str, Any]) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(ray.train.torch.get_device())
     try:
-        _Loop(job, folder, context.get_world_rank(), context.get_world_size()).run()
+        config, rank = RunConfig.model_validate(job.config), context.get_world_rank()
+        learner = Learner(config, job.model_path, rank=rank, world_size=context.get_world_size())
+        LearnerLoop(job, folder, rank, learner).run()
     except UserError as error:
         append_row(folder.metrics, "fatal", {"error": str(error)})
 
 
-class _Loop:
-    def __init__(self, job: LearnerJob, folder: RunFolder, rank: int, world_size: int) -> None:
+class LearnerLoop:
+    """One data-parallel learner's part of a run; see `learner_loop`.
+
+    Args:
+        job: What to learn, and from whom.
+        folder: The run's folder.
+        rank: Number of this learner.
+        learner: Takes the steps; restored from the newest checkpoint.
+    """
+
+    def __init__(self, job: LearnerJob, folder: RunFolder, rank: int, learner: BatchLearner) -> None:
         self.config = RunConfig.model_validate(job.config)
-        self.job, self.folder, self.rank, self.world_size = job, folder, rank, world_size
+        self.job, self.folder, self.rank, self.learner = job, folder, rank, learner
         self.store = find_adapter_store(job.store_name)
         self.buffer = get_buffer(job.buffer_name)
-        self.learner = Learner(self.config, job.model_path, rank=rank, world_size=world_size)
         checkpoint = latest_checkpoint(folder.checkpoints)
         if checkpoint is not None:
             self.learner.load(checkpoint)
         self.version = BASE_VERSION
 
     def run(self) -> None:
+        """Learns from the newest checkpoint on to the last step, or until the replay buffer is closed."""
         total = self.config.learner.steps
         first = self.learner.steps_taken
         if self.rank == 0:

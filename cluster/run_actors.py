@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.serve.handle import DeploymentHandle
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors.adapter_store import start_adapter_store
@@ -54,9 +55,7 @@ class RunActors:
         self.buffer = create_buffer_actor(self._config, self._folder.root, f"{self._name}-buffer")
         started = time.monotonic()
         try:
-            handle = deploy_policy_server(
-                self._config, self._model_path, store_name=f"{self._name}-store", name=f"{self._name}-policy"
-            )
+            handle = self._deploy_policy_server()
         except BaseException:
             shutdown_policy_server(f"{self._name}-policy")
             raise
@@ -100,7 +99,7 @@ class RunActors:
             server_name=f"{self._name}-policy",
         )
         trainer = TorchTrainer(
-            learner_loop,
+            self._learner_loop(),
             train_loop_config=vars(job),
             torch_config=TorchConfig(backend="nccl" if settings.gpus_per_worker > 0 else "gloo"),
             scaling_config=ray.train.ScalingConfig(
@@ -128,6 +127,14 @@ class RunActors:
     def learner_finished(self) -> bool:
         """Whether the learner was started and has ended, well or not."""
         return self._learner is not None and not self._learner.is_alive()
+
+    def _deploy_policy_server(self) -> DeploymentHandle:
+        return deploy_policy_server(
+            self._config, self._model_path, store_name=f"{self._name}-store", name=f"{self._name}-policy"
+        )
+
+    def _learner_loop(self) -> Callable[[dict[str, Any]], None]:
+        return learner_loop
 
     def _start_worker(self, index: int) -> ray.actor.ActorHandle:
         rollout = self._config.rollout

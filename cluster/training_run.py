@@ -72,12 +72,15 @@ class TrainingRun:
             KeyboardInterrupt: The run was interrupted; it can be resumed.
         """
         try:
-            with self.display, RunActors(self.folder, self.config, self.model_path, self.display.say) as self._actors:
+            with self.display, self._make_actors() as self._actors:
                 self.display.update(step=self.step)
                 self._make_scheduler()
                 return self._play_and_learn()
         finally:
             self.telemetry.close()
+
+    def _make_actors(self) -> RunActors:
+        return RunActors(self.folder, self.config, self.model_path, self.display.say)
 
     def _make_scheduler(self) -> None:
         config, stats = self.config, self._actors.buffer_stats()
