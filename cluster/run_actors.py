@@ -35,6 +35,7 @@ class RunActors:
         say: Called with a line about what is being done.
 
     Attributes:
+        engine: Name of the samplers' engine.
         client: The client of the policy server.
         loop: The event loop that the client's requests of this process are made on.
         buffer: Handle of the replay buffer.
@@ -45,6 +46,7 @@ class RunActors:
     def __init__(self, folder: RunFolder, config: RunConfig, model_path: str, say: Callable[[str], None]) -> None:
         self._folder, self._config, self._model_path, self._say = folder, config, model_path, say
         self._name = f"gflowvlm-{uuid.uuid4().hex[:8]}"
+        self.engine: str = config.sampler.engine
         self._learner: threading.Thread | None = None
         self.learner_error: BaseException | None = None
 
@@ -59,7 +61,7 @@ class RunActors:
         except BaseException:
             shutdown_policy_server(f"{self._name}-policy")
             raise
-        self._say(f"policy server is up ({self._config.sampler.engine}, {time.monotonic() - started:.0f} s)")
+        self._say(f"policy server is up ({self.engine}, {time.monotonic() - started:.0f} s)")
         self.client = PolicyClient.from_config(handle, self._config)
         self.loop = EventLoopThread("policy client")
         self.workers = [self._start_worker(index) for index in range(self._config.rollout.workers)]

@@ -4,7 +4,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-PARTS = ("environment", "sampler", "serve", "adapter", "replay", "learner")
+from cluster.benchmarks.scale_sizes import FULL_SIMULATION, QUICK_SIMULATION, SimulatedScale
+
+USUAL_PARTS = ("environment", "sampler", "serve", "adapter", "replay", "learner")
+"""What is measured when nothing is chosen."""
+
+SIMULATED_PARTS = ("scale", "overlap", "publish")
+"""What is measured with simulated engines and a simulated learner."""
+
+PARTS = USUAL_PARTS + SIMULATED_PARTS
 """What can be measured, in the order in which results are shown."""
 
 Say = Callable[[str], None]
@@ -22,6 +30,7 @@ class Scale:
         learner_steps: Learner steps timed.
         seconds: Time for a measurement that can be cut anywhere.
         replay_groups: Groups appended to the replay buffer.
+        simulated: How much is simulated, for the parts that simulate.
     """
 
     rounds: int = 7
@@ -30,9 +39,18 @@ class Scale:
     learner_steps: int = 5
     seconds: float = 4.0
     replay_groups: int = 256
+    simulated: SimulatedScale = FULL_SIMULATION
 
 
-QUICK = Scale(rounds=3, requests_per_slot=3, publishes=20, learner_steps=2, seconds=1.0, replay_groups=64)
+QUICK = Scale(
+    rounds=3,
+    requests_per_slot=3,
+    publishes=20,
+    learner_steps=2,
+    seconds=1.0,
+    replay_groups=64,
+    simulated=QUICK_SIMULATION,
+)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 
 from rich.console import Console
 
-from cluster.benchmarks.figures import PARTS, Figure, Say, Scale
+from cluster.benchmarks.figures import PARTS, SIMULATED_PARTS, Figure, Say, Scale
 from cluster.benchmarks.quiet import quiet_stderr
 from cluster.models import resolve_model
 from cluster.ray_runtime import ray_cluster
@@ -63,4 +63,9 @@ def _measured(config: RunConfig, parts: set[str], scale: Scale, console: Console
             figures += bench_serving(config, model_path, parts & _NEED_ENGINE, scale, teller("sampler"))
         if parts & _NEED_RAY:
             teller("ray")("stopping")
+    simulated = parts & set(SIMULATED_PARTS)
+    if simulated:
+        from cluster.benchmarks.scale import SimulatedRuns
+
+        figures += SimulatedRuns(config, model_path, scale.simulated, teller("simulated")).measured(simulated)
     return figures

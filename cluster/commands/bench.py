@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cluster.benchmarks.figures import PARTS, QUICK, Figure, Scale
+from cluster.benchmarks.figures import PARTS, QUICK, SIMULATED_PARTS, USUAL_PARTS, Figure, Scale
 from cluster.json_file import write_json_file
 from cluster.machine import machine, machine_lines, versions
 from cluster.preset_library import DEFAULT_PRESET, load_preset
@@ -31,7 +31,11 @@ def register(app: typer.Typer) -> None:
         ),
         quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions: rougher figures sooner.")] = False,
         parts: Annotated[
-            str | None, typer.Option(help=f"What to measure, comma-separated: {','.join(PARTS)}. All by default.")
+            str | None,
+            typer.Option(
+                help=f"What to measure, comma-separated: {','.join(PARTS)}. By default all but "
+                f"{', '.join(SIMULATED_PARTS)}, which simulate engines and learner and take most of an hour."
+            ),
         ] = None,
         run: Annotated[
             Path | None,
@@ -48,6 +52,8 @@ def register(app: typer.Typer) -> None:
         Everything in a few minutes: `gflowvlm bench --quick`
 
         A run's waiting times: `gflowvlm bench --run RUN`
+
+        With simulated engines and learner, thousands of requests in flight: `gflowvlm bench --parts scale`
         """
         console = Console()
         chosen = _chosen(parts, only_run=run is not None)
@@ -79,7 +85,7 @@ def register(app: typer.Typer) -> None:
 
 def _chosen(parts: str | None, *, only_run: bool) -> set[str]:
     if parts is None:
-        return set() if only_run else set(PARTS)
+        return set() if only_run else set(USUAL_PARTS)
     chosen = {part.strip() for part in parts.split(",")}
     unknown = sorted(chosen - set(PARTS))
     if unknown:
