@@ -164,7 +164,7 @@ def deploy_policy_server(
     sampler = config.sampler
     # Requests come over handles only: no proxy, no port.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(proxy_location="Disabled", logging_config=_quiet_logging())
+    serve.start(proxy_location="Disabled", logging_config=quiet_logging())
     deployment = serve.deployment(
         PolicyServer,
         name=DEPLOYMENT,
@@ -177,13 +177,13 @@ def deploy_policy_server(
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=START_TRIES,
-        logging_config=_quiet_logging(),
+        logging_config=quiet_logging(),
     )
     application = deployment.bind(config, model_path, store_name, start_sampler)
     target = serve.RunTarget(target=application, name=name, route_prefix=None)
     (handle,) = serve.run_many([target], wait_for_applications_running=False)
     try:
-        _wait_until_running(name, sampler.start_timeout_s)
+        wait_until_running(name, DEPLOYMENT, sampler.start_timeout_s)
     except UserError:
         shutdown_policy_server(name)
         raise
@@ -196,11 +196,16 @@ def shutdown_policy_server(name: str) -> None:
         serve.delete(name)
 
 
-def _wait_until_running(name: str, timeout_s: float) -> None:
+def wait_until_running(name: str, deployment_name: str, timeout_s: float) -> None:
+    """Returns when every replica of a Serve application's one deployment is ready.
+
+    Raises:
+        UserError: A replica cannot start, or not within `timeout_s` seconds (``sampler.start_timeout_s``).
+    """
     deadline = time.monotonic() + timeout_s
     while True:
         application = serve.status().applications.get(name)
-        deployment = None if application is None else application.deployments.get(DEPLOYMENT)
+        deployment = None if application is None else application.deployments.get(deployment_name)
         message = "" if deployment is None else deployment.message
         if application is not None and application.status == ApplicationStatus.RUNNING:
             return
@@ -223,5 +228,6 @@ def _reason(message: str) -> str:
     return lines[-1] if lines else ""
 
 
-def _quiet_logging() -> LoggingConfig:
+def quiet_logging() -> LoggingConfig:
+    """Returns Serve's logging without a line for every request."""
     return LoggingConfig(log_level="WARNING", enable_access_log=False)

@@ -56,11 +56,7 @@ class VllmSampler:
         self._inputs = PolicyInputs.load(model_path)
         self._versions = AdapterVersions(self._add, self._remove, path_of, ADAPTERS)
         self._forbidden = dict.fromkeys(self._inputs.forbidden_ids, float("-inf"))
-        before = multiprocessing.active_children()
-        self._engine = _start_engine(config, self._inputs.model, len(self._forbidden))
-        self._processes = [child for child in multiprocessing.active_children() if child not in before]
-        # An engine does not notice that the process it serves was killed.
-        self._guard = ProcessGuard([process.pid for process in self._processes if process.pid is not None])
+        self._engine = GuardedEngine(engine_arguments(config, self._inputs.model, len(self._forbidden)))
 
     @property
     def newest(self) -> int:
@@ -93,18 +89,15 @@ class VllmSampler:
 
     async def check_health(self) -> None:
         """Raises `SamplerUnavailableError` when the engine's process is gone."""
-        # An engine process that was asked to end (SIGTERM) is gone without the engine calling it an error.
-        if self._engine.errored or not all(process.is_alive() for process in self._processes):
-            raise SamplerUnavailableError("the vLLM engine died")
+        self._engine.check()
 
     def stats(self) -> dict[str, Any]:
         """Returns `AdapterVersions.stats` and the engine's process ids, ``engine_pids``."""
-        return {**self._versions.stats(), "engine_pids": [process.pid for process in self._processes]}
+        return {**self._versions.stats(), "engine_pids": self._engine.pids}
 
     def shutdown(self) -> None:
         """Ends the engine and its processes."""
-        self._engine.shutdown(timeout=SHUTDOWN_S)
-        self._guard.release()
+        self._engine.shutdown()
 
     async def _generate(self, request: SampleRequest, version: int) -> Any:
         from vllm.exceptions import VLLMClientError
@@ -118,7 +111,7 @@ class VllmSampler:
         }
         last = None
         try:
-            async for output in self._engine.generate(
+            async for output in self._engine.client.generate(
                 prompt,
                 self._sampling_params(request),
                 uuid.uuid4().hex,
@@ -163,29 +156,82 @@ class VllmSampler:
     async def _add(self, version: int, path: Path) -> None:
         await self.check_health()
         try:
-            await self._engine.add_lora(self._lora(version, path))
+            await self._engine.client.add_lora(self._lora(version, path))
         except Exception as error:  # noqa: BLE001 - the engine process reports every failure as a bare Exception
             await self.check_health()
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"adapter {path}: the sampler cannot apply it ({reason})") from None
 
     async def _remove(self, version: int) -> None:
-        await self._engine.remove_lora(version)
+        await self._engine.client.remove_lora(version)
 
 
-def _start_engine(config: RunConfig, model: str, forbidden: int) -> Any:
+class GuardedEngine:
+    """A vLLM engine whose processes end with this one, however it ends.
+
+    Attributes:
+        client: The `AsyncLLM`.
+        pids: Ids of the engine's processes.
+    """
+
+    def __init__(self, arguments: Any, kind: Any = None) -> None:
+        """Starts the engine.
+
+        Args:
+            arguments: What `engine_arguments` returns.
+            kind: A subclass of `AsyncLLM` to start instead.
+
+        Raises:
+            UserError: vLLM cannot serve this model under these settings.
+        """
+        try:
+            from vllm.v1.engine.async_llm import AsyncLLM
+        except ImportError as error:
+            raise _not_importable(error) from None
+        before = multiprocessing.active_children()
+        try:
+            self.client = (AsyncLLM if kind is None else kind).from_engine_args(arguments)
+        except (ValueError, RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())[:400]
+            raise UserError(
+                f"model {arguments.model!r}: vLLM cannot serve it under these settings ({reason})"
+            ) from error
+        self._processes = [child for child in multiprocessing.active_children() if child not in before]
+        self.pids = [process.pid for process in self._processes if process.pid is not None]
+        # An engine does not notice that the process it serves was killed.
+        self._guard = ProcessGuard(self.pids)
+
+    def check(self) -> None:
+        """Raises `SamplerUnavailableError` when a process of the engine is gone."""
+        # An engine process that was asked to end (SIGTERM) is gone without the engine calling it an error.
+        if self.client.errored or not all(process.is_alive() for process in self._processes):
+            raise SamplerUnavailableError("the vLLM engine died")
+
+    def shutdown(self) -> None:
+        """Ends the engine and its processes."""
+        self.client.shutdown(timeout=SHUTDOWN_S)
+        self._guard.release()
+
+
+def engine_arguments(config: RunConfig, model: str, forbidden: int) -> Any:
+    """Returns the `AsyncEngineArgs` of a policy, and sets the environment that its engine needs.
+
+    Args:
+        config: The run's configuration.
+        model: Model directory or hub name.
+        forbidden: How many tokens must not be sampled.
+
+    Raises:
+        UserError: vLLM is not installed.
+    """
     _set_environment(config, forbidden)
     try:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
-        from vllm.v1.engine.async_llm import AsyncLLM
     except ImportError as error:
-        raise UserError(
-            f"sampler.engine vllm: vLLM cannot be imported ({error}); install the extra `cpu` or `gpu`, "
-            "or set sampler.engine=transformers"
-        ) from None
+        raise _not_importable(error) from None
     sampler = config.sampler
-    arguments = AsyncEngineArgs(
+    return AsyncEngineArgs(
         model=model,
         dtype=config.policy.dtype,
         seed=config.seed,
@@ -212,11 +258,13 @@ def _start_engine(config: RunConfig, model: str, forbidden: int) -> Any:
         generation_config="vllm",
         disable_log_stats=True,
     )
-    try:
-        return AsyncLLM.from_engine_args(arguments)
-    except (ValueError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise UserError(f"model {model!r}: vLLM cannot serve it under these settings ({reason})") from error
+
+
+def _not_importable(error: ImportError) -> UserError:
+    return UserError(
+        f"sampler.engine vllm: vLLM cannot be imported ({error}); install the extra `cpu` or `gpu`, "
+        "or set sampler.engine=transformers"
+    )
 
 
 def _set_environment(config: RunConfig, forbidden: int) -> None:

@@ -17,6 +17,7 @@ from cluster.commands import (
     prove,
     replay,
     report,
+    serve,
     sft,
     train,
 )
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (train, compare, evaluate, play, replay, report, prove, sft, bench, presets, alfworld, doctor):
+for command in (train, compare, evaluate, play, replay, report, serve, prove, sft, bench, presets, alfworld, doctor):
     command.register(app)
 
 

@@ -10,6 +10,9 @@ PROCESS_ENVIRONMENT = MappingProxyType(
         # (docs/benchmarks.md). It binds a process's requests to the first event loop that makes one, so a
         # process must keep to one loop.
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # Part of the former, and unwanted: replicas would listen on HTTP ports of their own beside the proxy's, and
+        # each would be kept for half a minute after it was told to stop.
+        "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
     }
 )
 

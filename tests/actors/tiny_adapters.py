@@ -24,8 +24,8 @@ def write_policy(folder: Path, adapters: int) -> Path:
     return folder
 
 
-def write_adapter(model: Path, folder: Path, seed: int, targets: str = LANGUAGE_LAYERS) -> Path:
-    """Writes an adapter with random weights, large enough to change greedy answers."""
+def write_adapter(model: Path, folder: Path, seed: int, targets: str = LANGUAGE_LAYERS, scale: float = 0.1) -> Path:
+    """Writes an adapter with random weights, by default large enough to change greedy answers."""
     base = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -33,7 +33,7 @@ def write_adapter(model: Path, folder: Path, seed: int, targets: str = LANGUAGE_
         with torch.no_grad():
             for name, weight in adapted.named_parameters():
                 if "lora_B" in name:
-                    weight.normal_(0.0, 0.1)
+                    weight.normal_(0.0, scale)
     adapted.save_pretrained(folder)
     return folder
 

@@ -15,7 +15,8 @@ K8S = ROOT / "k8s"
 RAY_SCHEMAS = ROOT.parent / "shared" / "k8s-schemas"
 CLUSTERS = ("overlays/dev/cluster", "overlays/gpu/cluster", "overlays/spot/cluster")
 JOBS = ("overlays/dev/job", "overlays/gpu/job", "overlays/spot/job")
-BUILDS = (*CLUSTERS, *JOBS, "warm-start")
+SERVICES = ("overlays/dev/serve", "overlays/gpu/serve")
+BUILDS = (*CLUSTERS, *JOBS, *SERVICES, "warm-start")
 
 Manifest = dict[str, Any]
 
@@ -48,10 +49,11 @@ def only(manifests: list[Manifest], kind: str, name: str | None = None) -> Manif
 
 
 def cluster_spec(manifests: list[Manifest]) -> Manifest:
-    """The spec of the RayCluster that the resources ask for, also inside a RayJob."""
+    """The spec of the RayCluster that the resources ask for, also inside a RayJob or a RayService."""
     jobs = [m["spec"]["rayClusterSpec"] for m in manifests if m["kind"] == "RayJob"]
+    services = [m["spec"]["rayClusterConfig"] for m in manifests if m["kind"] == "RayService"]
     clusters = [m["spec"] for m in manifests if m["kind"] == "RayCluster"]
-    (spec,) = jobs + clusters
+    (spec,) = jobs + services + clusters
     return spec
 
 
@@ -69,7 +71,7 @@ def pod_templates(manifests: list[Manifest]) -> dict[str, Manifest]:
             found[f"{kind} {manifest['metadata']['name']}"] = spec["template"]
         if kind == "RayJob":
             found["submitter"] = spec["submitterPodTemplate"]
-    if any(m["kind"] in ("RayCluster", "RayJob") for m in manifests):
+    if any(m["kind"] in ("RayCluster", "RayJob", "RayService") for m in manifests):
         found["head"] = cluster_spec(manifests)["headGroupSpec"]["template"]
         found |= {name: group["template"] for name, group in worker_groups(manifests).items()}
     return found

@@ -20,6 +20,7 @@ from tests.k8s.manifests import (
     K8S,
     RAY_SCHEMAS,
     ROOT,
+    SERVICES,
     Manifest,
     build,
     cluster_spec,
@@ -73,10 +74,17 @@ def check_with_kuberay(manifest: Manifest) -> list[str]:
     return [f"{error.json_path}: {error.message[:200]}" for error in errors]
 
 
-@pytest.mark.parametrize("folder", [*CLUSTERS, *JOBS])
+KINDS = {
+    **dict.fromkeys(CLUSTERS, "RayCluster"),
+    **dict.fromkeys(JOBS, "RayJob"),
+    **dict.fromkeys(SERVICES, "RayService"),
+}
+
+
+@pytest.mark.parametrize("folder", KINDS)
 def test_ray_resources_follow_kuberays_schema(folder: str) -> None:
     of_ray = [m for m in build(folder) if m["apiVersion"] == "ray.io/v1"]
-    assert [m["kind"] for m in of_ray] == ["RayJob" if folder in JOBS else "RayCluster"]
+    assert [m["kind"] for m in of_ray] == [KINDS[folder]]
     assert [check_with_kuberay(m) for m in of_ray] == [[]]
 
 
@@ -88,7 +96,7 @@ def test_a_misspelt_field_would_be_seen() -> None:
 
 
 @pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
-@pytest.mark.parametrize("folder", [*JOBS, "warm-start"])
+@pytest.mark.parametrize("folder", [*JOBS, *SERVICES, "warm-start"])
 def test_kubernetes_own_resources_follow_its_schema(folder: str, version: str) -> None:
     own = [m for m in build(folder) if "." not in m["apiVersion"].split("/")[0] or "k8s.io" in m["apiVersion"]]
     assert own
@@ -97,7 +105,7 @@ def test_kubernetes_own_resources_follow_its_schema(folder: str, version: str) -
 
 
 @pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
-@pytest.mark.parametrize("folder", JOBS)
+@pytest.mark.parametrize("folder", [*JOBS, *SERVICES])
 def test_pod_templates_inside_ray_resources_follow_kubernetes_schema(folder: str, version: str) -> None:
     for name, template in pod_templates(build(folder)).items():
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": template["spec"]}
@@ -146,7 +154,7 @@ def test_secrets_come_by_reference_only(folder: str) -> None:
             assert all(set(e) == {"name", "valueFrom"} and "secretKeyRef" in e["valueFrom"] for e in secret), name
 
 
-@pytest.mark.parametrize("folder", [*CLUSTERS, *JOBS])
+@pytest.mark.parametrize("folder", [*CLUSTERS, *JOBS, *SERVICES])
 def test_only_the_head_gets_a_token_of_kubernetes(folder: str) -> None:
     manifests = build(folder)
     assert not any("Role" in m["kind"] for m in manifests)
@@ -159,7 +167,7 @@ def test_only_the_head_gets_a_token_of_kubernetes(folder: str) -> None:
         assert mounted is (name == "head"), name
 
 
-@pytest.mark.parametrize("folder", [*CLUSTERS, *JOBS])
+@pytest.mark.parametrize("folder", [*CLUSTERS, *JOBS, *SERVICES])
 def test_nothing_is_reached_or_reaches_out_by_default_and_all_pods_are_under_the_policies(folder: str) -> None:
     manifests = build(folder)
     deny = only(manifests, "NetworkPolicy", "default-deny")["spec"]
@@ -180,7 +188,7 @@ def test_the_cluster_asks_for_tokens_autoscales_and_runs_the_pinned_ray(folder: 
     assert all(group["minReplicas"] == 0 < group["maxReplicas"] for group in spec["workerGroupSpecs"])
 
 
-@pytest.mark.parametrize("folder", [*CLUSTERS, *JOBS, "warm-start"])
+@pytest.mark.parametrize("folder", BUILDS)
 def test_claims_and_images_are_named_the_same_everywhere(folder: str) -> None:
     manifests = build(folder)
     templates = pod_templates(manifests)
