@@ -3,18 +3,20 @@
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
+from actors.environments import EpisodeEnvironment, View
 from actors.groups import GroupRequest, PlaySettings, new_group_id
 from actors.sampling import SampleRequest, SampleResponse
-from envs.base import TaskEnv
 from shared.policy_inputs import PolicyInputs
 from shared.response import parse_response, token_spans
 from shared.trajectory import EndReason, Step, Trajectory, Validity
+
+_Result = TypeVar("_Result")
 
 EXPERT_VERSION = -1
 """Policy version of the steps that the expert made."""
@@ -34,7 +36,7 @@ class PlayedGroup:
     Attributes:
         group_id: Its id, new with every attempt.
         trajectories: The rollouts in order, the expert's last where there is one.
-        env_seconds: Time in the environments, encoding their pictures included.
+        env_seconds: Time waiting for the environments, encoding their pictures included, summed over the rollouts.
         wait_seconds: Time waiting for responses, summed over the rollouts.
     """
 
@@ -54,7 +56,7 @@ class _Response:
 
 
 async def play_group(
-    make_env: Callable[[], TaskEnv],
+    open_environment: Callable[[], EpisodeEnvironment],
     source: ResponseSource,
     inputs: PolicyInputs,
     request: GroupRequest,
@@ -67,7 +69,7 @@ async def play_group(
     response that could not be had at all fails the whole group: it is no behaviour of the policy.
 
     Args:
-        make_env: Makes an environment; each rollout has its own.
+        open_environment: Makes an environment; each rollout has its own.
         source: Who answers for the policy.
         inputs: The policy's tokenizer.
         request: Which instance.
@@ -77,22 +79,26 @@ async def play_group(
         The trajectories, and the expert's when asked for and every rollout failed.
 
     Raises:
-        Exception: What `source` raised; the group's other rollouts are cancelled.
+        Exception: What `source` or an environment raised; the group's other rollouts are cancelled.
     """
     group = PlayedGroup(new_group_id(request.group_index))
-    rollouts = [_Rollout(make_env(), inputs, request, settings, group, index) for index in range(settings.group_size)]
-    if settings.expert_plays:
-        group.trajectories = [rollout.demonstrate() for rollout in rollouts]
-        return group
+
+    async def roll_out(index: int, demonstrate: bool) -> Trajectory:
+        environment = open_environment()
+        try:
+            rollout = _Rollout(environment, inputs, request, settings, group, index)
+            return await (rollout.demonstrate() if demonstrate else rollout.play(source))
+        finally:
+            environment.close()
+
     try:
         async with asyncio.TaskGroup() as tasks:
-            played = [tasks.create_task(rollout.play(source)) for rollout in rollouts]
+            played = [tasks.create_task(roll_out(index, settings.expert_plays)) for index in range(settings.group_size)]
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
     group.trajectories = [task.result() for task in played]
     if settings.expert_on_failure and not any(trajectory.success for trajectory in group.trajectories):
-        expert = _Rollout(make_env(), inputs, request, settings, group, settings.group_size)
-        group.trajectories.append(expert.demonstrate())
+        group.trajectories.append(await roll_out(settings.group_size, demonstrate=True))
     return group
 
 
@@ -101,20 +107,21 @@ class _Rollout:
 
     def __init__(
         self,
-        env: TaskEnv,
+        environment: EpisodeEnvironment,
         inputs: PolicyInputs,
         request: GroupRequest,
         settings: PlaySettings,
         group: PlayedGroup,
         index: int,
     ) -> None:
-        self._env = env
+        self._environment = environment
         self._inputs = inputs
         self._request = request
         self._settings = settings
         self._group = group
         self._index = index
-        self._rng = np.random.default_rng([settings.seed, request.group_index, request.instance_seed, index])
+        self._seed = [settings.seed, request.group_index, request.instance_seed, index]
+        self._rng = np.random.default_rng(self._seed)
         self._steps: list[Step] = []
         self._images: dict[bytes, int] = {}
         self._log_rewards: list[float] = []
@@ -122,48 +129,46 @@ class _Rollout:
 
     async def play(self, source: ResponseSource) -> Trajectory:
         """Returns the trajectory of the policy that `source` answers for."""
-        self._start()
-        while self._env.end is None:
-            prompt, image = self._look()
+        view = await self._start()
+        while view.end is None:
             started = time.perf_counter()
-            sampled = await source.sample(self._sample_request(prompt, image))
+            sampled = await source.sample(self._sample_request(view))
             self._group.wait_seconds += time.perf_counter() - started
             response = _Response(sampled.token_ids, sampled.log_probs, sampled.version)
             if self._settings.epsilon > 0 and self._rng.random() < self._settings.epsilon:
-                response = self._explored(response)
-            self._take(response, prompt, image)
-        return self._finished("", expert=False)
+                response = self._explored(response, view.admissible_actions)
+            view = await self._take(response, view)
+        return self._finished(view, "", expert=False)
 
-    def demonstrate(self) -> Trajectory:
+    async def demonstrate(self) -> Trajectory:
         """Returns the expert's trajectory."""
-        self._start()
-        while self._env.end is None:
-            prompt, image = self._look()
-            token_ids = self._inputs.encode_response(self._env.demonstration(self._env.expert_action(), self._rng))
-            self._take(_Response(token_ids, [math.nan] * len(token_ids), EXPERT_VERSION), prompt, image)
-        return self._finished("-expert", expert=True)
+        view = await self._start()
+        while view.end is None:
+            token_ids = self._inputs.encode_response(await self._timed(self._environment.demonstration()))
+            view = await self._take(_Response(token_ids, [math.nan] * len(token_ids), EXPERT_VERSION), view)
+        return self._finished(view, "-expert", expert=True)
 
-    def _start(self) -> None:
+    async def _start(self) -> View:
+        request = self._request
+        view = await self._timed(self._environment.start(request.instance_seed, request.split, self._seed))
+        self._log_rewards.append(view.log_reward)
+        return view
+
+    async def _timed(self, call: Awaitable[_Result]) -> _Result:
         started = time.perf_counter()
-        self._env.reset(seed=self._request.instance_seed, options={"split": self._request.split})
-        self._log_rewards.append(self._env.log_reward)
+        result = await call
         self._group.env_seconds += time.perf_counter() - started
+        return result
 
-    def _look(self) -> tuple[str, bytes]:
-        started = time.perf_counter()
-        prompt, image = self._env.prompt(), self._env.image_png()
-        self._group.env_seconds += time.perf_counter() - started
-        return prompt, image
-
-    def _sample_request(self, prompt: str, image: bytes) -> SampleRequest:
+    def _sample_request(self, view: View) -> SampleRequest:
         settings = self._settings
         seed = None
         if settings.sampling_seed is not None:
             key = [settings.sampling_seed, self._request.instance_seed, self._index, len(self._steps)]
             seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-        return SampleRequest(prompt, image, settings.max_tokens, settings.temperature, settings.version, seed)
+        return SampleRequest(view.prompt, view.image, settings.max_tokens, settings.temperature, settings.version, seed)
 
-    def _explored(self, response: _Response) -> _Response:
+    def _explored(self, response: _Response, actions: list[str]) -> _Response:
         """Returns the response with a random admissible action instead of its own.
 
         The chain of thought stays exactly as sampled. Where the tokenizer would not give these same tokens
@@ -174,7 +179,6 @@ class _Rollout:
         if parsed.action_chars is None:
             return response
         kept = token_spans(response.token_ids, parsed.action_chars, self._inputs.decode).cot_end
-        actions = self._env.admissible_actions
         action = actions[int(self._rng.integers(len(actions)))]
         token_ids = self._inputs.encode_response(f'{text[: parsed.action_chars[0]]}{action}"}}')
         if token_ids[:kept] != response.token_ids[:kept]:
@@ -182,27 +186,25 @@ class _Rollout:
         forced = [math.nan] * (len(token_ids) - kept)
         return _Response(token_ids, response.log_probs[:kept] + forced, response.version)
 
-    def _take(self, response: _Response, prompt: str, image: bytes) -> None:
-        """Steps the environment with a response and records both."""
+    async def _take(self, response: _Response, before: View) -> View:
+        """Steps the environment with a response, records both, and returns what comes after."""
         text = self._inputs.decode(response.token_ids)
         parsed = parse_response(text)
         spans = token_spans(response.token_ids, parsed.action_chars, self._inputs.decode)
         if parsed.action is None:
             validity = Validity.MALFORMED
-        elif parsed.action in self._env.admissible_actions:
+        elif parsed.action in before.admissible_actions:
             validity = Validity.VALID
         else:
             validity = Validity.INADMISSIBLE
-        started = time.perf_counter()
-        reward = self._env.step(parsed.action if parsed.action is not None else "")[1]
-        if self._env.end is not EndReason.DONE:
-            self._log_rewards.append(self._env.log_reward)
-        self._group.env_seconds += time.perf_counter() - started
-        self._original_rewards.append(float(reward))
+        view = await self._timed(self._environment.act(parsed.action if parsed.action is not None else ""))
+        if view.end is not EndReason.DONE:
+            self._log_rewards.append(view.log_reward)
+        self._original_rewards.append(view.reward)
         self._steps.append(
             Step(
-                prompt=prompt,
-                image=self._images.setdefault(image, len(self._images)),
+                prompt=before.prompt,
+                image=self._images.setdefault(before.image, len(self._images)),
                 response_ids=response.token_ids,
                 response_text=text,
                 cot_end=spans.cot_end,
@@ -213,26 +215,24 @@ class _Rollout:
                 validity=validity,
             )
         )
+        return view
 
-    def _finished(self, suffix: str, expert: bool) -> Trajectory:
-        env = self._env
-        if env.end is None:
-            raise RuntimeError(f"{env.instance_id}: the episode is not over")
-        trajectory = Trajectory(
+    def _finished(self, view: View, suffix: str, expert: bool) -> Trajectory:
+        if view.end is None:
+            raise RuntimeError(f"{view.instance_id}: the episode is not over")
+        return Trajectory(
             trajectory_id=f"{self._group.group_id}-{self._index:03d}{suffix}",
             group_id=self._group.group_id,
-            instance_id=env.instance_id,
+            instance_id=view.instance_id,
             instance_seed=self._request.instance_seed,
-            task=env.task,
+            task=view.task,
             split=self._request.split,
             steps=self._steps,
             images=list(self._images),
             log_rewards=self._log_rewards,
             original_rewards=self._original_rewards,
-            end=env.end,
-            success=env.success,
-            outcome=env.outcome,
+            end=view.end,
+            success=view.success,
+            outcome=view.outcome,
             expert=expert,
         )
-        env.close()
-        return trajectory

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -12,6 +13,8 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.env.env_runner import EnvRunner
 
 from actors.buffer_actor import get_buffer
+from actors.environment_hosts import EnvironmentHosts
+from actors.environments import EnvironmentLostError, EpisodeEnvironment, LocalEnvironment
 from actors.episode import PlayedGroup, ResponseSource, play_group
 from actors.event_loop import EventLoopThread
 from actors.groups import GroupRequest, GroupSummary, PlaySettings
@@ -83,6 +86,8 @@ class RolloutWorker(EnvRunner):
         self._source = source
         self._buffer = get_buffer(buffer) if isinstance(buffer, str) else buffer
         self._loop = EventLoopThread("rollouts")
+        processes = run_config.environment_processes
+        self._hosts = EnvironmentHosts(run_config.task, processes) if processes > 0 else None
 
     def make_env(self) -> TaskEnv:
         """Returns a new environment of the run's task."""
@@ -168,8 +173,10 @@ class RolloutWorker(EnvRunner):
         return to_record_batch(trajectories), [summary for summary, _ in played]
 
     def stop(self) -> None:
-        """Ends the worker's event loop."""
+        """Ends the worker's event loop and its environments' processes."""
         self._loop.close()
+        if self._hosts is not None:
+            self._hosts.close()
 
     def _play(
         self,
@@ -190,6 +197,9 @@ class RolloutWorker(EnvRunner):
             self._log_env_steps(self._metrics_num_env_steps_sampled, steps)
         return played
 
+    def _open_environment(self, group_index: int) -> EpisodeEnvironment:
+        return LocalEnvironment(self.make_env()) if self._hosts is None else self._hosts.open(group_index)
+
     async def _play_one(
         self,
         request: GroupRequest,
@@ -197,9 +207,10 @@ class RolloutWorker(EnvRunner):
         finish: Callable[[PlayedGroup], Coroutine[Any, Any, None]],
     ) -> tuple[GroupSummary, list[Trajectory]]:
         try:
-            group = await play_group(self.make_env, self._source, self._inputs, request, settings)
+            open_environment = partial(self._open_environment, request.group_index)
+            group = await play_group(open_environment, self._source, self._inputs, request, settings)
             await finish(group)
-        except (PolicyServerError, SamplerUnavailableError, ReplayBufferError) as error:
+        except (PolicyServerError, SamplerUnavailableError, ReplayBufferError, EnvironmentLostError) as error:
             return GroupSummary(request, failure=str(error)), []
         except (UserError, UnknownVersionError) as error:
             return GroupSummary(request, failure=str(error), permanent=True), []

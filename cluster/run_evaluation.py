@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from actors.environments import LocalEnvironment
 from actors.episode import PlayedGroup, play_group
 from actors.groups import GroupRequest, PlaySettings
 from actors.samplers import make_sampler
@@ -145,7 +146,9 @@ async def _play(
         async def played(index: int, seed: int, settings: PlaySettings) -> PlayedGroup:
             async with free:
                 request = GroupRequest(index, seed, plan.split)
-                group = await play_group(partial(make_env, config.task), sampler, inputs, request, settings)
+                group = await play_group(
+                    lambda: LocalEnvironment(make_env(config.task)), sampler, inputs, request, settings
+                )
                 progress.advance(task)
                 return group
 

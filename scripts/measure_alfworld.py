@@ -1,12 +1,14 @@
 """What ALFWorld's games cost here: CPU time of load, reset and step, and memory. docs/alfworld.md has the figures.
 
     python scripts/measure_alfworld.py FOLDER          this project's environment
+    python scripts/measure_alfworld.py FOLDER --hosts 2  the same in worker processes: steps a second, wall time
     python scripts/measure_alfworld.py FOLDER --plain  textworld and alfworld as their documentation says
 
 FOLDER holds `json_2.1.1`; `gflowvlm alfworld generate FOLDER` makes one.
 """
 
 import argparse
+import asyncio
 import random
 import statistics
 import time
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from actors.environment_hosts import EnvironmentHosts
 from envs.household.environment import AlfworldEnv
 from envs.household.games import GAME_FILE, find_games
 from envs.household.tasks import TaskType
@@ -75,6 +78,28 @@ def measure_ours(folder: Path) -> None:
     print(f"{TOGETHER} environments: {pace:.0f} steps with picture and prompt a CPU second")
 
 
+async def measure_hosted(folder: Path, processes: int) -> None:
+    """Measures `TOGETHER` environments in worker processes, as a rollout worker has them."""
+    hosts = EnvironmentHosts(AlfworldSettings(games=str(folder)), processes)
+    environments = [hosts.open(number) for number in range(TOGETHER)]
+
+    async def play(number: int) -> None:
+        chooser = random.Random(number)
+        view = await environments[number].start(number, "id", [number])
+        for _ in range(STEPS):
+            view = await environments[number].act(chooser.choice(view.admissible_actions[:-1]))
+
+    try:
+        # The first time imports, and reads the games.
+        for what in ("first", "again"):
+            begun = time.perf_counter()
+            await asyncio.gather(*(play(number) for number in range(TOGETHER)))
+            pace = TOGETHER * STEPS / (time.perf_counter() - begun)
+            print(f"{TOGETHER} environments in {processes} processes, {what}: {pace:.0f} steps/s with resets, wall time")
+    finally:
+        hosts.close()
+
+
 def measure_plain(folder: Path) -> None:
     """Measures the packages without this project's engine."""
     import textworld
@@ -105,7 +130,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--plain", action="store_true", help="without this project's engine")
+    parser.add_argument("--hosts", type=int, help="in so many worker processes")
     arguments = parser.parse_args()
+    if arguments.hosts is not None:
+        asyncio.run(measure_hosted(arguments.folder, arguments.hosts))
+        return
     (measure_plain if arguments.plain else measure_ours)(arguments.folder)
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from shared.settings import Fraction, Settings
-from shared.task_settings import NumberLineSettings, TaskSettings
+from shared.task_settings import AlfworldSettings, NumberLineSettings, TaskSettings
 
 Precision = Literal["float32", "bfloat16"]
 LossName = Literal["tb", "var_tb", "db", "subtb", "flow_db", "flow_subtb", "fl_db", "fl_subtb", "sft", "ppo", "grpo"]
@@ -81,6 +81,13 @@ class RolloutSettings(Settings):
     expert_on_failure: bool = Field(False, description="Add the expert's trajectory where all of a group failed.")
     cpus_per_worker: float = Field(0.25, ge=0, le=64, description="CPUs that a worker asks Ray for.")
     max_restarts: int = Field(100, ge=0, description="Restarts of dead workers before the run gives up.")
+    environment_processes: int | None = Field(
+        None,
+        ge=0,
+        le=256,
+        description="Processes of each worker that hold its environments and are replaced when they die; 0 keeps the "
+        "environments in the worker. By default 1 for alfworld and 0 for the other tasks, whose steps are short.",
+    )
 
 
 class BufferSettings(Settings):
@@ -220,6 +227,14 @@ class RunConfig(Settings):
         peak = self.objective.policy_gradient.learning_rate
         final = self.learner.final_learning_rate * peak / self.learner.learning_rate
         return self.learner.model_copy(update={"learning_rate": peak, "final_learning_rate": final})
+
+    @property
+    def environment_processes(self) -> int:
+        """Processes of each rollout worker that hold its environments."""
+        wanted = self.rollout.environment_processes
+        if wanted is not None:
+            return wanted
+        return 1 if isinstance(self.task, AlfworldSettings) else 0
 
     @property
     def groups_per_batch(self) -> int:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.environments import LocalEnvironment
 from actors.episode import PlayedGroup, ResponseSource, play_group
 from actors.groups import GroupRequest, PlaySettings, index_of_group, new_group_id
 from actors.sampling import SampleRequest, SampleResponse, SamplerUnavailableError
@@ -41,8 +42,8 @@ def play(
     task: NumberLineSettings | None = None,
     **changed: Any,
 ) -> PlayedGroup:
-    factory = source.make_env if isinstance(source, Player) else lambda: make_env(task or NumberLineSettings())
-    return asyncio.run(play_group(factory, source, inputs, request, replace(PLAY, **changed)))
+    make = source.make_env if isinstance(source, Player) else lambda: make_env(task or NumberLineSettings())
+    return asyncio.run(play_group(lambda: LocalEnvironment(make()), source, inputs, request, replace(PLAY, **changed)))
 
 
 def numbers(seed: int = REQUEST.instance_seed, split: str = "id") -> tuple[int, int]:
@@ -117,7 +118,7 @@ class _OnePicture(NumberLineEnv):
 
 def test_equal_pictures_of_several_steps_are_stored_once(inputs: PolicyInputs) -> None:
     source = Texts(inputs, ['{"thoughts": "", "action": "+"}'])
-    group = asyncio.run(play_group(_OnePicture, source, inputs, REQUEST, PLAY))
+    group = asyncio.run(play_group(lambda: LocalEnvironment(_OnePicture()), source, inputs, REQUEST, PLAY))
     assert group.trajectories[0].images == [b"the same picture"]
     assert {step.image for step in group.trajectories[0].steps} == {0}
 
@@ -326,7 +327,7 @@ def test_a_response_that_cannot_be_had_fails_the_group_and_stops_its_rollouts(in
 
     async def scenario() -> None:
         with pytest.raises(SamplerUnavailableError, match="the replica died"):
-            await play_group(lambda: make_env(NumberLineSettings()), source, inputs, REQUEST, PLAY)
+            await play_group(lambda: LocalEnvironment(make_env(NumberLineSettings())), source, inputs, REQUEST, PLAY)
         await asyncio.sleep(0.05)
 
     asyncio.run(scenario())

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,30 @@ def test_the_runner_interface_is_answered(model_path: str) -> None:
     with pytest.raises(ValueError, match="without a replay buffer"):
         worker.sample(requests=REQUESTS)
     worker.stop()
+
+
+@pytest.mark.slow
+def test_groups_fail_when_their_environments_process_dies_and_the_next_ones_have_a_new_one(model_path: str) -> None:
+    hosted = CONFIG.model_copy(update={"rollout": CONFIG.rollout.model_copy(update={"environment_processes": 1})})
+    source = Fixed(model_path, pause_s=0.5)
+    worker = RolloutWorker(run_config=hosted, model_path=model_path, source=source)
+    arguments = {"requests": REQUESTS, "group_size": 2, "temperature": 1.0}
+    others = set(psutil.Process().children())
+    with ThreadPoolExecutor(1) as thread:
+        playing = thread.submit(worker.rollout, **arguments)
+        deadline = time.monotonic() + 60
+        while source.waiting == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        (host,) = (c for c in set(psutil.Process().children()) - others if "spawn_main" in " ".join(c.cmdline()))
+        host.kill()
+        batch, summaries = playing.result(timeout=60)
+    assert batch.num_rows == 0
+    assert all(s.failure is not None and str(host.pid) in s.failure and not s.permanent for s in summaries)
+    batch, summaries = worker.rollout(**arguments)
+    worker.stop()
+    assert [s.failure for s in summaries] == [None] * len(REQUESTS)
+    assert batch.num_rows == 2 * len(REQUESTS)
 
 
 # Under Ray

@@ -1,0 +1,153 @@
+"""Environments in processes of their own: the same episodes, deaths survived, nothing left behind."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from actors.environment_hosts import EnvironmentHosts
+from actors.environments import EnvironmentLostError, LocalEnvironment
+from actors.episode import play_group
+from actors.groups import GroupRequest, PlaySettings
+from envs.registry import make_env
+from learner.tiny_policy import build_processor
+from shared.policy_inputs import PolicyInputs
+from shared.task_settings import NumberLineSettings
+from tests.actors.scripted import Texts
+
+PLAY = PlaySettings(group_size=3, temperature=1.0, max_tokens=64, expert_on_failure=True)
+REQUEST = GroupRequest(group_index=5, instance_seed=11)
+TASK = NumberLineSettings(max_steps=4)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def hosts() -> Iterator[EnvironmentHosts]:
+    hosts = EnvironmentHosts(TASK, processes=2)
+    yield hosts
+    pids = hosts.pids
+    hosts.close()
+    assert hosts.pids == []
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_episodes_are_the_same_as_in_this_process_experts_included(hosts: EnvironmentHosts) -> None:
+    inputs = PolicyInputs("numberline-test", build_processor())
+
+    async def play(hosted: bool) -> list[object]:
+        def open_environment() -> object:
+            return hosts.open(REQUEST.group_index) if hosted else LocalEnvironment(make_env(TASK))
+
+        source = Texts(inputs, ['{"thoughts": "on", "action": "+"}'])
+        group = await play_group(open_environment, source, inputs, REQUEST, PLAY)
+        return [replace(t, trajectory_id="", group_id="") for t in group.trajectories]
+
+    async def both() -> tuple[list[object], list[object]]:
+        return await play(hosted=True), await play(hosted=False)
+
+    hosted, local = asyncio.run(both())
+    assert len(hosted) == PLAY.group_size + 1
+    # NaN, the log-probabilities of an expert, is not equal to itself.
+    assert repr(hosted) == repr(local)
+
+
+def test_the_event_loop_goes_on_while_an_environment_is_slow(hosts: EnvironmentHosts) -> None:
+    async def longest_pause() -> float:
+        environment = hosts.open(0)
+        # The first call waits for the process to start and to import the task: seconds.
+        starting = asyncio.create_task(environment.start(1, "id", [0]))
+        longest, last = 0.0, time.perf_counter()
+        while not starting.done():
+            await asyncio.sleep(0.001)
+            longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
+        assert (await starting).prompt
+        return longest
+
+    started = time.perf_counter()
+    longest = asyncio.run(longest_pause())
+    assert longest < 0.5 * (time.perf_counter() - started)
+
+
+def test_what_lived_in_a_dead_process_is_lost_and_a_new_one_takes_its_place(hosts: EnvironmentHosts) -> None:
+    async def body() -> None:
+        one, other = hosts.open(0), hosts.open(1)
+        await one.start(1, "id", [0])
+        await other.start(1, "id", [0])
+        before = hosts.pids
+        os.kill(before[0], signal.SIGKILL)
+        with pytest.raises(EnvironmentLostError, match=r"died|ended"):
+            await one.act("+")
+        with pytest.raises(EnvironmentLostError):
+            await one.act("+")
+        assert (await other.act("+")).end is None
+        again = hosts.open(0)
+        assert (await again.start(1, "id", [0])).end is None
+        assert len(hosts.pids) == 2
+        assert len({*before, *hosts.pids}) == 3
+        for environment in (one, other, again):
+            environment.close()
+
+    asyncio.run(body())
+
+
+def test_a_process_that_does_not_answer_is_replaced() -> None:
+    hosts = EnvironmentHosts(TASK, processes=1, answer_s=3.0)
+
+    async def body() -> None:
+        environment = hosts.open(0)
+        deadline = time.monotonic() + 120
+        while True:
+            # On a busy machine the process may take longer than that to start.
+            try:
+                await environment.start(1, "id", [0])
+                break
+            except EnvironmentLostError:
+                assert time.monotonic() < deadline
+        stopped = hosts.pids[0]
+        os.kill(stopped, signal.SIGSTOP)
+        with pytest.raises(EnvironmentLostError, match="did not answer for 3 s"):
+            await environment.act("+")
+        assert hosts.pids == []
+        assert not psutil.pid_exists(stopped)
+
+    try:
+        asyncio.run(body())
+    finally:
+        hosts.close()
+
+
+OWNER = """
+import asyncio, os, sys
+from actors.environment_hosts import EnvironmentHosts
+from shared.task_settings import NumberLineSettings
+
+if __name__ == "__main__":
+    hosts = EnvironmentHosts(NumberLineSettings(), 1)
+    asyncio.run(hosts.open(0).start(1, "id", [0]))
+    print(hosts.pids[0], flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_process_ends_with_its_owner_however_that_ends(tmp_path: Path) -> None:
+    script = tmp_path / "owner.py"
+    script.write_text(OWNER)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    owner = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert owner.returncode == -signal.SIGKILL, owner.stderr
+    pid = int(owner.stdout)
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
