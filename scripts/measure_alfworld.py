@@ -95,7 +95,7 @@ async def measure_hosted(folder: Path, processes: int) -> None:
             begun = time.perf_counter()
             await asyncio.gather(*(play(number) for number in range(TOGETHER)))
             pace = TOGETHER * STEPS / (time.perf_counter() - begun)
-            print(f"{TOGETHER} environments in {processes} processes, {what}: {pace:.0f} steps/s with resets, wall time")
+            print(f"{TOGETHER} environments, {processes} processes, {what}: {pace:.0f} steps/s with resets, wall time")
     finally:
         hosts.close()
 
