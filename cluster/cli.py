@@ -12,6 +12,7 @@ from cluster.commands import (
     compare,
     doctor,
     evaluate,
+    experiment,
     play,
     presets,
     prove,
@@ -35,7 +36,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (train, compare, evaluate, play, replay, report, serve, prove, sft, bench, presets, alfworld, doctor):
+for command in (
+    train,
+    compare,
+    experiment,
+    evaluate,
+    play,
+    replay,
+    report,
+    serve,
+    prove,
+    sft,
+    bench,
+    presets,
+    alfworld,
+    doctor,
+):
     command.register(app)
 
 

@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -28,14 +29,16 @@ class EvaluationPlan:
     Attributes:
         split: ``id`` or ``ood``.
         instances: Number of instances.
-        samples: N, trajectories per instance at temperature 1.
+        samples: N, sampled trajectories per instance.
         seed: Seed of the first instance; the others follow.
+        temperature: Of the sampled trajectories.
     """
 
     split: str
     instances: int
     samples: int
     seed: int
+    temperature: float = 1.0
 
     @classmethod
     def of(cls, config: RunConfig, split: str = "id") -> "EvaluationPlan":
@@ -57,8 +60,11 @@ class Evaluation:
         version: Policy version that was evaluated; 0 is the base model.
         split: ``id`` or ``ood``.
         instances: Instances played.
-        samples: N, trajectories per instance at temperature 1.
-        success: Share of successful trajectories at temperature 1.
+        samples: N, sampled trajectories per instance.
+        temperature: Of the sampled trajectories, which all figures but `success_greedy` are of.
+        success: Share of successful trajectories.
+        success_by_category: The same for each kind of task that the instances are of (`TaskEnv.category`); None
+            where all are of one kind.
         success_greedy: Share of instances that the greedy policy solves.
         success_bound: Success of the perfect sampler of R^beta / Z on the same instances; None if unknown.
         div_at_n: Distinct successful trajectories per instance with at least one; at least 1, 0 without any.
@@ -75,7 +81,9 @@ class Evaluation:
     split: str
     instances: int
     samples: int
+    temperature: float
     success: float
+    success_by_category: dict[str, float] | None
     success_greedy: float
     success_bound: float | None
     div_at_n: float
@@ -87,7 +95,7 @@ class Evaluation:
     total_variation_high: float | None
     total_variation_floor: float | None
 
-    def as_dict(self) -> dict[str, float | int | str | None]:
+    def as_dict(self) -> dict[str, Any]:
         """Returns the figures as JSON can hold them."""
         return asdict(self)
 
@@ -105,20 +113,23 @@ def evaluate_trajectories(
         config: The run's configuration; its task and reward exponent fix the target.
         plan: The plan that was played.
         version: The policy version that played.
-        sampled: ``plan.samples`` trajectories per instance at temperature 1.
+        sampled: ``plan.samples`` trajectories per instance at the plan's temperature.
         greedy: One greedy trajectory per instance.
     """
     by_seed: dict[int, list[Trajectory]] = defaultdict(list)
     for trajectory in sampled:
         by_seed[trajectory.instance_seed].append(trajectory)
-    match = _distribution_match(config, plan, by_seed)
+    env = make_env(config.task)
+    match = _distribution_match(env, config.target.reward_exponent, plan, by_seed)
     steps = [step for trajectory in sampled for step in trajectory.steps]
     return Evaluation(
         version=version,
         split=plan.split,
         instances=len(by_seed),
         samples=plan.samples,
+        temperature=plan.temperature,
         success=_mean(t.success for t in sampled),
+        success_by_category=_success_by_category(env, plan.split, by_seed),
         success_greedy=_mean(t.success for t in greedy),
         success_bound=match["bound"],
         div_at_n=div_at_n(by_seed),
@@ -156,11 +167,21 @@ def noise_floor(target: Mapping[str, float], draws: int, rng: np.random.Generato
     return float(0.5 * np.abs(counts / draws - probabilities).sum(axis=1).mean())
 
 
+def _success_by_category(
+    env: TaskEnv, split: str, by_seed: Mapping[int, Sequence[Trajectory]]
+) -> dict[str, float] | None:
+    by_category: dict[str, list[bool]] = defaultdict(list)
+    for seed, group in by_seed.items():
+        category = env.category(seed, split)
+        if category is None:
+            return None
+        by_category[category] += [t.success for t in group]
+    return {category: _mean(by_category[category]) for category in sorted(by_category)}
+
+
 def _distribution_match(
-    config: RunConfig, plan: EvaluationPlan, by_seed: Mapping[int, Sequence[Trajectory]]
+    env: TaskEnv, beta: float, plan: EvaluationPlan, by_seed: Mapping[int, Sequence[Trajectory]]
 ) -> dict[str, float | None]:
-    beta = config.target.reward_exponent
-    env: TaskEnv = make_env(config.task)
     rng = np.random.default_rng(plan.seed)
     bounds, distances, floors = [], [], []
     for seed, group in by_seed.items():

@@ -98,7 +98,7 @@ def _start_local(config: RunConfig) -> ray.runtime_context.RuntimeContext:
         _metrics_export_port=cluster.metrics_port,
         logging_level=logging.ERROR,
         log_to_driver=False,
-        runtime_env={"env_vars": _worker_environment()},
+        runtime_env={"env_vars": worker_environment()},
     )
     available = ray.cluster_resources().get("GPU", 0.0)
     if plan.gpus > available:
@@ -110,7 +110,8 @@ def _start_local(config: RunConfig) -> ray.runtime_context.RuntimeContext:
     return context
 
 
-def _worker_environment() -> dict[str, str]:
+def worker_environment() -> dict[str, str]:
+    """Returns the environment variables that processes which Ray starts need to find and run our code."""
     root = str(Path(__file__).parent.parent)
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     ours = {name: os.environ.get(name, value) for name, value in PROCESS_ENVIRONMENT.items()}

@@ -42,7 +42,7 @@ class EvaluationJob:
         version: The policy version that plays.
         step: Learner step it belongs to.
         label: Kind of row that its figures become.
-        sampled: Trajectories at temperature 1 so far.
+        sampled: Trajectories at the plan's temperature so far.
         greedy: Greedy trajectories so far.
     """
 
@@ -78,7 +78,7 @@ class _Call:
         return {
             "requests": list(self.requests),
             "version": self.job.version,
-            "temperature": 1.0 if sampled else 0.0,
+            "temperature": self.job.plan.temperature if sampled else 0.0,
             "group_size": self.job.plan.samples if sampled else 1,
         }
 

@@ -153,7 +153,7 @@ async def _play(
                 return group
 
         settings = partial(PlaySettings, max_tokens=config.policy.max_response_tokens, version=version)
-        sampled = settings(group_size=plan.samples, temperature=1.0, sampling_seed=plan.seed)
+        sampled = settings(group_size=plan.samples, temperature=plan.temperature, sampling_seed=plan.seed)
         greedy = settings(group_size=1, temperature=0.0)
         return (
             await asyncio.gather(*(played(i, seed, sampled) for i, seed in enumerate(plan.seeds))),

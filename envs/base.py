@@ -202,6 +202,10 @@ class TaskEnv(gymnasium.Env, ABC):
     def admissible_actions(self) -> list[str]:
         """The actions of the moment, `[DONE]` included."""
 
+    def category(self, seed: int, split: str) -> str | None:
+        """Returns which kind of task the instance of a seed is, None where all are of one kind."""
+        return None
+
     def prompt(self) -> str:
         """Returns the text that goes with the current picture, with or without history as the settings say.
 

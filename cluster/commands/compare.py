@@ -1,21 +1,16 @@
 """`gflowvlm compare`: losses by seeds, one table."""
 
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
 from rich.console import Console
 
+from cluster.child_process import run_command
 from cluster.interruption import INTERRUPTED, sigterm_as_interrupt
 from cluster.preset_library import DEFAULT_PRESET, resolve_config
 from shared.config import LossName, RunConfig
 from shared.errors import UserError
-
-CHILD_END_S = 300.0
-"""How long an interrupted run may take to end."""
 
 
 def register(app: typer.Typer) -> None:
@@ -76,7 +71,7 @@ def _compare(console: Console, configs: list[RunConfig], out: Path, exact_instan
     for number, run in enumerate(runs, start=1):
         if run.finished and (run.exact.exists() or exact_instances == 0):
             continue
-        console.rule(f"run {number} of {len(runs)}: {run.loss}, seed {run.seed}")
+        console.rule(f"run {number} of {len(runs)}: {run.variant}, seed {run.seed}")
         status = 0 if run.finished else _train(run.folder.root)
         if status == INTERRUPTED:
             console.print("interrupted; the same command goes on", highlight=False)
@@ -95,18 +90,5 @@ def _compare(console: Console, configs: list[RunConfig], out: Path, exact_instan
 
 def _train(folder: Path) -> int:
     """Runs a prepared run to its end in a process of its own; returns the exit status."""
-
-    # In a session of its own, so that Ctrl-C reaches it once, from here.
-    child = subprocess.Popen(
-        [sys.executable, "-m", "cluster.cli", "train", "--resume", str(folder)], start_new_session=True
-    )
     with sigterm_as_interrupt():
-        try:
-            return child.wait()
-        except KeyboardInterrupt:
-            child.send_signal(signal.SIGINT)
-            try:
-                child.wait(timeout=CHILD_END_S)
-            except subprocess.TimeoutExpired:
-                child.kill()
-            return INTERRUPTED
+        return run_command(["train", "--resume", str(folder)])

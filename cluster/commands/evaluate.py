@@ -24,6 +24,9 @@ def register(app: typer.Typer) -> None:
         seed: Annotated[
             int, typer.Option(min=0, max=2**30 - 200_000, help="Seed of the first instance; training uses others.")
         ] = 20_000_033,
+        temperature: Annotated[
+            float, typer.Option(min=0.01, max=2.0, help="Sampling temperature; the greedy success stands beside it.")
+        ] = 1.0,
         version: Annotated[
             int | None, typer.Option(min=0, help="Adapter version; 0 is the base model [default: the best].")
         ] = None,
@@ -54,10 +57,10 @@ def register(app: typer.Typer) -> None:
         if engine not in (None, "vllm", "transformers"):
             raise UserError(f"--engine {engine!r}: there is no such engine; use vllm or transformers")
         console = Console()
-        plan = EvaluationPlan(split, instances, samples, seed)
+        plan = EvaluationPlan(split, instances, samples, seed, temperature)
         figures = evaluate_run(run, plan, version=version, engine=engine, console=console)
         table = Table("figure", "value", title=f"{run}, adapter version {figures['version']}, {split}")
-        for name, value in figures.items():
+        for name, value in _flat(figures).items():
             if name not in ("version", "split"):
                 table.add_row(name, "-" if value is None else f"{value:.4g}")
         console.print(table)
@@ -79,6 +82,13 @@ def register(app: typer.Typer) -> None:
             _show_exact(console, figures, exact_instances)
         if json_file is not None:
             write_json_file(figures, json_file)
+
+
+def _flat(figures: dict[str, Any]) -> dict[str, Any]:
+    """Returns the figures with those by kind of task one after the other; without them where there is one kind."""
+    flat = {name: value for name, value in figures.items() if name != "success_by_category"}
+    by_category = figures["success_by_category"] or {}
+    return flat | {f"success, {category}": value for category, value in by_category.items()}
 
 
 def _show_exact(console: Console, figures: dict[str, Any], instances: int) -> None:

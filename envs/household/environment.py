@@ -57,6 +57,10 @@ class AlfworldEnv(TaskEnv):
         """The game's admissible commands, sorted, and ``[DONE]``."""
         return [*self._session.observation.commands, DONE_TOKEN]
 
+    def category(self, seed: int, split: str) -> str:
+        """Returns the task type of the game of a seed; the game is not opened."""
+        return self._game_of(seed, split).task_type.value
+
     def prompt(self) -> str:
         """Returns the prompt, with or without history as the settings say."""
         past = list(zip(self._past_states, self.past_actions, strict=True))
@@ -89,8 +93,7 @@ class AlfworldEnv(TaskEnv):
         """Returns None: the tree of action sequences is too large."""
 
     def _start(self, rng: np.random.Generator) -> None:
-        games = find_games(self._root(), self._folder(), tuple(TaskType(t) for t in self.settings.task_types))
-        self.game = games[(self.instance_seed or 0) % len(games)]
+        self.game = self._game_of(self.instance_seed or 0, self.split)
         # The last game's engine goes back to the pool first, so that one is enough.
         self.__dict__.pop("_session", None)
         self._session = self._open(self.game)
@@ -102,8 +105,10 @@ class AlfworldEnv(TaskEnv):
             return Path(self.settings.games).expanduser()
         return official_data() or starter_set()
 
-    def _folder(self) -> str:
-        return UNSEEN_FOLDER if self.split == "ood" else self.settings.seen_games
+    def _game_of(self, seed: int, split: str) -> Game:
+        folder = UNSEEN_FOLDER if split == "ood" else self.settings.seen_games
+        games = find_games(self._root(), folder, tuple(TaskType(t) for t in self.settings.task_types))
+        return games[seed % len(games)]
 
     def _open(self, game: Game) -> Session:
         if self.settings.view == "facts":

@@ -11,6 +11,7 @@ from cluster.evaluation import (
     noise_floor,
     total_variation,
 )
+from envs.numberline.environment import NumberLineEnv
 from envs.registry import make_env
 from shared.config import RunConfig
 from shared.metrics import EVALUATION_METRICS
@@ -105,6 +106,17 @@ def test_the_expert_succeeds_everywhere_and_is_measured_so():
     assert 0.9 < figures.success_bound <= 1.0
     assert figures.total_variation < 0.1
     assert figures.total_variation_low <= figures.total_variation <= figures.total_variation_high
+
+
+def test_success_is_told_for_each_kind_of_task_where_there_are_several(monkeypatch):
+    plan = EvaluationPlan("id", instances=3, samples=2, seed=100, temperature=1.5)
+    solved, failed = [played(s, expert_actions(s)) for s in plan.seeds], [played(s, [None]) for s in plan.seeds]
+    sampled = [*solved, solved[0], *failed[1:]]
+    assert evaluate_trajectories(CONFIG, plan, 0, sampled, solved).success_by_category is None
+    monkeypatch.setattr(NumberLineEnv, "category", lambda self, seed, split: f"{split} {seed % 2}")
+    figures = evaluate_trajectories(CONFIG, plan, 0, sampled, solved)
+    assert figures.success_by_category == {"id 0": 0.75, "id 1": 0.5}
+    assert figures.temperature == 1.5
 
 
 def test_the_figures_have_the_documented_keys():

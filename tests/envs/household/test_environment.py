@@ -131,6 +131,14 @@ def test_task_types_can_be_chosen(make_env: MakeEnv) -> None:
     assert types == {"look_at_obj_in_light"}
 
 
+def test_the_kind_of_an_instance_is_the_task_type_of_the_game_it_plays(make_env: MakeEnv) -> None:
+    env = make_env()
+    for split in ("id", "ood"):
+        for seed in range(6):
+            told = env.category(seed, split)
+            assert env.reset(seed=seed, options={"split": split})[1]["task_type"] == told
+
+
 def test_rewards_follow_the_sub_goals_and_their_first_time_only(make_env: MakeEnv) -> None:
     env = make_env(task_types=["pick_heat_then_place_in_recep"])
     env.reset(seed=0)

@@ -1,0 +1,67 @@
+"""`gflowvlm experiment` with whole runs: through real Ray Tune, each trial with a Ray of its own."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.experiments.results import CURVES, PICTURE, RAW, TABLE
+from shared.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = [
+    "learner.steps=2",
+    "learner.groups_per_batch=2",
+    "rollout.groups_per_worker=1",
+    "rollout.group_size=2",
+    "sampler.engine=transformers",
+    "evaluation.at_start=false",
+    "evaluation.every=2",
+    "evaluation.instances=1",
+    "evaluation.samples=2",
+]
+
+
+def experiment(out):
+    chosen = ["--only", "sft", "--only", "gflownet-var-tb", "--seeds", "1", "--concurrent", "2"]
+    return subprocess.run(
+        [sys.executable, "-m", "cluster.cli", "experiment", "motivating", *chosen, "--out", str(out), *SETTINGS],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+def test_failed_trials_are_tried_again_and_finished_ones_never(tmp_path):
+    out = tmp_path / "out"
+    # What the evaluation at the other temperature writes cannot be written.
+    obstacle = out / "sft-0" / "evaluation-id-temperature-1.2.partial"
+    obstacle.mkdir(parents=True)
+    result = experiment(out)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "failed: sft-0: gflowvlm: --json" in result.stdout
+    assert result.stdout.count("tried again") == 1
+    assert result.stdout.count("given up") == 1
+    assert "sft-0 failed" in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    runs = [RunFolder(out / name) for name in ("sft-0", "gflownet-var-tb-0")]
+    assert all(run.summary.exists() for run in runs)
+    assert [row["variant"] for row in csv.DictReader((out / RAW).open())] == ["GFlowNet (Var-TB)"]
+
+    obstacle.rmdir()
+    trained = [run.metrics.read_bytes() for run in runs]
+    result = experiment(out)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "1 runs to do, 1 done" in result.stdout
+    assert [run.metrics.read_bytes() for run in runs] == trained
+    assert [row["variant"] for row in csv.DictReader((out / RAW).open())] == ["SFT", "GFlowNet (Var-TB)"]
+    assert all((out / name).exists() for name in (TABLE, PICTURE, CURVES))
+    # Nothing of Tune's is shown or kept.
+    assert "Trial run_trial" not in result.stdout
+    assert {path.name for path in out.iterdir()} == {"sft-0", "gflownet-var-tb-0", TABLE, RAW, PICTURE, CURVES}
