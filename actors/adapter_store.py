@@ -15,6 +15,7 @@ import ray
 from safetensors import SafetensorError, safe_open
 
 from actors.sampling import BASE_VERSION, UnknownVersionError
+from shared.config import ClusterSettings
 from shared.errors import UserError
 from shared.run_folder import RunFolder
 
@@ -164,7 +165,7 @@ class _AdapterStoreActor:
         return None if path is None else (newest, path)
 
 
-def start_adapter_store(name: str, run_folder: Path) -> Any:
+def start_adapter_store(name: str, run_folder: Path, cluster: ClusterSettings | None = None) -> Any:
     """Returns the handle of the run's store, a named Ray actor, started if it is not running.
 
     Methods (remote): ``publish(source)``, ``newest()``, ``path(version)``, ``wait_newer(version, timeout_s)``.
@@ -172,12 +173,16 @@ def start_adapter_store(name: str, run_folder: Path) -> Any:
     Args:
         name: The store's name, one per run.
         run_folder: The run's folder.
+        cluster: Where its control actors are placed; anywhere by default.
     """
+    cluster = ClusterSettings() if cluster is None else cluster
     actor = ray.remote(_AdapterStoreActor).options(
         name=name,
         namespace=NAMESPACE,
         get_if_exists=True,
         num_cpus=0,
+        resources=dict(cluster.control_resources),
+        label_selector=dict(cluster.control_node_labels),
         max_restarts=-1,
         max_task_retries=-1,
         # Every replica waits in a call of its own.

@@ -155,8 +155,15 @@ def create_buffer_actor(config: RunConfig, run_dir: Path, name: str) -> Any:
     """
     # The files are on this node's disk: elsewhere the buffer would come back empty.
     here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
-    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-    kind = ray.remote(ReplayBufferActor).options(name=name, namespace=NAMESPACE, **options)
+    kind = ray.remote(ReplayBufferActor).options(
+        name=name,
+        namespace=NAMESPACE,
+        num_cpus=0,
+        resources=dict(config.cluster.control_resources),
+        max_restarts=-1,
+        max_task_retries=-1,
+        scheduling_strategy=here,
+    )
     try:
         actor = kind.remote(config.replay, config.seed, str(RunFolder(run_dir.resolve()).trajectories))
     except ValueError:

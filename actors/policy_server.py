@@ -169,7 +169,13 @@ def deploy_policy_server(
         PolicyServer,
         name=DEPLOYMENT,
         num_replicas=sampler.replicas,
-        ray_actor_options={"num_cpus": sampler.cpus_per_replica, "num_gpus": sampler.gpus_per_replica},
+        # No runtime environment here: Serve then gives replicas the job's, its variables included.
+        ray_actor_options={
+            "num_cpus": sampler.cpus_per_replica,
+            "num_gpus": sampler.gpus_per_replica,
+            "resources": dict(sampler.resources_per_replica),
+            "label_selector": dict(sampler.node_labels),
+        },
         # More than run at once, so that the engine always has the next ones waiting.
         max_ongoing_requests=2 * sampler.max_num_seqs + 16,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,

@@ -13,6 +13,7 @@ from cluster.commands import (
     doctor,
     evaluate,
     experiment,
+    jobs,
     play,
     presets,
     prove,
@@ -20,6 +21,7 @@ from cluster.commands import (
     report,
     serve,
     sft,
+    submit,
     train,
 )
 from cluster.interruption import INTERRUPTED
@@ -38,6 +40,8 @@ app = typer.Typer(
 )
 for command in (
     train,
+    submit,
+    jobs,
     compare,
     experiment,
     evaluate,

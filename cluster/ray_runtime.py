@@ -1,57 +1,30 @@
 """Starting and stopping Ray for a run."""
 
+import json
 import logging
 import math
 import os
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from cluster.interruption import sigterm_as_interrupt
+from cluster.placement import Node, ResourcePlan, amounts, lacking, resource_plan, selectors
 from cluster.process_environment import PROCESS_ENVIRONMENT
 from shared.config import RunConfig
 from shared.errors import UserError
 
 FIRST_DASHBOARD_PORT = 8265
-# Small control actors of ours and Ray's that take a slot each.
-_CONTROL_CPUS = 0.5
-
-
-@dataclass(frozen=True)
-class ResourcePlan:
-    """What a run asks of the cluster.
-
-    Attributes:
-        rows: (part, processes, CPUs each, GPUs each).
-    """
-
-    rows: tuple[tuple[str, int, float, float], ...]
-
-    @property
-    def cpus(self) -> float:
-        """CPUs in total."""
-        return sum(count * cpus for _, count, cpus, _ in self.rows) + _CONTROL_CPUS
-
-    @property
-    def gpus(self) -> float:
-        """GPUs in total."""
-        return sum(count * gpus for _, count, _, gpus in self.rows)
-
-
-def resource_plan(config: RunConfig) -> ResourcePlan:
-    """Returns what the run's parts ask of the cluster."""
-    sampler, rollout, learner = config.sampler, config.rollout, config.learner
-    return ResourcePlan(
-        (
-            ("policy server replica", sampler.replicas, sampler.cpus_per_replica, sampler.gpus_per_replica),
-            ("rollout worker", rollout.workers, rollout.cpus_per_worker, 0.0),
-            ("learner", learner.workers, learner.cpus_per_worker, learner.gpus_per_worker),
-        )
-    )
+# Ray's job supervisor puts the job's own runtime environment here.
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+# Room that is there is given at once; only longer waits are worth a line.
+_QUIET_WAIT_S = 2.0
+_LOOK_S = 1.0
 
 
 @contextmanager
@@ -61,7 +34,7 @@ def ray_cluster(config: RunConfig) -> Iterator[str]:
     Inside, SIGTERM raises `KeyboardInterrupt`.
 
     Raises:
-        UserError: The cluster cannot be reached, a port is taken, or GPUs that are asked for are missing.
+        UserError: The cluster cannot be reached, a port is taken, or a local one cannot have what is asked for.
     """
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     address = config.cluster.address
@@ -76,7 +49,12 @@ def ray_cluster(config: RunConfig) -> Iterator[str]:
 
 def _connect(address: str) -> ray.runtime_context.RuntimeContext:
     try:
-        return ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        return ray.init(
+            address=address,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            runtime_env={"env_vars": _missing_in_job(_process_environment())},
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cluster.address = {address!r}: cannot connect ({reason})") from None
@@ -84,6 +62,7 @@ def _connect(address: str) -> ray.runtime_context.RuntimeContext:
 
 def _start_local(config: RunConfig) -> ray.runtime_context.RuntimeContext:
     cluster, plan = config.cluster, resource_plan(config)
+    _check_local(plan)
     for key in ("dashboard_port", "metrics_port"):
         port = getattr(cluster, key)
         if port is not None and not _is_free(port):
@@ -110,12 +89,81 @@ def _start_local(config: RunConfig) -> ray.runtime_context.RuntimeContext:
     return context
 
 
+def _check_local(plan: ResourcePlan) -> None:
+    for part in plan.parts:
+        if part.resources or part.labels:
+            raise UserError(
+                f"the {part.name} asks for {amounts(part.resources) or selectors(part.labels)}, which a local cluster "
+                "does not have; set cluster.address, or leave custom resources and node labels out"
+            )
+
+
+def cluster_nodes() -> list[Node]:
+    """Returns the nodes of the connected cluster, dead ones included."""
+    return [Node.from_ray(entry) for entry in ray.nodes()]
+
+
+def wait_for_room(config: RunConfig, say: Callable[[str], None]) -> None:
+    """Waits until the connected cluster can hold all that the run cannot start without, at the same time.
+
+    A placement group asks for it, so that an autoscaler sees what is wanted, and what others use counts. It is given
+    back before the parts are started.
+
+    Args:
+        config: The run's configuration.
+        say: Called with a line when the room is not there at once.
+
+    Raises:
+        UserError: There was no room within ``cluster.wait_for_resources_s``; the message names what is lacking.
+    """
+    plan, limit = resource_plan(config, ray.get_runtime_context().get_node_id()), config.cluster.wait_for_resources_s
+    asking = [part for part in plan.parts for _ in range(part.needed) if part.bundle]
+    if not asking:
+        return
+    room = placement_group([p.bundle for p in asking], bundle_label_selector=[dict(p.labels) for p in asking])
+    try:
+        if _granted(room, _QUIET_WAIT_S):
+            return
+        say(f"waiting for room on the cluster, at most {limit:g} s (cluster.wait_for_resources_s): {_lacks(plan)}")
+        if not _granted(room, limit - _QUIET_WAIT_S):
+            raise UserError(
+                f"no room on the cluster within {limit:g} s (cluster.wait_for_resources_s): {_lacks(plan)}; "
+                "add nodes, ask for less, or wait longer"
+            )
+    finally:
+        remove_placement_group(room)
+
+
+def _granted(room: PlacementGroup, timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    # Short looks, because signals are only handled between them.
+    while not room.wait(_LOOK_S):
+        if time.monotonic() > deadline:
+            return False
+    return True
+
+
+def _lacks(plan: ResourcePlan) -> str:
+    lacks = "; ".join(lack.describe() for lack in lacking(plan, cluster_nodes()) if lack.stops)
+    return lacks or "the nodes are large enough, but other jobs use them"
+
+
 def worker_environment() -> dict[str, str]:
     """Returns the environment variables that processes which Ray starts need to find and run our code."""
     root = str(Path(__file__).parent.parent)
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    ours = {name: os.environ.get(name, value) for name, value in PROCESS_ENVIRONMENT.items()}
-    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), **ours}
+    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), **_process_environment()}
+
+
+def _process_environment() -> dict[str, str]:
+    return {name: os.environ.get(name, value) for name, value in PROCESS_ENVIRONMENT.items()}
+
+
+def _missing_in_job(variables: dict[str, str]) -> dict[str, str]:
+    """Returns the variables that a Ray job's own environment does not set: Ray refuses to be given one twice."""
+    job = json.loads(os.environ.get(_JOB_CONFIG, "{}"))
+    given = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: value for name, value in variables.items() if name not in given}
 
 
 def _is_free(port: int) -> bool:

@@ -18,6 +18,7 @@ from actors.policy_client import PolicyClient
 from actors.policy_server import deploy_policy_server, shutdown_policy_server
 from actors.rollout_worker import RolloutWorker
 from cluster.learner_loop import ACTOR_TIMEOUT_S, LearnerJob, learner_loop
+from cluster.placement import LEARNER, ROLLOUT, resource_plan
 from shared.config import RunConfig
 from shared.run_folder import RunFolder
 
@@ -53,7 +54,7 @@ class RunActors:
     def __enter__(self) -> "RunActors":
         self._say("starting the adapter store, the replay buffer and the policy server")
         # Held, because an actor goes with its last handle.
-        self._store = start_adapter_store(f"{self._name}-store", self._folder.root)
+        self._store = start_adapter_store(f"{self._name}-store", self._folder.root, self._config.cluster)
         self.buffer = create_buffer_actor(self._config, self._folder.root, f"{self._name}-buffer")
         started = time.monotonic()
         try:
@@ -91,7 +92,7 @@ class RunActors:
 
     def start_learner(self) -> None:
         """Starts the data-parallel learners under Ray Train, in the background."""
-        settings = self._config.learner
+        settings, part = self._config.learner, resource_plan(self._config).part(LEARNER)
         job = LearnerJob(
             config=self._config.model_dump(mode="json"),
             model_path=self._model_path,
@@ -107,7 +108,8 @@ class RunActors:
             scaling_config=ray.train.ScalingConfig(
                 num_workers=settings.workers,
                 use_gpu=settings.gpus_per_worker > 0,
-                resources_per_worker={"CPU": settings.cpus_per_worker, "GPU": settings.gpus_per_worker},
+                resources_per_worker={"CPU": part.cpus, "GPU": part.gpus, **part.resources},
+                label_selector=dict(part.labels),
             ),
             run_config=ray.train.RunConfig(
                 name=self._name,
@@ -141,7 +143,7 @@ class RunActors:
     def _start_worker(self, index: int) -> ray.actor.ActorHandle:
         rollout = self._config.rollout
         kind = ray.remote(RolloutWorker).options(
-            num_cpus=rollout.cpus_per_worker,
+            **resource_plan(self._config).part(ROLLOUT).actor_options(),
             max_restarts=rollout.max_restarts,
             # One call a group, one for an evaluation, and a ping.
             max_concurrency=rollout.groups_per_worker + 2,

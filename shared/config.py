@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from shared.settings import Fraction, Settings
+from shared.settings import CustomResources, Fraction, NodeLabels, Settings
 from shared.task_settings import AlfworldSettings, NumberLineSettings, TaskSettings
 
 Precision = Literal["float32", "bfloat16"]
@@ -54,6 +54,8 @@ class SamplerSettings(Settings):
     cpus_per_replica: float = Field(
         0.5, ge=0.0, le=64.0, description="CPUs that a replica asks Ray for; rounded, its threads on a CPU."
     )
+    resources_per_replica: CustomResources = Field({}, description="Ray's custom resources, for example {h100: 1}.")
+    node_labels: NodeLabels = Field({}, description="Only on nodes with these labels: a, !a, in(a, b), !in(a, b).")
     tensor_parallel_size: int = Field(1, ge=1, le=16, description="Parts that one engine splits the model into (vLLM).")
     max_model_len: int = Field(512, ge=64, le=131072, description="Prompt and response, tokens.")
     max_num_seqs: int = Field(64, ge=1, le=1024, description="Sequences decoded at once by one replica.")
@@ -80,6 +82,8 @@ class RolloutSettings(Settings):
     epsilon: Fraction = Field(0.0, description="Probability that a step's action is a random admissible one.")
     expert_on_failure: bool = Field(False, description="Add the expert's trajectory where all of a group failed.")
     cpus_per_worker: float = Field(0.25, ge=0, le=64, description="CPUs that a worker asks Ray for.")
+    resources_per_worker: CustomResources = Field({}, description="As sampler.resources_per_replica.")
+    node_labels: NodeLabels = Field({}, description="As sampler.node_labels.")
     max_restarts: int = Field(100, ge=0, description="Restarts of dead workers before the run gives up.")
     environment_processes: int | None = Field(
         None,
@@ -143,6 +147,8 @@ class LearnerSettings(Settings):
     workers: int = Field(1, ge=1, le=4096, description="Data-parallel learner processes (Ray Train).")
     gpus_per_worker: float = Field(0.0, ge=0, le=8, description="GPUs that a learner process asks Ray for.")
     cpus_per_worker: float = Field(0.5, ge=0, le=64, description="CPUs that a learner process asks Ray for.")
+    resources_per_worker: CustomResources = Field({}, description="As sampler.resources_per_replica.")
+    node_labels: NodeLabels = Field({}, description="As sampler.node_labels.")
     learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak rate of the adapter, after the warm-up.")
     final_learning_rate: float = Field(1e-4, ge=0, le=1, description="Rate at the last step, the end of a cosine.")
     head_learning_rate: float = Field(
@@ -178,6 +184,15 @@ class ClusterSettings(Settings):
     """The Ray cluster of the run."""
 
     address: str | None = Field(None, description="Address of a running cluster; null starts a local one.")
+    wait_for_resources_s: float = Field(
+        600.0, ge=0, le=86_400, description="Longest wait for room on a running cluster before the parts are started."
+    )
+    control_resources: CustomResources = Field(
+        {}, description="Custom resources of the adapter store, the replay buffer and a submitted driver, each."
+    )
+    control_node_labels: NodeLabels = Field(
+        {}, description="Labels of the nodes for them; the replay buffer is always on the driver's node."
+    )
     dashboard: bool = Field(True, description="Start the Ray dashboard with a local cluster.")
     dashboard_port: int | None = Field(None, ge=1024, le=65535, description="null takes the first free from 8265.")
     metrics_port: int | None = Field(None, ge=1024, le=65535, description="Prometheus port; null takes a free one.")

@@ -15,6 +15,9 @@ from shared.config import RunConfig
 from shared.errors import UserError
 from shared.run_folder import RunFolder
 
+LACKING = 1
+"""Exit status of `--dry-run` when the run could not start on the cluster as it is."""
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -37,7 +40,9 @@ def register(app: typer.Typer) -> None:
         config: Annotated[Path | None, typer.Option(help="YAML file to start from instead of a preset.")] = None,
         run: Annotated[Path | None, typer.Option(help="Folder of the new run [default: runs/NAME-DATE-TIME].")] = None,
         resume: Annotated[Path | None, typer.Option(help="Folder of a run to go on with.")] = None,
-        plan: Annotated[bool, typer.Option("--plan", help="Only show what the run would ask of the cluster.")] = False,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Only show what the run asks for, and what cluster.address lacks.")
+        ] = False,
     ) -> None:
         """Train a vision-language model with a GFlowNet loss.
 
@@ -45,22 +50,23 @@ def register(app: typer.Typer) -> None:
         replay buffer holds and publishes LoRA adapters back. Ctrl-C leaves a run that `--resume` goes on with.
 
         Examples: `gflowvlm train`, `gflowvlm train objective.loss=subtb learner.steps=100`,
-        `gflowvlm train --preset numberline-7b --plan`, `gflowvlm train --resume runs/NAME`.
+        `gflowvlm train --preset numberline-7b --dry-run`, `gflowvlm train --resume runs/NAME`.
         """
         console = Console()
         if resume is not None:
             if overrides or preset is not None or config is not None or run is not None:
                 raise UserError("--resume takes the run's own configuration; leave out presets, files and settings")
-            _train(console, *_reopened(resume))
-            return
-        resolved = resolve_config(preset, config, overrides or [])
-        if plan:
-            _show_plan(console, resolved)
-            return
-        _train(console, None, resolved, run)
+            folder, resolved = _reopened(resume)
+        else:
+            folder, resolved = None, resolve_config(preset, config, overrides or [])
+        if dry_run:
+            from cluster.dry_run import dry_run as show
+
+            raise typer.Exit(0 if show(console, resolved) else LACKING)
+        _train(console, folder, resolved, run)
 
 
-def _reopened(directory: Path) -> tuple[RunFolder, RunConfig, None]:
+def _reopened(directory: Path) -> tuple[RunFolder, RunConfig]:
     from cluster.checkpoints import latest_checkpoint
     from cluster.run_setup import open_run
     from learner.checkpoint import check_checkpoint
@@ -71,28 +77,13 @@ def _reopened(directory: Path) -> tuple[RunFolder, RunConfig, None]:
     checkpoint = latest_checkpoint(folder.checkpoints)
     if checkpoint is not None:
         check_checkpoint(checkpoint)
-    return folder, config, None
+    return folder, config
 
 
-def _show_plan(console: Console, config: RunConfig) -> None:
-    from cluster.ray_runtime import resource_plan
-
-    plan = resource_plan(config)
-    table = Table("part", "processes", "CPUs each", "GPUs each")
-    for part, count, cpus, gpus in plan.rows:
-        table.add_row(part, str(count), f"{cpus:g}", f"{gpus:g}")
-    console.print(table)
-    batch = config.groups_per_batch * config.rollout.group_size
-    console.print(
-        f"in all {plan.cpus:g} CPUs and {plan.gpus:g} GPUs; model {config.policy.model} in {config.policy.dtype}; "
-        f"{batch} trajectories a batch, {config.fresh_per_step} of them new; {config.learner.steps} learner steps"
-    )
-
-
-def _train(console: Console, folder: RunFolder | None, config: RunConfig, directory: Path | None = None) -> None:
+def _train(console: Console, folder: RunFolder | None, config: RunConfig, directory: Path | None) -> None:
     # Imported here so that --help and wrong arguments answer at once.
     from cluster.models import resolve_model
-    from cluster.ray_runtime import ray_cluster
+    from cluster.ray_runtime import ray_cluster, wait_for_room
     from cluster.run_setup import new_run, run_lock
     from cluster.training_run import TrainingRun
     from shared.policy_inputs import PolicyInputs
@@ -103,6 +94,8 @@ def _train(console: Console, folder: RunFolder | None, config: RunConfig, direct
     started = time.monotonic()
     try:
         with sigterm_as_interrupt(), run_lock(folder), ray_cluster(config) as dashboard:
+            if config.cluster.address is not None:
+                wait_for_room(config, lambda line: console.print(line, highlight=False, soft_wrap=True))
             if config.cluster.dashboard:
                 console.print(f"Ray dashboard: http://{dashboard}", highlight=False)
             report = TrainingRun(folder, config, console).run()

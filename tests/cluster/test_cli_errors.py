@@ -107,7 +107,7 @@ def test_a_corrupted_checkpoint_is_named(tmp_path):
 
 
 def test_the_7b_preset_resolves_and_plans(tmp_path):
-    result = gflowvlm("train", "--preset", "numberline-7b", "--plan", cwd=tmp_path)
+    result = gflowvlm("train", "--preset", "numberline-7b", "--dry-run", cwd=tmp_path)
     assert result.returncode == 0
     assert "4 GPUs" in result.stdout
     assert list(tmp_path.iterdir()) == []

@@ -11,8 +11,8 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReply
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import GangResourceRequest
 
+from cluster.placement import resource_plan
 from cluster.preset_library import resolve_config
-from cluster.ray_runtime import resource_plan
 from shared.config import RunConfig
 from tests.k8s.manifests import build, cluster_spec, only
 
@@ -55,10 +55,7 @@ def launched(reply: SchedulingReply) -> dict[str, int]:
 
 def demands_of(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
     """What each part of a run asks for, as often as it asks."""
-    return {
-        part: [{"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}] * n
-        for part, n, cpus, gpus in resource_plan(config).rows
-    }
+    return {part.name: [part.bundle] * part.count for part in resource_plan(config).parts if part.bundle}
 
 
 @pytest.mark.parametrize("overlay", ["gpu", "spot"])
@@ -70,8 +67,10 @@ def test_every_part_of_the_7b_run_gets_pods_of_its_own_group(overlay: str) -> No
     assert launched(autoscale(cluster, samplers)) == {"sampler": 2}
     assert launched(autoscale(cluster, rollouts)) == {"rollout": 1}
     assert launched(autoscale(cluster, [], learners)) == {"learner": 1}
-    at_once = autoscale(cluster, [{"driver": 1}, *samplers, *rollouts], learners)
-    assert launched(at_once) == {"driver": 1, "sampler": 2, "rollout": 1, "learner": 1}
+    everything = {"driver": 1, "sampler": 2, "rollout": 1, "learner": 1}
+    assert launched(autoscale(cluster, [{"driver": 1}, *samplers, *rollouts], learners)) == everything
+    # What a run asks for before its parts are started.
+    assert launched(autoscale(cluster, [{"driver": 1}], [*samplers, *rollouts[:1], *learners])) == everything
 
 
 def test_more_rollout_workers_and_samplers_scale_their_groups_alone() -> None:
