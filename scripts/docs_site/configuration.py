@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic.fields import FieldInfo
@@ -96,6 +96,10 @@ def _type(annotation: Any) -> str:
         return ", ".join("`null`" if a is NoneType else _type(a) for a in arguments)
     if origin in (list, tuple):
         return f"list of {_type(arguments[0])}"
+    if origin is dict:
+        return f"mapping of names to {_type(arguments[1])}"
+    if origin is Annotated:
+        return ", ".join([_type(arguments[0]), *_bounds(FieldInfo.from_annotation(annotation))])
     return _NAMES[annotation]
 
 
