@@ -178,12 +178,10 @@ class PolicyAPI:
         Raises:
             UserError: vLLM cannot serve the model, or there is no API key where one must be.
         """
+        api_key = api_key_for(policy)
         # vLLM is imported where an engine runs, and nowhere else.
         from cluster.openai_server import OpenAIServer
 
-        api_key = os.environ.get(API_KEY_VARIABLE) or None
-        if policy.require_api_key and api_key is None:
-            raise UserError(f"{API_KEY_VARIABLE} is not set where the replica runs; set it, or require_api_key: false")
         self._server = OpenAIServer(policy, api_key)
 
     async def __serve_build_asgi_app__(self) -> Any:
@@ -203,6 +201,18 @@ class PolicyAPI:
         server = getattr(self, "_server", None)
         if server is not None:
             server.shutdown()
+
+
+def api_key_for(policy: ServedPolicy) -> str | None:
+    """Returns the key of this process's environment, None where there is none and none is needed.
+
+    Raises:
+        UserError: There is none, and the policy must not be served without.
+    """
+    key = os.environ.get(API_KEY_VARIABLE) or None
+    if policy.require_api_key and key is None:
+        raise UserError(f"{API_KEY_VARIABLE} is not set where the replica runs; set it, or require_api_key: false")
+    return key
 
 
 def _of_run(folder: RunFolder, arguments: ServeArguments) -> tuple[RunConfig, int, Path | None]:

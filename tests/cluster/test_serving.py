@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from cluster.cli import app as command_line
 from cluster.models import resolve_model
 from cluster.run_setup import new_run
-from cluster.serving import API_KEY_VARIABLE, DEPLOYMENT, ServeArguments, app, served_policy
+from cluster.serving import API_KEY_VARIABLE, DEPLOYMENT, ServeArguments, api_key_for, app, served_policy
 from cluster.serving_session import Address, curl_example
 from shared.config import RunConfig
 from shared.errors import UserError
@@ -143,6 +143,15 @@ def test_the_application_has_the_replicas_and_resources_of_the_settings(run: Pat
     assert (deployment.name, deployment.num_replicas) == (DEPLOYMENT, 2)
     assert deployment.ray_actor_options["num_cpus"] == 2
     assert deployment.ray_actor_options["num_gpus"] == 1
+
+
+def test_a_replica_without_the_key_that_it_needs_does_not_start(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(API_KEY_VARIABLE, "")
+    with pytest.raises(UserError, match="require_api_key"):
+        api_key_for(served_policy(arguments(run)))
+    assert api_key_for(served_policy(arguments(run, require_api_key=False))) is None
+    monkeypatch.setenv(API_KEY_VARIABLE, "a key")
+    assert api_key_for(served_policy(arguments(run))) == "a key"
 
 
 def test_an_unknown_argument_of_the_application_is_refused(run: Path) -> None:
