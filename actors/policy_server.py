@@ -21,7 +21,7 @@ from actors.sampling import (
     SamplerUnavailableError,
     UnknownVersionError,
 )
-from shared.config import RunConfig
+from shared.config import RunConfig, SamplerSettings
 from shared.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -165,26 +165,7 @@ def deploy_policy_server(
     # Requests come over handles only: no proxy, no port.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled", logging_config=quiet_logging())
-    deployment = serve.deployment(
-        PolicyServer,
-        name=DEPLOYMENT,
-        num_replicas=sampler.replicas,
-        # No runtime environment here: Serve then gives replicas the job's, its variables included.
-        ray_actor_options={
-            "num_cpus": sampler.cpus_per_replica,
-            "num_gpus": sampler.gpus_per_replica,
-            "resources": dict(sampler.resources_per_replica),
-            "label_selector": dict(sampler.node_labels),
-        },
-        # More than run at once, so that the engine always has the next ones waiting.
-        max_ongoing_requests=2 * sampler.max_num_seqs + 16,
-        health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
-        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
-        graceful_shutdown_wait_loop_s=0.2,
-        max_constructor_retry_count=START_TRIES,
-        logging_config=quiet_logging(),
-    )
+    deployment = serve.deployment(PolicyServer, name=DEPLOYMENT, **replica_options(sampler))
     application = deployment.bind(config, model_path, store_name, start_sampler)
     target = serve.RunTarget(target=application, name=name, route_prefix=None)
     (handle,) = serve.run_many([target], wait_for_applications_running=False)
@@ -194,6 +175,28 @@ def deploy_policy_server(
         shutdown_policy_server(name)
         raise
     return handle
+
+
+def replica_options(sampler: SamplerSettings) -> dict[str, Any]:
+    """Returns the options of a Serve deployment whose replicas each hold an engine."""
+    return {
+        "num_replicas": sampler.replicas,
+        # No runtime environment here: Serve then gives replicas the job's, its variables included.
+        "ray_actor_options": {
+            "num_cpus": sampler.cpus_per_replica,
+            "num_gpus": sampler.gpus_per_replica,
+            "resources": dict(sampler.resources_per_replica),
+            "label_selector": dict(sampler.node_labels),
+        },
+        # More than run at once, so that the engine always has the next ones waiting.
+        "max_ongoing_requests": 2 * sampler.max_num_seqs + 16,
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+        "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
+        "graceful_shutdown_timeout_s": GRACEFUL_SHUTDOWN_S,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "max_constructor_retry_count": START_TRIES,
+        "logging_config": quiet_logging(),
+    }
 
 
 def shutdown_policy_server(name: str) -> None:

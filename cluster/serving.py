@@ -17,13 +17,7 @@ from ray.serve import Application
 from safetensors import safe_open
 
 from actors.adapter_store import CONFIG_FILE, WEIGHTS_FILE, check_adapter
-from actors.policy_server import (
-    GRACEFUL_SHUTDOWN_S,
-    HEALTH_CHECK_PERIOD_S,
-    HEALTH_CHECK_TIMEOUT_S,
-    START_TRIES,
-    quiet_logging,
-)
+from actors.policy_server import replica_options
 from actors.sampling import BASE_VERSION
 from cluster.models import resolve_model
 from cluster.playing import best_version
@@ -149,21 +143,7 @@ def app(arguments: ServeArguments) -> Application:
 
 def application(policy: ServedPolicy) -> Application:
     """Returns the Serve application of a policy."""
-    sampler = policy.config.sampler
-    deployment = serve.deployment(
-        PolicyAPI,
-        name=DEPLOYMENT,
-        num_replicas=sampler.replicas,
-        ray_actor_options={"num_cpus": sampler.cpus_per_replica, "num_gpus": sampler.gpus_per_replica},
-        # More than run at once, so that the engine always has the next ones waiting.
-        max_ongoing_requests=2 * sampler.max_num_seqs + 16,
-        health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
-        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
-        graceful_shutdown_wait_loop_s=0.2,
-        max_constructor_retry_count=START_TRIES,
-        logging_config=quiet_logging(),
-    )
+    deployment = serve.deployment(PolicyAPI, name=DEPLOYMENT, **replica_options(policy.config.sampler))
     bound: Application = deployment.bind(policy)
     return bound
 

@@ -6,7 +6,7 @@ import json
 import logging
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ray import serve
 from ray.exceptions import RayError
@@ -84,13 +84,13 @@ def serve_until_stopped(policy: ServedPolicy, address: Address, console: Console
     """
     if importlib.util.find_spec("vllm") is None:
         raise UserError("serving needs vLLM, which is not installed; install the extra `cpu` or `gpu` (make setup)")
+    policy = replace(policy, config=_own_cluster(policy.config))
     _say_what(policy, console)
-    config = _own_cluster(policy.config)
     try:
-        with sigterm_as_interrupt(), ray_cluster(config) as dashboard:
+        with sigterm_as_interrupt(), ray_cluster(policy.config) as dashboard:
             try:
                 _start(policy, address)
-                if config.cluster.dashboard:
+                if policy.config.cluster.dashboard:
                     console.print(f"Ray dashboard: http://{dashboard}", highlight=False)
                 _say_where(policy, address, console)
                 _watch(console)
@@ -101,10 +101,18 @@ def serve_until_stopped(policy: ServedPolicy, address: Address, console: Console
 
 
 def _own_cluster(config: RunConfig) -> RunConfig:
-    """Returns what a Ray of its own needs to know: where Serve listens is settled for a whole cluster, once."""
-    own = config.cluster.model_copy(update={"address": None})
-    # Only the replicas are started, whatever the run needed.
-    return config.model_copy(update={"cluster": own, "rollout": RolloutSettings(), "learner": LearnerSettings()})
+    """Returns the configuration for a Ray of its own: where Serve listens is settled for a whole cluster, once."""
+    # One machine has no custom resources and no labels, and only the replicas are started on it.
+    return config.model_copy(
+        update={
+            "cluster": config.cluster.model_copy(
+                update={"address": None, "control_resources": {}, "control_node_labels": {}}
+            ),
+            "sampler": config.sampler.model_copy(update={"resources_per_replica": {}, "node_labels": {}}),
+            "rollout": RolloutSettings(),
+            "learner": LearnerSettings(),
+        }
+    )
 
 
 def _start(policy: ServedPolicy, address: Address) -> None:

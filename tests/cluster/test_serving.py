@@ -137,12 +137,13 @@ def test_weights_that_vllm_would_not_apply_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_application_has_the_replicas_and_resources_of_the_settings(run: Path) -> None:
-    settings = ["sampler.cpus_per_replica=2", "sampler.gpus_per_replica=1"]
+    settings = ["sampler.cpus_per_replica=2", "sampler.gpus_per_replica=1", "sampler.resources_per_replica={h100: 1}"]
     application = app(arguments(run, replicas=2, settings=settings))
     deployment = application._bound_deployment
     assert (deployment.name, deployment.num_replicas) == (DEPLOYMENT, 2)
     assert deployment.ray_actor_options["num_cpus"] == 2
     assert deployment.ray_actor_options["num_gpus"] == 1
+    assert deployment.ray_actor_options["resources"] == {"h100": 1}
 
 
 def test_a_replica_without_the_key_that_it_needs_does_not_start(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
