@@ -9,12 +9,12 @@ import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import psutil
 import pyarrow.compute as pc
@@ -44,6 +44,7 @@ WARM_UP_SHARE = 0.25
 """Share of a run's trajectories that come before anything is measured: every episode began at the same time."""
 
 PROCESS_INTERVAL_S = 30.0
+STOP_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -227,14 +228,39 @@ def simulate_run(directory: Path, config: RunConfig, simulation: Simulation) -> 
 
 
 def in_own_process(work: Callable[..., _Result], *arguments: object) -> _Result:
-    """Returns what a function returns in a new process.
+    """Returns what a function returns in a new process, which ends in order when this one is interrupted.
 
     Ray Serve binds a process to the first event loop that it makes requests on, and a driver's processor time and
     memory are to be those of one run.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=prepare_process) as process:
-        return process.submit(work, *arguments).result()
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_report_to, args=(sender, work, arguments))
+    process.start()
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:
+        process.join()
+        raise UserError(f"the simulated run's process ended with status {process.exitcode}") from None
+    finally:
+        if process.is_alive():
+            # As by Ctrl-C: it stops what it has started, then ends.
+            process.terminate()
+        process.join(STOP_TIMEOUT_S)
+    if isinstance(result, UserError):
+        raise result
+    return cast(_Result, result)
+
+
+def _report_to(sender: Connection, work: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    prepare_process()
+    try:
+        sender.send(work(*arguments))
+    except UserError as error:
+        sender.send(error)
+    except KeyboardInterrupt:
+        return
 
 
 def _simulated_run(directory: Path, config: RunConfig, simulation: Simulation) -> Observed:

@@ -9,15 +9,15 @@ class SimulatedScale:
 
     The defaults are those of a policy of 7 billion parameters on 16 GPUs: an answer of some 400 tokens at 25 tokens/s
     for each of 256 sequences, half a second for an adapter of some hundred MB. A rollout worker's worth of
-    environments is 32: four groups of eight.
+    environments is 48: six groups of eight.
 
     Attributes:
         trajectories: Trajectories of the large run.
         few_trajectories: Trajectories of the runs with one sampler.
         samplers: Samplers of the large run.
         places: Requests that a sampler answers at the same time.
-        environments_per_sampler: Environments for each sampler: more than places, since at any time some of a
-            group's episodes have ended while the others are played.
+        environments_per_sampler: Environments for each sampler: three times the places, since on average half of
+            a group's episodes have ended while its longest is still played.
         batches_in_play: The environments' trajectories in terms of the learner's fresh trajectories per step.
         processes: Processes that hold the rollout workers' worth of environments of the large run.
         response_s: Mean time of a response, seconds.
@@ -35,7 +35,7 @@ class SimulatedScale:
     few_trajectories: int = 2_000
     samplers: int = 16
     places: int = 256
-    environments_per_sampler: int = 512
+    environments_per_sampler: int = 768
     batches_in_play: int = 8
     processes: int = 4
     response_s: float = 16.0
@@ -56,8 +56,8 @@ QUICK_SIMULATION = SimulatedScale(
     few_trajectories=400,
     samplers=4,
     places=16,
-    environments_per_sampler=32,
-    batches_in_play=4,
+    environments_per_sampler=48,
+    batches_in_play=3,
     processes=2,
     response_s=1.0,
     load_s=0.25,
