@@ -58,7 +58,8 @@ class RolloutWorker(EnvRunner):
     Every method that plays takes keywords only and never raises for a failed group (`FaultAwareApply.apply`
     would end the process): failures are in the summaries. A defect does raise, and ends the process.
     One thread runs an event loop for all calls, so several calls play at the same time: give the actor a
-    `max_concurrency` of the calls wanted and one more, for `ping`.
+    `max_concurrency` of the calls wanted and one more, for `ping`. No method may be a coroutine function: Ray would
+    run all calls of such an actor on one event loop, where each of these blocks the others.
     """
 
     def __init__(
@@ -184,9 +185,20 @@ class RolloutWorker(EnvRunner):
         settings: PlaySettings,
         finish: Callable[[PlayedGroup], Coroutine[Any, Any, None]],
     ) -> list[tuple[GroupSummary, list[Trajectory]]]:
+        async def play_one(request: GroupRequest) -> tuple[GroupSummary, list[Trajectory]]:
+            open_environment = partial(self._open_environment, request.group_index)
+            try:
+                group = await play_group(open_environment, self._source, self._inputs, request, settings)
+                await finish(group)
+            except (PolicyServerError, SamplerUnavailableError, ReplayBufferError, EnvironmentLostError) as error:
+                return GroupSummary(request, failure=str(error)), []
+            except (UserError, UnknownVersionError) as error:
+                return GroupSummary(request, failure=str(error), permanent=True), []
+            return summarise(request, group), group.trajectories
+
         async def play_all() -> list[tuple[GroupSummary, list[Trajectory]]]:
             async with asyncio.TaskGroup() as tasks:
-                groups = [tasks.create_task(self._play_one(request, settings, finish)) for request in requests]
+                groups = [tasks.create_task(play_one(request)) for request in requests]
             return [group.result() for group in groups]
 
         # No time limit of its own: every wait inside (for a response, for the buffer) has one.
@@ -199,22 +211,6 @@ class RolloutWorker(EnvRunner):
 
     def _open_environment(self, group_index: int) -> EpisodeEnvironment:
         return LocalEnvironment(self.make_env()) if self._hosts is None else self._hosts.open(group_index)
-
-    async def _play_one(
-        self,
-        request: GroupRequest,
-        settings: PlaySettings,
-        finish: Callable[[PlayedGroup], Coroutine[Any, Any, None]],
-    ) -> tuple[GroupSummary, list[Trajectory]]:
-        try:
-            open_environment = partial(self._open_environment, request.group_index)
-            group = await play_group(open_environment, self._source, self._inputs, request, settings)
-            await finish(group)
-        except (PolicyServerError, SamplerUnavailableError, ReplayBufferError, EnvironmentLostError) as error:
-            return GroupSummary(request, failure=str(error)), []
-        except (UserError, UnknownVersionError) as error:
-            return GroupSummary(request, failure=str(error), permanent=True), []
-        return summarise(request, group), group.trajectories
 
 
 async def append_group(buffer: Any, batch: pa.RecordBatch, deadline_s: float = APPEND_DEADLINE_S) -> None:

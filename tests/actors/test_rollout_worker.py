@@ -215,6 +215,9 @@ def test_workers_append_every_group_before_they_report_it(cluster: Cluster) -> N
     ask(manager, [GroupRequest(7, 5), GroupRequest(8, 6)])
     summaries: list[GroupSummary] = [s for result in answers(manager, 2) for s in result.get()]
     assert sorted(s.request.group_index for s in summaries) == [0, 1, 2, 7, 8]
+    # More than the larger call alone: the worker plays both at the same time.
+    (together,) = manager.foreach_actor(lambda worker: worker._source.together, timeout_seconds=60)
+    assert together.get() > 3 * 4
     stats = cluster.stats()
     assert stats["accepted"] == 5 * 4
     assert stats["largest_group_index"] == 8
