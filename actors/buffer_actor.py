@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ START_TIMEOUT_S = 300.0
 """Longest wait for the actor, which reads the run's trajectories at start."""
 
 
+APPENDS_PER_FILE = 64
+"""Most appends that are written together."""
+
+
 class ReplayBufferActor:
     """A `ReplayBuffer` that many workers append to and the learner waits on.
 
@@ -33,6 +38,8 @@ class ReplayBufferActor:
         self._appended = _Rate()
         self._sampled = _Rate()
         self._closed = False
+        self._waiting: list[_Append] = []
+        self._writing: asyncio.Task[None] | None = None
         # Data-parallel learners ask for the same step one after another and must get the same batch.
         self._drawn: dict[int, pa.RecordBatch] = {}
         try:
@@ -47,13 +54,40 @@ class ReplayBufferActor:
         return self._held
 
     async def append(self, batch: pa.RecordBatch) -> list[str]:
-        """Adds trajectories and returns their ids: they are on disk (see `ReplayBuffer.append`)."""
-        started = time.perf_counter()
-        acknowledged = self._buffer.append(batch)
-        self._appended.add(batch, started)
-        async with self._changed:
-            self._changed.notify_all()
-        return acknowledged
+        """Adds trajectories and returns their ids: they are on disk (see `ReplayBuffer.append`).
+
+        What arrives while a file is written goes into the next one together, because the disk takes as long for
+        many groups as for one.
+        """
+        self._buffer.check(batch)
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((batch, written))
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.create_task(self._write_waiting())
+        await written
+        return list(batch["trajectory_id"].to_pylist())
+
+    async def _write_waiting(self) -> None:
+        while len(self._waiting) > 0:
+            # A turn of the event loop: calls that have arrived meanwhile enter their batches.
+            await asyncio.sleep(0)
+            appends, self._waiting = self._waiting[:APPENDS_PER_FILE], self._waiting[APPENDS_PER_FILE:]
+            try:
+                started = time.perf_counter()
+                self._buffer.append_checked([batch for batch, _ in appends])
+                self._appended.add([batch for batch, _ in appends], started)
+            except UserError as refusal:
+                for written in _awaited(appends):
+                    written.set_exception(refusal)
+            else:
+                for written in _awaited(appends):
+                    written.set_result(None)
+            finally:
+                # After a defect; no caller may wait for ever.
+                for written in _awaited(appends):
+                    written.cancel()
+            async with self._changed:
+                self._changed.notify_all()
 
     async def wait_sample(
         self, step: int, groups: int, version: int, min_accepted: int, timeout_s: float
@@ -94,7 +128,7 @@ class ReplayBufferActor:
         if step not in self._drawn:
             started = time.perf_counter()
             batch = buffer.sample(step, min(groups, buffer.available(version)), version)
-            self._sampled.add(batch, started)
+            self._sampled.add([batch], started)
             self._drawn = {s: b for s, b in self._drawn.items() if s == step - 1} | {step: batch}
         return self._drawn[step]
 
@@ -114,6 +148,14 @@ class ReplayBufferActor:
         return {**self._buffer.stats(), **own}
 
 
+_Append = tuple[pa.RecordBatch, "asyncio.Future[None]"]
+
+
+def _awaited(appends: Sequence[_Append]) -> list[asyncio.Future[None]]:
+    """Returns the futures that somebody still waits for."""
+    return [written for _, written in appends if not written.done()]
+
+
 class _Rate:
     """Work done and the time it took."""
 
@@ -122,9 +164,9 @@ class _Rate:
         self._bytes = 0
         self._seconds = 0.0
 
-    def add(self, batch: pa.RecordBatch, started: float) -> None:
-        self._trajectories += batch.num_rows
-        self._bytes += batch.nbytes
+    def add(self, batches: Sequence[pa.RecordBatch], started: float) -> None:
+        self._trajectories += sum(batch.num_rows for batch in batches)
+        self._bytes += sum(batch.nbytes for batch in batches)
         self._seconds += time.perf_counter() - started
 
     def figures(self) -> dict[str, float]:

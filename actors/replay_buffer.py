@@ -128,15 +128,33 @@ class ReplayBuffer:
             UserError: They are in another schema, or could not be written; the buffer is as it was.
             ValueError: A log-reward is missing, NaN or infinite.
         """
+        self.check(batch)
+        self.append_checked([batch])
+        return list(batch["trajectory_id"].to_pylist())
+
+    def check(self, batch: pa.RecordBatch) -> None:
+        """Raises what `append` raises for trajectories that can never be taken.
+
+        Raises:
+            UserError: They are in another schema.
+            ValueError: A log-reward is missing, NaN or infinite.
+        """
         if not batch.schema.equals(TRAJECTORY_SCHEMA):
             raise UserError(
                 f"replay buffer: trajectories must be in schema version {SCHEMA_VERSION}; "
                 "run the same release on every node"
             )
-        new = self._unknown_rows(batch)
-        for name, rewards in zip(new["trajectory_id"].to_pylist(), python_values(new["log_rewards"]), strict=True):
+        for name, rewards in zip(batch["trajectory_id"].to_pylist(), python_values(batch["log_rewards"]), strict=True):
             if len(rewards) == 0 or not all(map(math.isfinite, rewards)):
                 raise ValueError(f"trajectory {name}: its log-rewards must be finite, found {rewards}")
+
+    def append_checked(self, batches: Sequence[pa.RecordBatch]) -> None:
+        """Adds the trajectories of several appends, all of them or none, with one file; see `append`.
+
+        Raises:
+            UserError: They could not be written; the buffer is as it was.
+        """
+        new = self._unknown_rows(batches[0] if len(batches) == 1 else _concatenated(batches))
         if new.num_rows > 0:
             if self._files is not None:
                 try:
@@ -146,7 +164,6 @@ class ReplayBuffer:
                     self._last_refusal = str(refusal)
                     raise
             self._remember(new)
-        return list(batch["trajectory_id"].to_pylist())
 
     def available(self, version: int) -> int:
         """Returns how many groups are fresh enough to be sampled at a policy version."""
