@@ -13,7 +13,7 @@ from actors.groups import GroupSummary
 from actors.sampling import BASE_VERSION
 from cluster.checkpoints import latest_checkpoint
 from cluster.evaluation import REPORT_SEED_OFFSET, EvaluationPlan, evaluate_trajectories
-from cluster.memory import memory_gib
+from cluster.memory import MemoryMeter
 from cluster.models import resolve_model
 from cluster.plots import draw_learning_curve
 from cluster.progress import RunDisplay
@@ -61,7 +61,7 @@ class TrainingRun:
         self._tokens_since_start = 0
         self._started = time.monotonic()
         self._snapshot_at = 0.0
-        self._peak_memory_gib = 0.0
+        self._memory = MemoryMeter()
         self._server_seen: dict[str, tuple[float, float]] = {}
 
     def run(self) -> list[Row]:
@@ -200,8 +200,7 @@ class TrainingRun:
             "tokens_per_s": self._tokens_since_start / (now - self._started),
         }
         if self.config.cluster.address is None:
-            values["memory_gib"] = memory_gib()
-            self._peak_memory_gib = max(self._peak_memory_gib, values["memory_gib"])
+            values["memory_gib"] = self._memory.gib()
         idle = self._sampler_idle_share()
         if idle is not None:
             values["sampler_idle_share"] = idle
@@ -233,7 +232,7 @@ class TrainingRun:
             "steps": self.step,
             "version": best,
             "wall_s": round(time.time() - psutil.Process().create_time(), 1),
-            "peak_memory_gib": self._peak_memory_gib if self.config.cluster.address is None else None,
+            "peak_memory_gib": self._memory.peak_gib if self.config.cluster.address is None else None,
             "report": report,
         }
         write_whole(self.folder.summary, json.dumps(summary, indent=1))
