@@ -121,4 +121,4 @@ def _show_trials(console: Console, selection: "Selection", concurrent: int) -> N
     longest = max((trial.run.config.learner.steps for trial in todo), default=0)
     per_run = expected_minutes(list(selection.finished()), selection.scale, longest)
     left = said_minutes(minutes_left([0.0] * len(todo), per_run, concurrent))
-    console.print(f"{len(todo)} runs to do in {selection.out}; time: {left}", highlight=False, soft_wrap=True)
+    console.print(f"runs to do: {len(todo)}, in {selection.out}; time: {left}", highlight=False, soft_wrap=True)

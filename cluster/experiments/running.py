@@ -95,7 +95,7 @@ def _run(
                 write_results(selection.experiment, list(selection.finished()), selection.out)
                 display.finish(name, expected_minutes(known, selection.scale, longest))
 
-        display.say(f"{len(todo)} runs to do, {done} done; each is a `gflowvlm train` in {selection.out}")
+        display.say(f"runs to do: {len(todo)}, done: {done}; each is a `gflowvlm train` in {selection.out}")
         run_trials(list(todo.values()), stop, on_step, concurrent=concurrent, retries=retries)
 
 

@@ -43,9 +43,9 @@ def make_warm_start(start: WarmStart, folder: Path, stop: Callable[[], bool]) ->
         UserError: It could not be made.
     """
     command = warm_start_command(start, folder)
-    if "--resume" not in command:
-        # Without a checkpoint there is nothing in it to go on with.
-        shutil.rmtree(folder, ignore_errors=True)
+    if "--resume" not in command and (folder / _REPORT).exists():
+        # It was stopped before its first checkpoint: there is nothing to go on with.
+        shutil.rmtree(folder)
     status = run_command(command, stop=stop)
     if status == INTERRUPTED:
         return False

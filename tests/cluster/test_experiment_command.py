@@ -58,7 +58,7 @@ def test_failed_trials_are_tried_again_and_finished_ones_never(tmp_path):
     trained = [run.metrics.read_bytes() for run in runs]
     result = experiment(out)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "1 runs to do, 1 done" in result.stdout
+    assert "runs to do: 1, done: 1;" in result.stdout
     assert [run.metrics.read_bytes() for run in runs] == trained
     assert [row["variant"] for row in csv.DictReader((out / RAW).open())] == ["SFT", "GFlowNet (Var-TB)"]
     assert all((out / name).exists() for name in (TABLE, PICTURE, CURVES))

@@ -15,7 +15,8 @@ from cluster.experiments.results import CURVES, PICTURE, RAW, TABLE, write_resul
 from cluster.experiments.running import run_experiment
 from cluster.experiments.trial_process import TrialFailedError, TrialJob, last_words, run_job
 from cluster.experiments.trials import Command, Selection, missing_part
-from cluster.experiments.warm_starting import is_made, warm_start_command
+from cluster.experiments.warm_starting import is_made, make_warm_start, warm_start_command
+from cluster.interruption import INTERRUPTED
 from cluster.preset_library import load_preset, preset_names
 from cluster.run_log import append_row
 from shared.errors import UserError
@@ -144,6 +145,27 @@ def test_a_warm_start_is_begun_resumed_or_left_alone(tmp_path):
     assert not is_made(folder)
     (folder / "training.json").write_text('{"final_loss": 0.1}')
     assert is_made(folder)
+
+
+def test_a_warm_start_that_stopped_before_its_first_checkpoint_is_begun_anew(tmp_path, monkeypatch):
+    folder = tmp_path / "taught"
+    folder.mkdir()
+    (folder / "training.json").write_text("{}")
+    asked = []
+
+    def run_command(arguments, *, stop):
+        asked.append(arguments)
+        assert not folder.exists()
+        if len(asked) == 1:
+            return INTERRUPTED
+        folder.mkdir()
+        (folder / "training.json").write_text('{"final_loss": 0.1}')
+        return 0
+
+    monkeypatch.setattr("cluster.experiments.warm_starting.run_command", run_command)
+    assert not make_warm_start(STARTED, folder, lambda: False)
+    assert make_warm_start(STARTED, folder, lambda: False)
+    assert asked == [("sft", "--out", str(folder), *STARTED.arguments)] * 2
 
 
 def test_a_preset_that_is_not_shipped_yet_is_named_and_the_others_run(tmp_path, monkeypatch):
