@@ -31,6 +31,11 @@ PANELS: Mapping[str, str] = MappingProxyType(
 
 Axis = Literal["step", "env_steps"]
 
+_LEGEND_INSIDE = 6
+"""Variants that a legend inside a panel has room for."""
+
+_LINES = ("-", "--", ":")
+
 _AXIS_TITLES: Mapping[Axis, str] = {"step": "learner step", "env_steps": "environment steps"}
 
 
@@ -171,26 +176,38 @@ def draw_curves(
     for run in runs:
         for evaluated in evaluations(run.folder):
             by_variant[run.variant][evaluated.step].append(evaluated)
-    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(13, 4), layout="constrained")
+    crowded = len(by_variant) > _LEGEND_INSIDE
+    size = (16, max(4.0, 0.22 * len(by_variant))) if crowded else (13, 4)
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=size, layout="constrained")
     for panel, (name, title) in zip(axes, PANELS.items(), strict=True):
-        for variant, at in by_variant.items():
+        for index, (variant, at) in enumerate(by_variant.items()):
             steps = sorted(step for step, found in at.items() if all(e.row[name] is not None for e in found))
             if len(steps) > 0:
                 label = variant if names is None else names[variant]
-                _draw_curve(panel, [at[step] for step in steps], name, label, axis)
+                style = {"color": f"C{index % 10}", "linestyle": _LINES[index // 10 % len(_LINES)]}
+                _draw_curve(panel, [at[step] for step in steps], name, label, axis, style)
         panel.set(title=title, xlabel=_AXIS_TITLES[axis])
         panel.set_ylim(bottom=0, top=None if name == "div_at_n" else 1.02)
-        if panel.lines:
+        if panel.lines and not crowded:
             panel.legend(fontsize=8)
+    if crowded:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     save_picture(figure, path)
 
 
-def _draw_curve(panel: Any, points: Sequence[Sequence[EvaluatedAt]], name: str, label: str, axis: Axis) -> None:
+def _draw_curve(
+    panel: Any,
+    points: Sequence[Sequence[EvaluatedAt]],
+    name: str,
+    label: str,
+    axis: Axis,
+    style: Mapping[str, str],
+) -> None:
     at = [mean(e.step if axis == "step" else e.env_steps for e in point) for point in points]
     values = [[e.row[name] for e in point] for point in points]
     middle = [mean(v) for v in values]
     deviations = [stdev(v) if len(v) > 1 else 0.0 for v in values]
     seeds = max(map(len, values))
-    (line,) = panel.plot(at, middle, "o-", label=f"{label} ({seeds} seed{'s' if seeds > 1 else ''})")
+    (line,) = panel.plot(at, middle, marker="o", **style, label=f"{label} ({seeds} seed{'s' if seeds > 1 else ''})")
     low, high = ([m + sign * s for m, s in zip(middle, deviations, strict=True)] for sign in (-1, 1))
     panel.fill_between(at, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
