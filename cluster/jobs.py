@@ -9,7 +9,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,20 @@ STOP_WAIT_S = 150
 STOP_MARGIN_S = 30.0
 CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 10.0, 120.0
 POLL_S = 1.0
+SILENCE_S = 60.0
+"""How long a log may be silent before it is asked for anew."""
+
 LOST_TRIES = 10
 """Vain tries in a row to read a log before following it is given up."""
 
 _CONFIG_FILE = "run.yaml"
 _RUN, _FOLDER, _PLACEMENT = "gflowvlm_run", "gflowvlm_folder", "gflowvlm_placement"
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 _ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 
 
@@ -100,7 +108,8 @@ class Jobs:
         self.address = job_address(address)
         # Ray lets these variables override the argument.
         os.environ[_ADDRESS_VARIABLE] = self.address
-        logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.WARNING)
         with self._explained():
             self._client = _Client(self.address)
 
@@ -242,8 +251,11 @@ class Jobs:
     async def _tail(self, job_id: str, log: "_Log") -> None:
         # Ray hands out the log from its beginning each time.
         log.rewind()
-        async for text in self._client.tail_job_logs(job_id):
-            log.add(text)
+        async with aclosing(self._client.tail_job_logs(job_id)) as texts:
+            # A connection that was cut without a word looks like a silent log.
+            with suppress(TimeoutError, StopAsyncIteration):
+                while True:
+                    log.add(await asyncio.wait_for(anext(texts), SILENCE_S))
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

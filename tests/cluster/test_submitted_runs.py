@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +19,18 @@ from cluster.checkpoints import latest_checkpoint
 from cluster.run_log import read_rows
 from shared.run_folder import RunFolder
 from tests.cluster.test_cli_errors import assert_one_line
-from tests.cluster.whole_runs import ROOT, assert_steps_and_versions_go_on, newest_step, wait_for
+from tests.cluster.whole_runs import (
+    MARK,
+    ROOT,
+    assert_steps_and_versions_go_on,
+    newest_step,
+    processes_of,
+    wait_for,
+)
 
 START_S, RUN_S = 90.0, 240.0
 # Enough for some to be left when it is stopped after the first.
-STEPS = 40
+STEPS = 24
 SETTINGS = (
     f"learner.steps={STEPS}",
     "sampler.engine=transformers",
@@ -62,7 +70,10 @@ class Cluster:
         }
 
     def gflowvlm(self, *arguments, **environment):
-        return subprocess.run(timeout=RUN_S, **self.command(*arguments, **environment))
+        try:
+            return subprocess.run(timeout=RUN_S, **self.command(*arguments, **environment))
+        except subprocess.TimeoutExpired as late:
+            pytest.fail(f"gflowvlm {arguments}: no end in {RUN_S} s:\n{(late.stdout or b'').decode()[-4000:]}")
 
     def processes(self, title, node):
         """Processes of one node whose title begins so."""
@@ -99,14 +110,16 @@ def start_node(folder, name, environment, *arguments):
     )
 
 
-def end(node):
-    """Ends a node and whatever it has left."""
-    family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
-    node.send_signal(signal.SIGTERM)
-    _, left = psutil.wait_procs(family, timeout=20)
+def end(folder, nodes):
+    """Ends the nodes and whatever they have left."""
+    for node in nodes:
+        node.send_signal(signal.SIGTERM)
+    _, left = psutil.wait_procs(processes_of(folder), timeout=10)
     for process in left:
-        process.kill()
-    node.wait(timeout=10)
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    for node in nodes:
+        node.wait(timeout=10)
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +134,7 @@ def cluster():
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "GFLOWVLM_RUNS": str(folder / "runs"),
+        MARK: str(folder),
     }
     size = ("--num-cpus=4", f"--object-store-memory={100 * 2**20}")
     ports = (f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}")
@@ -153,10 +167,11 @@ def cluster():
             *size,
         )
         nodes.append(second)
+        joined = folder / "second.log"
+        wait_for(lambda: "Ray runtime started" in joined.read_text(), "the second node", second, joined, START_S)
         yield Cluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", environment, head, second, folder / "runs")
     finally:
-        for node in reversed(nodes):
-            end(node)
+        end(folder, nodes)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -168,13 +183,16 @@ def answers(port):
 @pytest.mark.slow
 def test_a_run_is_sent_once_placed_stopped_and_resumed_to_its_end(cluster):
     folder = RunFolder(cluster.runs / "first")
-    sent = cluster.gflowvlm("submit", "--name", "first", "--detach", *SETTINGS)
-    assert sent.returncode == 0, sent.stderr
     log = cluster.runs.parent / "first.log"
+    command = cluster.command("submit", "--name", "first", *SETTINGS)
+    sent = subprocess.Popen(**{**command, "stdout": log.open("w"), "stderr": subprocess.STDOUT})
+    wait_for(lambda: "run folder:" in log.read_text(), "the driver", sent, log, RUN_S)
     again = cluster.gflowvlm("submit", "--name", "first", *SETTINGS)
-    assert_one_line(again, "run 'first' is", "already", "gflowvlm stop first")
-    following = subprocess.Popen(**{**cluster.command("logs", "first"), "stdout": log.open("w")})
-    wait_for(lambda: newest_step(folder) >= 1, "a step", following, log, RUN_S)
+    assert_one_line(again, "run 'first' is RUNNING already", "gflowvlm stop first")
+    wait_for(lambda: newest_step(folder) >= 1, "a step", sent, log, RUN_S)
+    sent.send_signal(signal.SIGINT)
+    assert sent.wait(timeout=60) == 130
+    assert "no longer following; first goes on" in log.read_text()
 
     (worker,) = cluster.processes("ray::RolloutWorker", cluster.second)
     (replica,) = cluster.processes("ray::ServeReplica", cluster.head)
@@ -185,10 +203,10 @@ def test_a_run_is_sent_once_placed_stopped_and_resumed_to_its_end(cluster):
 
     stopped = cluster.gflowvlm("stop", "first")
     assert "gflowvlm submit --resume first" in stopped.stdout, stopped.stderr
-    assert following.wait(timeout=30) == 130
-    output = log.read_text()
-    assert "learner started at step 0" in output
-    assert "first was stopped" in output
+    followed = cluster.gflowvlm("logs", "first")
+    assert followed.returncode == 130, followed.stderr
+    assert "learner started at step 0" in followed.stdout
+    assert "first was stopped; go on with: gflowvlm submit --resume first" in followed.stdout
     taken = newest_step(folder)
     assert 1 <= taken < STEPS
     assert latest_checkpoint(folder.checkpoints).name == f"step-{taken:08d}"
