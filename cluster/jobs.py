@@ -30,6 +30,7 @@ DEFAULT_RUNS = "${GFLOWVLM_RUNS:-$HOME/gflowvlm-runs}"
 STOP_WAIT_S = 150
 """How long Ray leaves a stopped driver before it kills it: a learner's step and a checkpoint fit in."""
 
+_JOB_ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "COLUMNS": "120"}
 STOP_MARGIN_S = 30.0
 CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 10.0, 120.0
 POLL_S = 1.0
@@ -237,7 +238,7 @@ class Jobs:
                 self._client.submit_job(
                     entrypoint=command,
                     submission_id=job_id,
-                    runtime_env={"working_dir": staged, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
+                    runtime_env={"working_dir": staged, "env_vars": _JOB_ENVIRONMENT},
                     metadata={_RUN: name, _FOLDER: folder, _PLACEMENT: json.dumps(placement)},
                     entrypoint_resources=placement.get("control_resources") or None,
                     entrypoint_label_selector=placement.get("control_node_labels") or None,
