@@ -32,12 +32,12 @@ def experiment(out):
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=900,
     )
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1000)
+@pytest.mark.timeout(1900)
 def test_failed_trials_are_tried_again_and_finished_ones_never(tmp_path):
     out = tmp_path / "out"
     # What the evaluation at the other temperature writes cannot be written.
