@@ -53,7 +53,7 @@ def _connect(address: str) -> ray.runtime_context.RuntimeContext:
             address=address,
             logging_level=logging.ERROR,
             log_to_driver=False,
-            runtime_env={"env_vars": _missing_in_job(_process_environment())},
+            runtime_env={"env_vars": connection_environment()},
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -159,11 +159,14 @@ def _process_environment() -> dict[str, str]:
     return {name: os.environ.get(name, value) for name, value in PROCESS_ENVIRONMENT.items()}
 
 
-def _missing_in_job(variables: dict[str, str]) -> dict[str, str]:
-    """Returns the variables that a Ray job's own environment does not set: Ray refuses to be given one twice."""
+def connection_environment() -> dict[str, str]:
+    """Returns what processes on a running cluster need in their environment.
+
+    What the environment of a Ray job sets already is left out: Ray refuses to be given a variable twice.
+    """
     job = json.loads(os.environ.get(_JOB_CONFIG, "{}"))
     given = (job.get("runtime_env") or {}).get("env_vars") or {}
-    return {name: value for name, value in variables.items() if name not in given}
+    return {name: value for name, value in _process_environment().items() if name not in given}
 
 
 def _is_free(port: int) -> bool:
