@@ -14,7 +14,7 @@ import numpy as np
 
 from envs.base import TaskEnv
 from envs.registry import make_env
-from learner.sft import SftExample
+from learner.sft import ExampleSource, SftExample
 from shared.response import DONE_TOKEN
 from shared.task_settings import NumberLineSettings, TaskSettings
 
@@ -148,3 +148,35 @@ class Demonstrations:
             return expert
         choices = [a for a in environment.admissible_actions if self._with_done or a != DONE_TOKEN]
         return choices[int(rng.integers(len(choices)))]
+
+
+class RepeatedExamples:
+    """The examples of the first steps, and then these again and again, shuffled anew each time.
+
+    Where playing costs more than learning does, as in ALFWorld.
+    """
+
+    def __init__(self, source: ExampleSource, fresh_steps: int) -> None:
+        """Sets the repetition up.
+
+        Args:
+            source: Where the examples of the first steps come from.
+            fresh_steps: How many steps these are.
+        """
+        self._source = source
+        self._fresh_steps = fresh_steps
+        self._kept: dict[int, list[SftExample]] = {}
+
+    def batch(self, step: int, size: int) -> list[SftExample]:
+        """Returns the examples of a step; the same ones at every call."""
+        repetition, place = divmod(step, self._fresh_steps)
+        if repetition == 0:
+            return self._fresh(place, size)
+        examples = [example for fresh in range(self._fresh_steps) for example in self._fresh(fresh, size)]
+        order = np.random.default_rng(repetition).permutation(len(examples))
+        return [examples[index] for index in order[place * size : (place + 1) * size]]
+
+    def _fresh(self, step: int, size: int) -> list[SftExample]:
+        if step not in self._kept:
+            self._kept[step] = list(self._source.batch(step, size))
+        return self._kept[step]

@@ -16,14 +16,14 @@ from pydantic import Field, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cluster.demonstrations import Demonstrations, playgrounds, reading_room
+from cluster.demonstrations import Demonstrations, RepeatedExamples, playgrounds, reading_room
 from cluster.models import resolve_model
 from cluster.warm_start import WarmStartFigures, play_and_measure
-from learner.sft import SftProgress, SftSettings, SftTrainer, load_for_sft, scale_head
-from learner.tiny_policy import build_tiny_policy
+from learner.sft import ExampleSource, SftProgress, SftSettings, SftTrainer, load_for_sft, scale_head
+from learner.tiny_policy import Lexicon, build_tiny_policy
 from shared.errors import UserError
 from shared.settings import Fraction, Settings
-from shared.task_settings import NumberLineSettings, TaskSettings
+from shared.task_settings import AlfworldSettings, NumberLineSettings, TaskSettings
 
 TINY = "tiny"
 """The model name that stands for a new tiny policy with random weights."""
@@ -45,6 +45,7 @@ class SftRequest(Settings):
         with_done: Whether the stop action is demonstrated.
         ood: Whether out-of-distribution numbers are demonstrated too.
         reading_steps: First steps that teach reading only, see `Demonstrations`.
+        fresh_steps: First steps whose demonstrations are played; later ones repeat them. 0: all steps.
         episodes: Episodes played for each of the final figures; 0 for none.
         sft: The training settings.
     """
@@ -56,6 +57,7 @@ class SftRequest(Settings):
     with_done: bool = True
     ood: bool = True
     reading_steps: int = Field(0, ge=0, le=10_000_000)
+    fresh_steps: int = Field(0, ge=0, le=10_000_000)
     episodes: int = Field(200, ge=0, le=100_000)
     sft: SftSettings = SftSettings()
 
@@ -73,7 +75,7 @@ def start(request: SftRequest, out: Path, console: Console) -> bool:
         raise UserError(f"{out}: holds a model or an unfinished training; go on with --resume, or choose another --out")
     with tempfile.TemporaryDirectory(prefix="gflowvlm-tiny-") as folder:
         if request.model == TINY:
-            model = str(build_tiny_policy(folder, seed=request.sft.seed))
+            model = str(build_tiny_policy(folder, seed=request.sft.seed, lexicon=_lexicon(request.task)))
         else:
             model = resolve_model(request.model)
         network, inputs = load_for_sft(model, request.sft)
@@ -106,10 +108,19 @@ def resume(out: Path, console: Console) -> bool:
     return _train(SftTrainer.resume(out / _CHECKPOINT, request.sft), request, out, console)
 
 
+def _lexicon(settings: TaskSettings) -> Lexicon | None:
+    """Returns the words of a task whose commands are copied from the prompt, None for the others."""
+    if not isinstance(settings, AlfworldSettings):
+        return None
+    from envs.household import lexicon
+
+    return Lexicon(phrases=lexicon.phrases(), names=lexicon.names())
+
+
 def _train(trainer: SftTrainer, request: SftRequest, out: Path, console: Console) -> bool:
     size = sum(parameter.numel() for parameter in trainer.network.parameters())
     console.print(f"Training all {size / 1e6:.2f} M parameters on {trainer.network.device}, {request.sft.steps} steps.")
-    source = Demonstrations(
+    source: ExampleSource = Demonstrations(
         playgrounds(request.task, request.ood),
         request.noise,
         request.with_done,
@@ -117,6 +128,8 @@ def _train(trainer: SftTrainer, request: SftRequest, out: Path, console: Console
         reading_room(request.task, request.ood),
         request.reading_steps,
     )
+    if request.fresh_steps > 0:
+        source = RepeatedExamples(source, request.fresh_steps)
     started, first_step = time.monotonic(), trainer.step
     with _interrupt_flag() as interrupted, _Display(console, request.sft.steps, first_step) as display:
         try:

@@ -4,6 +4,7 @@ The weights are random; `learner.sft` teaches them. The folder that is written l
 checkpoint (`AutoProcessor`, `AutoModelForImageTextToText`, vLLM).
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,9 @@ _SPECIAL_TOKENS = (
 # of the engine, and a phrase the tokenizer was not made from still falls apart into words and bytes.
 _PIECES = r"""\{"\p{L}+": "?|"?, "\p{L}+": "?|"\}|\d| ?\p{L}+(?: \p{L}+)*(?:: | )?|: |, |\n+|[^\s\p{L}\d]|\s"""
 
+# With a lexicon: its phrases, then numbers digit by digit, then whole words, each with no space before it.
+_LEXICON_PIECES = r""" ?\d|\p{L}+|\n+|[^\s\p{L}\d]|\s"""
+
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<start>' + message['role'] + ':' }}"
@@ -93,6 +97,19 @@ TOKENIZER_TEXTS: tuple[str, ...] = (
 
 
 @dataclass(frozen=True)
+class Lexicon:
+    """What the tokenizer of one task has a token of its own for; all other text falls apart into bytes.
+
+    Attributes:
+        phrases: Runs of text that stand in every prompt and response, with the spaces around them.
+        names: Single words that stand between them, which the policy is to copy.
+    """
+
+    phrases: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class TinyShape:
     """Sizes of a tiny Idefics3.
 
@@ -125,6 +142,7 @@ def build_tiny_policy(
     shape: TinyShape | None = None,
     texts: Sequence[str] = TOKENIZER_TEXTS,
     vocabulary: int = 1024,
+    lexicon: Lexicon | None = None,
 ) -> Path:
     """Writes a tiny Idefics3 with random weights, its tokenizer, processor and chat template.
 
@@ -134,13 +152,14 @@ def build_tiny_policy(
         shape: Sizes; `TinyShape()` when None (about 0.3 million parameters).
         texts: What the byte-level BPE tokenizer learns its merges from.
         vocabulary: Largest number of tokens.
+        lexicon: Makes the tokenizer instead of `texts` and `vocabulary`.
 
     Returns:
         The directory, which holds safetensors and JSON files only.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    processor = build_processor(texts, vocabulary)
+    processor = build_processor(texts, vocabulary, lexicon)
     config = _config(shape or TinyShape(), processor.tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -152,7 +171,9 @@ def build_tiny_policy(
     return folder
 
 
-def build_processor(texts: Sequence[str] = TOKENIZER_TEXTS, vocabulary: int = 1024) -> Idefics3Processor:
+def build_processor(
+    texts: Sequence[str] = TOKENIZER_TEXTS, vocabulary: int = 1024, lexicon: Lexicon | None = None
+) -> Idefics3Processor:
     """Returns the processor: own tokenizer, PIL image processor (needs no torchvision), chat template."""
     image_processor = Idefics3ImageProcessorPil(
         do_image_splitting=False,
@@ -162,7 +183,7 @@ def build_processor(texts: Sequence[str] = TOKENIZER_TEXTS, vocabulary: int = 10
     )
     return Idefics3Processor(
         image_processor,
-        build_tokenizer(texts, vocabulary),
+        build_tokenizer(texts, vocabulary) if lexicon is None else build_lexicon_tokenizer(lexicon),
         image_seq_len=_IMAGE_TOKENS,
         chat_template=_CHAT_TEMPLATE,
     )
@@ -185,6 +206,32 @@ def build_tokenizer(texts: Sequence[str] = TOKENIZER_TEXTS, vocabulary: int = 10
         show_progress=False,
     )
     tokenizer.train_from_iterator([text.replace(DONE_TOKEN, "") for text in texts], trainer)
+    return _finished(tokenizer)
+
+
+def build_lexicon_tokenizer(lexicon: Lexicon) -> PreTrainedTokenizerFast:
+    """Returns a tokenizer with one token for each phrase, name, digit and byte of a lexicon, and for `[DONE]`.
+
+    Nothing is merged: a piece that is no entry is written byte by byte.
+    """
+    entries = [*lexicon.phrases, *lexicon.names, *(f" {digit}" for digit in range(10))]
+    longest_first = sorted(lexicon.phrases, key=lambda phrase: (-len(phrase), phrase))
+    # A phrase that ends in a letter must not be the beginning of a longer word.
+    alternatives = [re.escape(text) + (r"(?!\p{L})" if text[-1].isalpha() else "") for text in longest_first]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    pieces = [*_SPECIAL_TOKENS, *sorted(byte_level.alphabet())]
+    pieces += [byte_level.pre_tokenize_str(text)[0][0] for text in entries]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    split = pre_tokenizers.Split(Regex("|".join([*alternatives, _LEXICON_PIECES])), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in _SPECIAL_TOKENS])
+    return _finished(tokenizer)
+
+
+def _finished(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """Adds `[DONE]` and says which special token is for what."""
     # An ordinary added token: a response may hold it, and decoding that skips special tokens keeps it.
     tokenizer.add_tokens([AddedToken(DONE_TOKEN, normalized=False, special=False)])
     return PreTrainedTokenizerFast(

@@ -38,12 +38,16 @@ def register(app: typer.Typer) -> None:
                 help="; ".join(f"`{n}`: to {s.receptacles} places, {s.objects} things" for n, s in SIZES.items())
             ),
         ] = "small",
+        task_type: Annotated[
+            list[TaskType] | None,
+            typer.Option(help="Only games of this type; may be given again [default: all six].", show_default=False),
+        ] = None,
         seed: Annotated[int, typer.Option(min=0, max=2**31, help="Another seed makes other games.")] = 0,
         workers: Annotated[
             int | None, typer.Option(min=1, help="Processes [default: one a core].", show_default=False)
         ] = None,
     ) -> None:
-        """Make games of all six task types from the floor plans that alfworld ships.
+        """Make games from the floor plans that alfworld ships, of all six task types unless told otherwise.
 
         Each is solved by the planner, and its solution played to the goal, before it is kept. The same seed makes
         the same games. The same command goes on where it was stopped, and adds to what is there.
@@ -57,7 +61,7 @@ def register(app: typer.Typer) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: cannot be made ({error.strerror}); name another folder") from None
-        wanted = specs(dict(zip(FOLDERS, (train, seen, unseen), strict=True)), size, seed)
+        wanted = specs(dict(zip(FOLDERS, (train, seen, unseen), strict=True)), size, seed, task_type or tuple(TaskType))
         left = missing(folder, wanted)
         if len(left) < len(wanted):
             console.print(f"{len(wanted) - len(left)} of {len(wanted)} games are there already", highlight=False)

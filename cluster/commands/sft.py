@@ -16,6 +16,12 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def sft(
+        task_settings: Annotated[
+            list[str] | None,
+            typer.Argument(
+                metavar="[KEY=VALUE]...", help="Settings of the task, as in `prompt=markov`.", show_default=False
+            ),
+        ] = None,
         out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the model that is made.")] = Path(
             "models/sft"
         ),
@@ -38,6 +44,10 @@ def register(app: typer.Typer) -> None:
                 show_default=False,
             ),
         ] = None,
+        fresh_steps: Annotated[
+            int,
+            typer.Option(help="Play demonstrations for so many first steps, then repeat them; 0: play all."),
+        ] = 0,
         head_scale: Annotated[
             float,
             typer.Option(help="Multiplies the output head first: tokens never demonstrated get much less likely."),
@@ -69,6 +79,7 @@ def register(app: typer.Typer) -> None:
         # Imported here: torch and transformers take seconds, and `--help` does not need them.
         from cluster import supervised
         from envs.registry import default_settings
+        from shared.config_io import apply_overrides
 
         console = Console()
         if resume:
@@ -85,17 +96,19 @@ def register(app: typer.Typer) -> None:
                 "checkpoint_every": checkpoint_every,
                 "seed": seed,
             }
-            task_settings = {**default_settings(task).model_dump(), "image_size": image_size}
+            of_task = {**default_settings(task).model_dump(), "image_size": image_size}
+            of_task = apply_overrides(of_task, task_settings or [])
             try:
                 request = supervised.SftRequest.model_validate(
                     {
-                        "task": task_settings,
+                        "task": of_task,
                         "model": model,
                         "head_scale": head_scale,
                         "noise": noise,
                         "with_done": with_done,
                         "ood": ood,
                         "reading_steps": reading_steps if reading_steps is not None else 1000 if fresh else 0,
+                        "fresh_steps": fresh_steps,
                         "episodes": episodes,
                         "sft": settings,
                     }
@@ -112,6 +125,9 @@ _OPTIONS = {"batch_size": "batch", "learning_rate": "lr"}
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
+    if problem["loc"][:1] == ("task",):
+        name = ".".join(str(part) for part in problem["loc"][1:])
+        return f"{name} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
     name = str(problem["loc"][-1]) if problem["loc"] else "sft"
     option = _OPTIONS.get(name, name).replace("_", "-")
     return f"--{option} {problem['input']}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

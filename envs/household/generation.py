@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -53,15 +53,17 @@ class GameSpec:
         return f"trial_{self.size}_{self.seed}_{self.number:05d}"
 
 
-def specs(games_per_folder: dict[str, int], size: str, seed: int) -> list[GameSpec]:
+def specs(
+    games_per_folder: dict[str, int], size: str, seed: int, types: Sequence[TaskType] = tuple(TaskType)
+) -> list[GameSpec]:
     """Returns the specs of a set whose task types are as equally frequent as can be.
 
     Args:
         games_per_folder: How many games each folder gets.
         size: One of `SIZES`.
         seed: Seed of the set.
+        types: The task types, all six by default.
     """
-    types = list(TaskType)
     return [
         GameSpec(folder, types[index % len(types)], size, seed, index // len(types))
         for folder, count in games_per_folder.items()

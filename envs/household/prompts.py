@@ -74,6 +74,11 @@ def demonstrations(action: str, seen: View, task: Task, reached: int) -> list[st
     return [format_response(action, words.format(**names), fields) for words in _left_to_do(task, reached, seen)]
 
 
+def wordings() -> list[str]:
+    """Returns all that the thoughts can say, with blanks for the names: ``{target}``, ``{receptacle}``, ``{lamp}``."""
+    return [*_FINISHED, *_FIND, *_PLACE, *_LIGHT, *_ANOTHER, *(text for texts in _TREAT.values() for text in texts)]
+
+
 def _left_to_do(task: Task, reached: int, seen: View) -> Sequence[str]:
     """Returns what is left to do, in three wordings."""
     if reached == SUB_GOALS[task.type]:

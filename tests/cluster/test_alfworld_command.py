@@ -67,6 +67,14 @@ def test_expert_plays_them_and_a_person_can_by_numbers(folder: Path, tmp_path: P
     assert json.loads(mine.read_text()) == episodes[:1]
 
 
+def test_games_of_one_type_are_made_on_request(tmp_path: Path) -> None:
+    options = ("--task-type", "pick_and_place_simple", "--train", "2", "--seen", "0", "--unseen", "1", "--workers", "1")
+    result = run("alfworld", "generate", str(tmp_path), *options)
+    assert result.exit_code == 0, result.output
+    names = [path.parent.parent.name for path in tmp_path.rglob("game.tw-pddl")]
+    assert [name.split("-")[0] for name in names] == ["pick_and_place_simple"] * 3
+
+
 @pytest.mark.slow
 def test_interrupted_generation_keeps_its_games_and_says_how_to_go_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cluster.cli", "alfworld", "generate", str(tmp_path), "--workers", "2"]

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from cluster.demonstrations import Demonstrations, playgrounds, reading_room
+from cluster.demonstrations import Demonstrations, RepeatedExamples, playgrounds, reading_room
 from learner.sft import SftExample
 from shared.response import parse_response
 from shared.task_settings import BlackjackSettings, NumberLineSettings, NumberSequenceSettings, TaskSettings
@@ -89,3 +89,16 @@ def test_other_tasks_are_demonstrated_too(settings: TaskSettings, ood: bool) -> 
         assert parse_response(example.response).action in actions
     assert any(parse_response(e.response).action == "[DONE]" for e in played)
     assert sum("State 1" in e.prompt for e in played) > 16
+
+
+def test_repeated_examples_are_those_of_the_first_steps_in_another_order_each_time() -> None:
+    fresh = batches(3)
+    source = RepeatedExamples(Demonstrations(playgrounds(SETTINGS, False), 0.5, True, seed=0), 3)
+    rounds = [[e for step in range(first, first + 3) for e in source.batch(step, 32)] for first in (0, 3, 6)]
+    assert rounds[0] == fresh
+    for later in rounds[1:]:
+        assert later != fresh
+        assert Counter(map(repr, later)) == Counter(map(repr, fresh))
+    assert rounds[1] != rounds[2]
+    again = RepeatedExamples(Demonstrations(playgrounds(SETTINGS, False), 0.5, True, seed=0), 3)
+    assert again.batch(7, 32) == source.batch(7, 32)

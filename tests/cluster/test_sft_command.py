@@ -28,12 +28,15 @@ def run(*arguments: str) -> Result:
 
 def test_it_writes_a_model_with_its_figures(tmp_path: Path) -> None:
     out = tmp_path / "made"
-    result = run("--out", str(out), "--steps", "4", "--batch", "4", "--episodes", "2", "--checkpoint-every", "2")
+    options = ("--out", str(out), "--steps", "4", "--batch", "4", "--episodes", "2", "--checkpoint-every", "2")
+    result = run("prompt=markov", "n_max=4", *options)
     assert result.exit_code == 0, result.output
     assert PolicyInputs.load(str(out)).done_id is not None
     report = json.loads((out / "training.json").read_text())
     assert report["request"]["noise"] == 0.5
     assert report["request"]["sft"]["steps"] == 4
+    assert report["request"]["task"]["prompt"] == "markov"
+    assert report["request"]["task"]["n_max"] == 4
     assert [(f["split"], f["temperature"]) for f in report["figures"]] == [
         ("id", 1.0), ("id", 0.0), ("ood", 1.0), ("ood", 0.0),
     ]  # fmt: skip
@@ -76,6 +79,14 @@ def test_a_value_out_of_bounds_is_a_user_error_that_names_it(tmp_path: Path, opt
     error = run("--out", str(tmp_path / "made"), option, value).exception
     assert isinstance(error, UserError)
     assert option.lstrip("-") in str(error)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("setting", ["n_max=0", "no_such=1", "prompt=short"])
+def test_a_wrong_setting_of_the_task_is_a_user_error_that_names_it(tmp_path: Path, setting: str) -> None:
+    error = run("--out", str(tmp_path / "made"), setting).exception
+    assert isinstance(error, UserError)
+    assert setting.partition("=")[0] in str(error)
     assert not (tmp_path / "made").exists()
 
 

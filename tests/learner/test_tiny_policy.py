@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from learner.tiny_policy import build_tiny_policy
+from learner.tiny_policy import Lexicon, build_lexicon_tokenizer, build_tiny_policy
 from shared.policy_inputs import PolicyInputs
 from shared.response import format_response, parse_response, token_spans
 
@@ -63,6 +63,21 @@ def test_done_is_not_among_the_forbidden_special_tokens(inputs: PolicyInputs) ->
 def test_any_text_survives_the_tokenizer(inputs: PolicyInputs) -> None:
     text = 'ünïcode "quotes" 12,5\n\ttabs {"a": [1]} 木'
     assert inputs.decode(inputs.encode_response(text)) == text
+
+
+def test_a_lexicons_entries_are_one_token_and_other_words_fall_apart_into_bytes() -> None:
+    words = Lexicon(phrases=("go to ", ", go to ", "look", ' "', '"}'), names=("desk", "lookout", "to"))
+    tokenizer = build_lexicon_tokenizer(words)
+
+    def pieces(text: str) -> list[str]:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(ids) == text
+        return [tokenizer.decode([i]) for i in ids]
+
+    assert pieces("go to desk 1, go to lookout 12") == ["go to ", "desk", " 1", ", go to ", "lookout", " 1", "2"]
+    assert pieces('look "[DONE]"}<end_of_utterance>') == ["look", ' "', "[DONE]", '"}', "<end_of_utterance>"]
+    assert pieces("desks") == list("desks")
+    assert tokenizer.decode(tokenizer.encode("木\n")) == "木\n"
 
 
 @pytest.mark.parametrize("size", [64, 100])
