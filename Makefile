@@ -36,11 +36,12 @@ $(ALFWORLD_STAMP): $(STAMP) constraints-alfworld.txt
 train: setup ## set up, then run the main job on its default preset
 	$(BIN)/gflowvlm train $(ARGS)
 
+# Half of the tests' time is waiting for processes to start, so two files run at a time.
 test: setup ## set up, then run all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-fast: setup ## the tests that take at most a few seconds each
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow' $(ARGS)
 
 lint: setup ## ruff (rules and format) and mypy
 	$(BIN)/ruff check $(SOURCES)
