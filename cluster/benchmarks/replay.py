@@ -3,8 +3,9 @@
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -15,7 +16,7 @@ from cluster.benchmarks.figures import Figure, Say, Scale
 from cluster.benchmarks.workload import copied_groups, made_groups
 from shared.config import RunConfig
 from shared.policy_inputs import PolicyInputs
-from shared.trajectory import to_record_batch
+from shared.trajectory import from_arrow, to_record_batch
 
 PART = "replay"
 ANSWER_TIMEOUT_S = 60.0
@@ -28,10 +29,14 @@ def bench_replay(config: RunConfig, model_path: str, scale: Scale, say: Say) -> 
     inputs = PolicyInputs.load(model_path)
     groups = copied_groups(made_groups(config, inputs, _DIFFERENT_GROUPS), scale.replay_groups)
     batches = [to_record_batch(group) for group in groups]
+    # Only now, when Arrow has loaded what it loads at its first use.
+    figures = _rates("replay_to_arrow", "from trajectories, one group at a time", to_record_batch, batches, groups)
+    whole = pa.Table.from_batches(batches)
+    figures += _rates("replay_from_arrow", "to trajectories, all groups at once", from_arrow, batches, [whole])
     with tempfile.TemporaryDirectory(prefix="gflowvlm-bench-") as folder:
         say(f"appending and sampling in this process, files in {folder}")
         buffer = ReplayBuffer(config.replay, config.seed, Path(folder) / "pure")
-        figures = _rates("replay_append", "one group a call, on disk before the call returns", buffer.append, batches)
+        figures += _rates("replay_append", "one group a call, on disk before the call returns", buffer.append, batches)
         figures += _sample_rates("replay_sample", config, scale, "in this process", buffer.sample)
 
         say("appending and sampling through the Ray actor")
@@ -44,8 +49,17 @@ def bench_replay(config: RunConfig, model_path: str, scale: Scale, say: Say) -> 
             answer = actor.wait_sample.remote(step, groups, version, min_accepted=0, timeout_s=ANSWER_TIMEOUT_S)
             return ray.get(answer, timeout=ANSWER_TIMEOUT_S)
 
+        def append_all(together: list[pa.RecordBatch]) -> object:
+            return ray.get([actor.append.remote(batch) for batch in together], timeout=ANSWER_TIMEOUT_S)
+
         try:
-            figures += _rates("replay_actor_append", "the same through Ray, one client", append, batches)
+            # The second half comes all at once, as from many workers.
+            half = len(batches) // 2
+            figures += _rates("replay_actor_append", "the same through Ray, one client", append, batches[:half])
+            many = batches[half:]
+            figures += _rates(
+                "replay_actor_append_together", f"{len(many)} such calls at once", append_all, many, [many]
+            )
             figures += _sample_rates("replay_actor_sample", config, scale, "through Ray, one client", sample)
         finally:
             ray.kill(actor)
@@ -53,11 +67,16 @@ def bench_replay(config: RunConfig, model_path: str, scale: Scale, say: Say) -> 
 
 
 def _rates(
-    name: str, what: str, call: Callable[[pa.RecordBatch], object], batches: list[pa.RecordBatch]
+    name: str,
+    what: str,
+    call: Callable[[Any], object],
+    batches: list[pa.RecordBatch],
+    arguments: Sequence[object] | None = None,
 ) -> list[Figure]:
+    """Times calls with each of the arguments, by default with each batch; all of them are as much as `batches`."""
     started = time.perf_counter()
-    for batch in batches:
-        call(batch)
+    for argument in batches if arguments is None else arguments:
+        call(argument)
     elapsed = time.perf_counter() - started
     return _figures(name, what, sum(b.num_rows for b in batches), sum(b.nbytes for b in batches), elapsed)
 

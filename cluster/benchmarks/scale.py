@@ -226,16 +226,16 @@ def scale_figures(one: Observed, slow: Observed, many: Observed) -> list[Figure]
         figure("responses_per_s", window.responses_per_s, "responses/s", how),
         figure(
             "throughput_share",
-            window.trajectories_per_s / min(many.sampler_ideal, many.learner_ideal),
+            many.sampler_share,
             "share",
-            f"of the ideal min(sampler, learner), the samplers being slower; {how}",
+            f"responses/s of the ideal min(sampler, learner), the samplers being slower; {how}",
             at_least=THROUGHPUT_BAR,
         ),
         figure(
             "learner_bound_share",
-            slow.window().trajectories_per_s / min(slow.sampler_ideal, slow.learner_ideal),
+            slow.learner_share,
             "share",
-            "the same for one sampler and a learner that is slower",
+            "steps/s of the ideal min(sampler, learner), the learner being slower; one sampler",
             at_least=THROUGHPUT_BAR,
         ),
         figure(

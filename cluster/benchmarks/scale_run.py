@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import psutil
-import pyarrow.compute as pc
 from ray.serve.handle import DeploymentHandle
 from rich.console import Console
 
@@ -45,6 +44,7 @@ WARM_UP_SHARE = 0.25
 
 PROCESS_INTERVAL_S = 30.0
 STOP_TIMEOUT_S = 120.0
+TOO_SHORT = "the simulated run was too short to be measured; simulate more trajectories"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,6 @@ class Observed:
         rows: The run's log.
         reported: Ids of the trajectories that the workers reported to the driver.
         written: Ids of all trajectories on disk, with how often they stand there.
-        responses: Responses in all trajectories on disk.
         groups_failed: Groups that failed and were played again.
     """
 
@@ -100,7 +99,6 @@ class Observed:
     rows: list[Row]
     reported: set[str] = field(default_factory=set)
     written: Counter[str] = field(default_factory=Counter)
-    responses: int = 0
     groups_failed: int = 0
 
     @property
@@ -120,15 +118,26 @@ class Observed:
         return float(self._steps[-1]["time"] - start)
 
     @property
-    def sampler_ideal(self) -> float:
-        """Trajectories per second of engines that are never without a request."""
-        sampler, engine = self.config.sampler, self.simulation.engine
-        return sampler.replicas * sampler.max_num_seqs / engine.response_s / (self.responses / self.written.total())
+    def sampler_share(self) -> float:
+        """Responses per second, of those of engines that are never without a request.
+
+        Of responses, because trajectories come in waves as long as the episodes that began together go on.
+        """
+        sampler = self.config.sampler
+        ideal = sampler.replicas * sampler.max_num_seqs / self.simulation.engine.response_s
+        return self.window().responses_per_s / ideal
 
     @property
-    def learner_ideal(self) -> float:
-        """New trajectories per second of a learner that never waits."""
-        return self.config.fresh_per_step / self.simulation.learner_step_s
+    def learner_share(self) -> float:
+        """Learner steps per second after the warm-up, of those of a learner that never waits.
+
+        Raises:
+            UserError: The run was too short for two steps after it.
+        """
+        steps = self._steps[int(WARM_UP_SHARE * len(self._steps)) :]
+        if len(steps) < 2:
+            raise UserError(TOO_SHORT)
+        return float((len(steps) - 1) * self.simulation.learner_step_s / (steps[-1]["time"] - steps[0]["time"]))
 
     def window(self) -> "Window":
         """Returns what happened between the warm-up and the last snapshot.
@@ -147,7 +156,7 @@ class Observed:
             and len(moment.replicas) == self.config.sampler.replicas
         ]
         if len(seen) < 2:
-            raise UserError("the simulated run was too short to be measured; simulate more trajectories")
+            raise UserError(TOO_SHORT)
         return Window([moment for moment, _ in seen], [row for _, row in seen])
 
     @property
@@ -273,7 +282,6 @@ def _simulated_run(directory: Path, config: RunConfig, simulation: Simulation) -
     for path in trajectory_files(folder.trajectories):
         table = read_parquet(path)
         observed.written.update(table["trajectory_id"].to_pylist())
-        observed.responses += pc.sum(pc.list_value_length(table["steps"])).as_py()
     return observed
 
 

@@ -126,25 +126,26 @@ def observed(config: RunConfig, samplers: int, rate: float, **changed: Any) -> O
     moments, rows = [], [{"kind": "learner", "time": 0.0, "step": 0}]
     for second in range(0, 101, 5):
         replicas = [{"responses": 4 * rate * second / samplers, "in_flight": 10} for _ in range(samplers)]
+        rows.append({"kind": "step", "time": 1.0 + second, "step": second // 5})
         moments.append(Moment(float(second), replicas, 0.1 * second, {"raylet": 0.5 * second}))
         accepted = int(rate * second)
         rows.append({"kind": "rollout", "time": float(second), "accepted": accepted, "memory_gib": 4 + second / 1000})
-    rows.append({"kind": "step", "time": 100.0, "step": steps})
-    simulation = Simulation(SimulatedEngine((ANSWER,), 16.0, 0.0, 0.0), 1.0, 1)
+
+    simulation = Simulation(SimulatedEngine((ANSWER,), 16.0, 0.0, 0.0), 4.9, 1)
     written = Counter({f"t{i}": 1 for i in range(100)})
-    values = {"reported": {"t1", "t2"}, "written": written, "responses": 400, **changed}
+    values = {"reported": {"t1", "t2"}, "written": written, **changed}
     return Observed(run, simulation, moments, rows, **values)
 
 
 def test_figures_are_those_of_the_measured_part_of_the_run(config: RunConfig) -> None:
     one, many = observed(config, 1, 3.6), observed(config, 16, 64 * 0.96)
     figures = {figure.name: figure for figure in scale_figures(one, observed(config, 1, 3.9), many)}
-    # 16 samplers of 256 places, 16 s a response, 4 responses a trajectory.
-    assert many.sampler_ideal == pytest.approx(64.0)
+    # 16 samplers of 256 places, 16 s a response, 4 responses a trajectory: 64 trajectories/s are ideal.
     assert figures["scale_throughput_share"].value == pytest.approx(0.96, rel=0.01)
     assert figures["scale_throughput_share"].met is True
     assert figures["scale_linear"].value == pytest.approx(64 * 0.96 / (16 * 3.6))
-    assert figures["scale_learner_bound_share"].value == pytest.approx(3.9 / 4, rel=0.01)
+    # A step every 5 s after the warm-up, of which 4.9 s are the simulated learner's.
+    assert figures["scale_learner_bound_share"].value == pytest.approx(4.9 / 5)
     assert figures["scale_in_flight"].value == 160
     assert figures["scale_driver_cores"].value == pytest.approx(0.1)
     assert figures["scale_cores_raylet"].value == pytest.approx(0.5)
