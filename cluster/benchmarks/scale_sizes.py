@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class SimulatedScale:
     """How much is simulated, and how slow the simulated parts are.
 
-    The defaults are those of a policy of 7 billion parameters on 16 GPUs: an answer of some 600 tokens at 25 tokens/s
+    The defaults are those of a policy of 7 billion parameters on 16 GPUs: an answer of some 800 tokens at 25 tokens/s
     for each of 256 sequences, half a second for an adapter of some hundred MB. A rollout worker's worth of
     environments is 48: six groups of eight.
 
@@ -32,13 +32,13 @@ class SimulatedScale:
     """
 
     trajectories: int = 100_000
-    few_trajectories: int = 1_200
+    few_trajectories: int = 1_000
     samplers: int = 16
     places: int = 256
     environments_per_sampler: int = 768
     batches_in_play: int = 8
     processes: int = 4
-    response_s: float = 24.0
+    response_s: float = 32.0
     spread: float = 0.5
     load_s: float = 0.5
     adapter_kib: int = 2048

@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
             str | None,
             typer.Option(
                 help=f"What to measure, comma-separated: {','.join(PARTS)}. By default all but "
-                f"{', '.join(SIMULATED_PARTS)}, which simulate engines and learner and take most of an hour."
+                f"{', '.join(SIMULATED_PARTS)}, which simulate engines and learner and take an hour and a half."
             ),
         ] = None,
         run: Annotated[
