@@ -15,8 +15,8 @@ from actors.adapter_store import start_adapter_store
 from actors.event_loop import EventLoopThread
 from actors.policy_client import PolicyClient
 from actors.policy_server import deploy_policy_server, shutdown_policy_server
+from cluster.benchmarks.own_process import in_own_process
 from cluster.benchmarks.scale_learner import write_simulated_adapter
-from cluster.benchmarks.scale_run import in_own_process
 from cluster.benchmarks.scale_sampler import SimulatedEngine
 from cluster.ray_runtime import ray_cluster
 from shared.config import RunConfig

@@ -4,7 +4,6 @@ Real: driver, scheduler, admission, rollout workers, environments, parsing, poli
 replay buffer and its files, the learner's loop under Ray Train, log and telemetry.
 """
 
-import multiprocessing
 import statistics
 import time
 from collections import Counter, defaultdict
@@ -12,9 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import psutil
 from ray.serve.handle import DeploymentHandle
@@ -24,9 +22,9 @@ from actors.groups import GroupSummary
 from actors.policy_client import PolicyClient
 from actors.policy_server import deploy_policy_server
 from actors.trajectory_files import trajectory_files
+from cluster.benchmarks.own_process import in_own_process
 from cluster.benchmarks.scale_learner import simulated_learner_loop
 from cluster.benchmarks.scale_sampler import SimulatedEngine
-from cluster.process_environment import prepare_process
 from cluster.ray_runtime import ray_cluster
 from cluster.run_actors import RunActors
 from cluster.run_log import Row, read_rows
@@ -37,13 +35,10 @@ from shared.errors import UserError
 from shared.run_folder import RunFolder
 from shared.trajectory import read_parquet
 
-_Result = TypeVar("_Result")
-
 WARM_UP_SHARE = 0.25
 """Share of a run's trajectories that come before anything is measured: every episode began at the same time."""
 
 PROCESS_INTERVAL_S = 30.0
-STOP_TIMEOUT_S = 120.0
 TOO_SHORT = "the simulated run was too short to be measured; simulate more trajectories"
 
 
@@ -234,42 +229,6 @@ class Window:
 def simulate_run(directory: Path, config: RunConfig, simulation: Simulation) -> Observed:
     """Runs to the last learner step, in a process and on a Ray of its own, and looks at what is on disk then."""
     return in_own_process(_simulated_run, directory, config, simulation)
-
-
-def in_own_process(work: Callable[..., _Result], *arguments: object) -> _Result:
-    """Returns what a function returns in a new process, which ends in order when this one is interrupted.
-
-    Ray Serve binds a process to the first event loop that it makes requests on, and a driver's processor time and
-    memory are to be those of one run.
-    """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_report_to, args=(sender, work, arguments))
-    process.start()
-    sender.close()
-    try:
-        result = receiver.recv()
-    except EOFError:
-        process.join()
-        raise UserError(f"the simulated run's process ended with status {process.exitcode}") from None
-    finally:
-        if process.is_alive():
-            # As by Ctrl-C: it stops what it has started, then ends.
-            process.terminate()
-        process.join(STOP_TIMEOUT_S)
-    if isinstance(result, UserError):
-        raise result
-    return cast(_Result, result)
-
-
-def _report_to(sender: Connection, work: Callable[..., object], arguments: tuple[object, ...]) -> None:
-    prepare_process()
-    try:
-        sender.send(work(*arguments))
-    except UserError as error:
-        sender.send(error)
-    except KeyboardInterrupt:
-        return
 
 
 def _simulated_run(directory: Path, config: RunConfig, simulation: Simulation) -> Observed:

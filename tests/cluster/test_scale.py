@@ -1,13 +1,17 @@
 """Simulated runs: what is simulated behaves as it says, and the figures are those of what happened."""
 
 import asyncio
+import os
 import random
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import psutil
 import pytest
 
 from actors.sampling import SampleRequest
@@ -177,6 +181,38 @@ def test_a_run_too_short_to_be_measured_is_refused(config: RunConfig) -> None:
 )
 def test_processes_are_known_by_their_titles(command: list[str], kind: str) -> None:
     assert process_kind(command) == kind
+
+
+IN_OWN_PROCESS = """
+import os, time
+from pathlib import Path
+import sys
+from cluster.benchmarks.own_process import in_own_process
+
+def work(path):
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(120)
+
+if __name__ == "__main__":
+    in_own_process(work, sys.argv[1])
+"""
+
+
+def test_a_run_s_process_ends_when_the_one_that_started_it_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(IN_OWN_PROCESS)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "pid")]
+    started = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+    deadline = time.monotonic() + 60
+    try:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        started.kill()
+        started.wait(10)
+    while psutil.pid_exists(int((tmp_path / "pid").read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
