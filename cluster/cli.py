@@ -25,7 +25,7 @@ from cluster.commands import (
     train,
 )
 from cluster.interruption import INTERRUPTED
-from cluster.process_environment import prepare_process
+from cluster.launch.process_environment import prepare_process
 from shared.errors import UserError
 
 app = typer.Typer(

@@ -73,7 +73,7 @@ print(json.dumps({"parameters": model.num_parameters(), "done_id": inputs.done_i
 _RAY_START = """
 import json, sys, urllib.error, urllib.request
 from ray.job_submission import JobSubmissionClient
-from cluster.ray_runtime import ray_cluster
+from cluster.launch.ray_runtime import ray_cluster
 from shared.config import RunConfig
 with ray_cluster(RunConfig.model_validate_json(sys.argv[1])) as address:
     url = "http://" + address

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.run_log import Row
+from cluster.run.run_log import Row
 
 
 def draw_learning_curve(rows: Sequence[Row], path: Path, title: str) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import mean
 
 from cluster.plots import headless_pyplot, save_picture
-from cluster.run_log import append_row, read_rows
-from cluster.run_setup import write_whole
+from cluster.run.run_log import append_row, read_rows
+from cluster.run.run_setup import write_whole
 from cluster.tables import csv_text, spread
 from learner.proving.experiments import EXPERIMENTS, PROBLEMS, Case
 from learner.proving.state_graph import StateGraph

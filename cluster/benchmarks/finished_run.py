@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from cluster.benchmarks.figures import Figure
-from cluster.run_log import Row, read_rows
-from cluster.run_setup import open_run
+from cluster.run.run_log import Row, read_rows
+from cluster.run.run_setup import open_run
 from shared.errors import UserError
 
 PART = "run"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TypeVar, cast
 
-from cluster.process_environment import prepare_process
+from cluster.launch.process_environment import prepare_process
 from shared.errors import UserError
 
 _Result = TypeVar("_Result")

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from actors.adapter_store import CONFIG_FILE, WEIGHTS_FILE
-from cluster.learner_loop import LearnerJob, LearnerLoop
+from cluster.run.learner_loop import LearnerJob, LearnerLoop
 from shared.run_folder import RunFolder
 from shared.trajectory import Trajectory
 
@@ -21,7 +21,7 @@ ADAPTER_TENSOR = "base_model.model.model.text_model.layers.0.self_attn.q_proj.lo
 
 
 def simulated_learner_loop(job_values: dict[str, Any], *, step_s: float, adapter_kib: int) -> None:
-    """Runs the loop of `cluster.learner_loop` around a `SimulatedLearner`, inside a Ray Train worker.
+    """Runs the loop of `cluster.run.learner_loop` around a `SimulatedLearner`, inside a Ray Train worker.
 
     Args:
         job_values: The fields of a `LearnerJob`.

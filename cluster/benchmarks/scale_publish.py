@@ -18,7 +18,7 @@ from actors.policy_server import deploy_policy_server, shutdown_policy_server
 from cluster.benchmarks.own_process import in_own_process
 from cluster.benchmarks.scale_learner import write_simulated_adapter
 from cluster.benchmarks.scale_sampler import SimulatedEngine
-from cluster.ray_runtime import ray_cluster
+from cluster.launch.ray_runtime import ray_cluster
 from shared.config import RunConfig
 
 PAUSE_S = 1.0

@@ -25,11 +25,11 @@ from actors.trajectory_files import trajectory_files
 from cluster.benchmarks.own_process import in_own_process
 from cluster.benchmarks.scale_learner import simulated_learner_loop
 from cluster.benchmarks.scale_sampler import SimulatedEngine
-from cluster.ray_runtime import ray_cluster
-from cluster.run_actors import RunActors
-from cluster.run_log import Row, read_rows
-from cluster.run_setup import new_run
-from cluster.training_run import TrainingRun
+from cluster.launch.ray_runtime import ray_cluster
+from cluster.run.run_actors import RunActors
+from cluster.run.run_log import Row, read_rows
+from cluster.run.run_setup import new_run
+from cluster.run.training_run import TrainingRun
 from shared.config import RunConfig
 from shared.errors import UserError
 from shared.run_folder import RunFolder

@@ -7,8 +7,8 @@ from rich.console import Console
 
 from cluster.benchmarks.figures import PARTS, SIMULATED_PARTS, Figure, Say, Scale
 from cluster.benchmarks.quiet import quiet_stderr
+from cluster.launch.ray_runtime import ray_cluster
 from cluster.models import resolve_model
-from cluster.ray_runtime import ray_cluster
 from shared.config import RunConfig
 from shared.policy_inputs import PolicyInputs
 

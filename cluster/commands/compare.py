@@ -63,7 +63,7 @@ def _names(losses: str) -> list[str]:
 
 
 def _compare(console: Console, configs: list[RunConfig], out: Path, exact_instances: int) -> None:
-    from cluster.comparison import CURVES, RAW, TABLE, ComparedRun, measure_exact, write_comparison
+    from cluster.experiments.comparison import CURVES, RAW, TABLE, ComparedRun, measure_exact, write_comparison
 
     runs = [ComparedRun.of(config, out) for config in configs]
     for run in runs:

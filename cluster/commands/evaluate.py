@@ -49,8 +49,8 @@ def register(app: typer.Typer) -> None:
         default task and policy, and works where all action sequences can be enumerated.
         """
         from actors.sampling import BASE_VERSION
-        from cluster.evaluation import EvaluationPlan
-        from cluster.run_evaluation import evaluate_run, exact_figures
+        from cluster.evaluation.figures import EvaluationPlan
+        from cluster.evaluation.run_evaluation import evaluate_run, exact_figures
 
         if split not in SPLITS:
             raise UserError(f"--split {split!r}: there is no such split; use {' or '.join(SPLITS)}")

@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
     @app.command()
     def jobs(address: _Address = None) -> None:
         """List the runs that `gflowvlm submit` sent to a cluster, the newest first."""
-        from cluster.jobs import Jobs
+        from cluster.launch.jobs import Jobs
 
         console, board = Console(), Jobs(address)
         table = Table("run", "job", "status", "sent", "minutes", "folder")
@@ -32,7 +32,7 @@ def register(app: typer.Typer) -> None:
     @app.command()
     def logs(name: _Name, address: _Address = None) -> None:
         """Follow the log of a run on a cluster to its end; Ctrl-C ends only the following."""
-        from cluster.jobs import Jobs
+        from cluster.launch.jobs import Jobs
 
         board = Jobs(address)
         follow(Console(), board, board.newest(name))
@@ -40,7 +40,7 @@ def register(app: typer.Typer) -> None:
     @app.command()
     def stop(name: _Name, address: _Address = None) -> None:
         """End a run on a cluster: it writes a checkpoint, and `gflowvlm submit --resume NAME` goes on with it."""
-        from cluster.jobs import STOP_WAIT_S, Jobs
+        from cluster.launch.jobs import STOP_WAIT_S, Jobs
 
         console, board = Console(), Jobs(address)
         job = board.newest(name)

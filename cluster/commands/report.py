@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from cluster.run_log import read_rows
-from cluster.run_setup import open_run, write_whole
+from cluster.run.run_log import read_rows
+from cluster.run.run_setup import open_run, write_whole
 from shared.errors import UserError
 from shared.run_folder import RunFolder
 

@@ -66,8 +66,8 @@ def register(app: typer.Typer) -> None:
         On a cluster: `docs/serving.md`.
         """
         # Imported here so that --help and wrong arguments answer at once.
-        from cluster.serving import API_KEY_VARIABLE, ServeArguments, served_policy
-        from cluster.serving_session import Address, serve_until_stopped
+        from cluster.serving.application import API_KEY_VARIABLE, ServeArguments, served_policy
+        from cluster.serving.session import Address, serve_until_stopped
 
         if api_key is not None:
             if api_key.strip() == "":

@@ -77,7 +77,7 @@ def register(app: typer.Typer) -> None:
         --gradient-checkpointing --micro-batch 4 --image-size 336`
         """
         # Imported here: torch and transformers take seconds, and `--help` does not need them.
-        from cluster import supervised
+        from cluster.warm_starts import supervised
         from envs.registry import default_settings
         from shared.config_io import apply_overrides
 

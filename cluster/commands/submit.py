@@ -14,7 +14,7 @@ from shared.config import RunConfig
 from shared.errors import UserError
 
 if TYPE_CHECKING:
-    from cluster.jobs import Job, Jobs
+    from cluster.launch.jobs import Job, Jobs
 
 FAILED = 1
 """Exit status when the run itself failed."""
@@ -78,7 +78,7 @@ def register(app: typer.Typer) -> None:
 def _new(
     console: Console, address: str | None, config: RunConfig, name: str | None, run: str | None
 ) -> tuple["Job", "Jobs"]:
-    from cluster.jobs import Jobs, check_name
+    from cluster.launch.jobs import Jobs, check_name
 
     if run is not None and not PurePosixPath(run).is_absolute():
         raise UserError(f"--run {run!r}: give an absolute path on the cluster, or only --name")
@@ -91,7 +91,7 @@ def _new(
 
 
 def _resume(console: Console, address: str | None, run: str, overrides: list[str]) -> tuple["Job", "Jobs"]:
-    from cluster.jobs import Jobs, check_name, placement_of
+    from cluster.launch.jobs import Jobs, check_name, placement_of
 
     if any(not override.startswith("cluster.control_") for override in overrides):
         raise UserError("--resume takes the run's own settings, except cluster.control_resources and _node_labels")

@@ -60,15 +60,15 @@ def register(app: typer.Typer) -> None:
         else:
             folder, resolved = None, resolve_config(preset, config, overrides or [])
         if dry_run:
-            from cluster.dry_run import dry_run as show
+            from cluster.launch.dry_run import dry_run as show
 
             raise typer.Exit(0 if show(console, resolved) else LACKING)
         _train(console, folder, resolved, run)
 
 
 def _reopened(directory: Path) -> tuple[RunFolder, RunConfig]:
-    from cluster.checkpoints import latest_checkpoint
-    from cluster.run_setup import open_run
+    from cluster.run.checkpoints import latest_checkpoint
+    from cluster.run.run_setup import open_run
     from learner.checkpoint import check_checkpoint
 
     folder, config = open_run(directory)
@@ -82,10 +82,10 @@ def _reopened(directory: Path) -> tuple[RunFolder, RunConfig]:
 
 def _train(console: Console, folder: RunFolder | None, config: RunConfig, directory: Path | None) -> None:
     # Imported here so that --help and wrong arguments answer at once.
+    from cluster.launch.ray_runtime import ray_cluster, wait_for_room
     from cluster.models import resolve_model
-    from cluster.ray_runtime import ray_cluster, wait_for_room
-    from cluster.run_setup import new_run, run_lock
-    from cluster.training_run import TrainingRun
+    from cluster.run.run_setup import new_run, run_lock
+    from cluster.run.training_run import TrainingRun
     from shared.policy_inputs import PolicyInputs
 
     PolicyInputs.load(resolve_model(config.policy.model))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from cluster.sweep import Axis
+from cluster.experiments.sweep import Axis
 
 Scale = Literal["tiny", "paper"]
 SCALES: tuple[Scale, ...] = get_args(Scale)

@@ -6,8 +6,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from cluster.experiments.description import Bars, Column, Experiment, Line, Variant
+from cluster.experiments.sweep import Figures
 from cluster.plots import headless_pyplot, save_picture
-from cluster.sweep import Figures
 
 _PANEL_WIDTH, _HEIGHT = 4.5, 4.0
 

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from cluster.experiments.description import Scale
+from cluster.experiments.sweep import report_figures
 from cluster.experiments.trials import Trial
-from cluster.run_log import RowTail
-from cluster.sweep import report_figures
+from cluster.run.run_log import RowTail
 
 _PLAIN_INTERVAL_S = 30.0
 _POLL_S = 1.0

@@ -8,10 +8,10 @@ from typing import Any
 
 from cluster.experiments.description import PAPER, PAPER_MODEL, Column, Experiment
 from cluster.experiments.pictures import draw_picture
+from cluster.experiments.sweep import Figures, cell, draw_curves, evaluations, markdown, report_figures
 from cluster.experiments.trials import Trial
-from cluster.run_log import Row
-from cluster.run_setup import write_whole
-from cluster.sweep import Figures, cell, draw_curves, evaluations, markdown, report_figures
+from cluster.run.run_log import Row
+from cluster.run.run_setup import write_whole
 from cluster.tables import csv_text
 from shared.errors import UserError
 

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.evaluation import REPORT_SEED_OFFSET, EvaluationPlan
+from cluster.evaluation.figures import REPORT_SEED_OFFSET, EvaluationPlan
 from cluster.experiments.description import Experiment, Scale, Variant, WarmStart
+from cluster.experiments.sweep import SweepRun
 from cluster.models import resolve_model, shipped_models
 from cluster.preset_library import load_preset, preset_names
-from cluster.run_log import Row
-from cluster.sweep import SweepRun
+from cluster.run.run_log import Row
 from shared.errors import UserError
 
 LOG = "output.log"

@@ -15,7 +15,7 @@ from ray.tune.progress_reporter import TrialProgressCallback
 
 from cluster.experiments.trial_process import TrialJob, run_trial
 from cluster.experiments.trials import Trial
-from cluster.ray_runtime import worker_environment
+from cluster.launch.ray_runtime import worker_environment
 
 _OBJECT_STORE_BYTES = 80 * 2**20
 """About the least that Ray accepts."""

@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 from actors.sampling import BASE_VERSION
-from cluster.run_log import Row
+from cluster.run.run_log import Row
 from shared.config import RunConfig
 from shared.metrics import EVALUATION_METRICS, STEP_METRICS
 

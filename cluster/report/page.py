@@ -18,7 +18,7 @@ from cluster.report.browsing import Pictures
 from cluster.report.curves import draw, panels
 from cluster.report.figures import configuration, evaluations, events, final_report, overview, step_summary
 from cluster.report.selection import Selection
-from cluster.run_log import Row
+from cluster.run.run_log import Row
 from shared.config import RunConfig
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.evaluation import total_variation
+from cluster.evaluation.figures import total_variation
 from envs.base import TaskEnv
 from shared.response import DONE_TOKEN
 from shared.trajectory import Step, Trajectory, Validity

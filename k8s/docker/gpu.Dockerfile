@@ -28,7 +28,7 @@ RUN apt-get update \
 COPY --from=build /app /app
 COPY --chmod=0755 k8s/docker/train-or-resume /usr/local/bin/train-or-resume
 # RAY_TRAIN_V2_ENABLED and RAY_SERVE_…: Ray reads them when a process starts, so every node of the
-# cluster has to have them (cluster/process_environment.py). NVIDIA_DRIVER_CAPABILITIES: what the node's driver is used for.
+# cluster has to have them (cluster/launch/process_environment.py). NVIDIA_DRIVER_CAPABILITIES: what the node's driver is used for.
 ENV PATH=/app/.venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \

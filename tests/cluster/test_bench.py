@@ -21,7 +21,7 @@ from cluster.benchmarks.serving import sample_all
 from cluster.benchmarks.suite import run_parts
 from cluster.benchmarks.workload import copied_groups, made_groups, made_requests
 from cluster.commands import bench, presets
-from cluster.run_log import append_row
+from cluster.run.run_log import append_row
 from learner.tiny_policy import build_tiny_policy
 from shared.config import ClusterSettings, PolicySettings, RunConfig, SamplerSettings
 from shared.config_io import dump_config

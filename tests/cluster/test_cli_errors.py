@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.run_setup import new_run
+from cluster.run.run_setup import new_run
 from shared.config import RunConfig
 from shared.policy_inputs import PolicyInputs
 

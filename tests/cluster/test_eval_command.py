@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.run_setup import new_run
+from cluster.run.run_setup import new_run
 from learner.tiny_policy import build_tiny_policy
 from shared.config import RunConfig
 

@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.launch.ray_runtime import resource_plan
 from cluster.models import resolve_model, shipped_models
 from cluster.preset_library import DEFAULT_PRESET, PRESETS, load_preset, preset_names
-from cluster.ray_runtime import resource_plan
 from envs.household.generation import generate, specs
 from envs.household.tasks import TaskType
 from envs.registry import make_env

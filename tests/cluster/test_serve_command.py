@@ -21,7 +21,7 @@ import pytest
 from actors.sampling import SampleRequest, SampleResponse
 from actors.transformers_sampler import TransformersSampler
 from cluster.models import resolve_model
-from cluster.run_setup import new_run
+from cluster.run.run_setup import new_run
 from envs.base import TaskEnv
 from envs.registry import make_env
 from shared.config import ClusterSettings, RunConfig, SamplerSettings

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.run_log import read_rows
+from cluster.run.run_log import read_rows
 from shared.trajectory import from_arrow, read_parquet
 
 ROOT = Path(__file__).parents[2]

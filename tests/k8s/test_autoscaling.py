@@ -11,7 +11,7 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReply
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import GangResourceRequest
 
-from cluster.placement import resource_plan
+from cluster.launch.placement import resource_plan
 from cluster.preset_library import resolve_config
 from shared.config import RunConfig
 from tests.k8s.manifests import build, cluster_spec, only

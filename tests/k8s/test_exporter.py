@@ -11,7 +11,7 @@ import ray
 from ray import serve
 
 from cluster.dashboards import series
-from cluster.telemetry import Telemetry
+from cluster.run.telemetry import Telemetry
 from shared.metrics import ALL_METRICS
 
 TIMEOUT_S = 120.0

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from actors.replay_buffer import ReplayBuffer
-from cluster.run_log import append_row
-from cluster.run_setup import new_run
+from cluster.run.run_log import append_row
+from cluster.run.run_setup import new_run
 from envs.base import TaskEnv
 from envs.registry import make_env
 from shared.config import BufferSettings, RunConfig

@@ -1,0 +1,133 @@
+"""Losses side by side: every loss with every seed, each a whole run of its own, and one table of them all."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from actors.sampling import BASE_VERSION
+from cluster.evaluation.figures import REPORT_SEED_OFFSET
+from cluster.experiments.sweep import Figures, SweepRun, cell, draw_curves, markdown, report_figures
+from cluster.run.run_setup import write_whole
+from cluster.tables import csv_text
+from shared.config import RunConfig
+from shared.errors import UserError
+
+TABLE, RAW, CURVES = "table.md", "runs.csv", "curves.png"
+
+EXACT = "exact.json"
+"""In a run's folder: its exact match to the target, before and after training."""
+
+EXACT_COMPARED = ("total_variation", "sequence_total_variation", "uncovered")
+"""Figures of the exact match that are compared."""
+
+
+@dataclass(frozen=True)
+class ComparedRun(SweepRun):
+    """One run of a comparison; its variant is its loss."""
+
+    @classmethod
+    def of(cls, config: RunConfig, out: Path) -> "ComparedRun":
+        """Returns the run of a configuration in the comparison's folder: it stands in ``OUT/LOSS-SEED``."""
+        return cls.in_folder(out, config.objective.loss, config)
+
+    @property
+    def exact(self) -> Path:
+        """File of its exact match."""
+        return self.folder.root / EXACT
+
+
+def figures(run: ComparedRun) -> Figures:
+    """Returns what a finished run reached: one row of `RAW`.
+
+    Keys: ``loss``, ``seed``, those of `report_figures`, and where it was measured ``exact_FIGURE_before`` and
+    ``exact_FIGURE_after`` for `EXACT_COMPARED`.
+
+    Raises:
+        UserError: Its summary cannot be read.
+    """
+    row: Figures = {"loss": run.variant, "seed": run.seed, **report_figures(run.folder)}
+    if run.exact.exists():
+        try:
+            exact = json.loads(run.exact.read_text(encoding="utf-8"))
+            row |= {f"exact_{n}_{when}": exact[when][n] for when in ("before", "after") for n in EXACT_COMPARED}
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{run.exact}: is no exact match ({error}); remove it and run again") from None
+    return row
+
+
+def measure_exact(run: ComparedRun, runs: Sequence[ComparedRun], instances: int, console: Console) -> None:
+    """Writes a finished run's exact match to the target into its folder; nothing where its tree is too large.
+
+    Before training all runs of a comparison have the same policy, so that part is taken over from any of them.
+
+    Args:
+        run: The run.
+        runs: All runs of the comparison.
+        instances: Instances to expand: the first of the final report.
+        console: Where progress is shown.
+    """
+    # Brings torch, which the comparison does without otherwise.
+    from cluster.evaluation.run_evaluation import exact_figures
+
+    known = [json.loads(other.exact.read_text(encoding="utf-8")) for other in runs if other.exact.exists()]
+    before = next((made["before"] for made in known if made["instances"] == instances), None)
+    best = int(json.loads(run.folder.summary.read_text(encoding="utf-8"))["version"])
+    found = exact_figures(
+        run.folder.root,
+        split="id",
+        seed=run.config.evaluation.seed + REPORT_SEED_OFFSET,
+        instances=instances,
+        versions=[best] if before is not None else sorted({BASE_VERSION, best}),
+        console=console,
+    )
+    if found is None:
+        return
+    before = found[BASE_VERSION] if before is None else before
+    figures_of_both = {"instances": instances, "version": best, "before": before, "after": found[best]}
+    write_whole(run.exact, json.dumps(figures_of_both, indent=1))
+
+
+def write_comparison(runs: Sequence[ComparedRun], out: Path) -> str:
+    """Writes table, raw figures and curves of the finished runs into `out`; returns the table (Markdown)."""
+    done = [run for run in runs if run.finished]
+    rows = [figures(run) for run in done]
+    table = markdown_table(rows)
+    write_whole(out / TABLE, table)
+    write_whole(out / RAW, csv_text(rows))
+    draw_curves(done, out / CURVES)
+    return table
+
+
+def markdown_table(rows: Sequence[Figures]) -> str:
+    """Returns a Markdown table with one line a loss, mean ± standard deviation over its seeds."""
+    by_loss: dict[str, list[Figures]] = defaultdict(list)
+    for row in rows:
+        by_loss[str(row["loss"])].append(row)
+    columns = {
+        "success": "id_success",
+        "Div@N": "id_div_at_n",
+        "total variation": "id_total_variation",
+        "exact, outcomes": "exact_total_variation",
+        "exact, sequences": "exact_sequence_total_variation",
+        "out-of-distribution success": "ood_success",
+        "malformed": "id_malformed_rate",
+    }
+    totals = {
+        "environment steps": ("env_steps", 0),
+        "versions": ("versions", 0),
+        "minutes": ("minutes", 1),
+        "peak GiB": ("peak_memory_gib", 1),
+    }
+    lines = []
+    for loss, group in by_loss.items():
+        cells = [loss, str(len(group))]
+        for name in columns.values():
+            digits = 3 if name.endswith("rate") else 2
+            cells.append(" → ".join(cell(group, f"{name}_{when}", digits) for when in ("before", "after")))
+        cells += [cell(group, name, digits) for name, digits in totals.values()]
+        lines.append(cells)
+    return markdown(["loss", "seeds", *(f"{name}, before → after" for name in columns), *totals], lines)

@@ -1,0 +1,186 @@
+"""Starting and stopping Ray for a run."""
+
+import json
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from cluster.interruption import sigterm_as_interrupt
+from cluster.launch.placement import Node, ResourcePlan, amounts, lacking, resource_plan, selectors
+from cluster.launch.process_environment import PROCESS_ENVIRONMENT
+from shared.config import RunConfig
+from shared.errors import UserError
+
+FIRST_DASHBOARD_PORT = 8265
+# Ray's job supervisor puts the job's own runtime environment here.
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+# Room that is there is given at once; only longer waits are worth a line.
+_QUIET_WAIT_S = 2.0
+_LOOK_S = 1.0
+
+
+@contextmanager
+def ray_cluster(config: RunConfig) -> Iterator[str]:
+    """Connects to the configured cluster, or starts a local one; yields the dashboard's address.
+
+    Inside, SIGTERM raises `KeyboardInterrupt`.
+
+    Raises:
+        UserError: The cluster cannot be reached, a port is taken, or a local one cannot have what is asked for.
+    """
+    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    address = config.cluster.address
+    context = _start_local(config) if address is None else _connect(address)
+    try:
+        # Ray's own handler, set at its start, ends the process with a stack trace a few seconds after SIGTERM.
+        with sigterm_as_interrupt():
+            yield str(context.dashboard_url)
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str) -> ray.runtime_context.RuntimeContext:
+    try:
+        return ray.init(
+            address=address,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            runtime_env={"env_vars": connection_environment()},
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cluster.address = {address!r}: cannot connect ({reason})") from None
+
+
+def _start_local(config: RunConfig) -> ray.runtime_context.RuntimeContext:
+    cluster, plan = config.cluster, resource_plan(config)
+    _check_local(plan)
+    for key in ("dashboard_port", "metrics_port"):
+        port = getattr(cluster, key)
+        if port is not None and not _is_free(port):
+            raise UserError(f"cluster.{key} = {port}: the port is in use; choose another or leave it null")
+    # Slots, not processors: the operating system shares the two cores of a laptop between the parts.
+    context = ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, math.ceil(plan.cpus)),
+        object_store_memory=cluster.object_store_mib * 2**20,
+        include_dashboard=cluster.dashboard,
+        dashboard_port=cluster.dashboard_port or _first_free(FIRST_DASHBOARD_PORT),
+        _metrics_export_port=cluster.metrics_port,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        runtime_env={"env_vars": worker_environment()},
+    )
+    available = ray.cluster_resources().get("GPU", 0.0)
+    if plan.gpus > available:
+        ray.shutdown()
+        raise UserError(
+            f"the run asks for {plan.gpus:g} GPUs and this machine has {available:g}; "
+            "set cluster.address to a cluster that has them, or use --preset numberline-tiny"
+        )
+    return context
+
+
+def _check_local(plan: ResourcePlan) -> None:
+    for part in plan.parts:
+        if part.resources or part.labels:
+            raise UserError(
+                f"the {part.name} asks for {amounts(part.resources) or selectors(part.labels)}, which a local cluster "
+                "does not have; set cluster.address, or leave custom resources and node labels out"
+            )
+
+
+def cluster_nodes() -> list[Node]:
+    """Returns the nodes of the connected cluster, dead ones included."""
+    return [Node.from_ray(entry) for entry in ray.nodes()]
+
+
+def wait_for_room(config: RunConfig, say: Callable[[str], None]) -> None:
+    """Waits until the connected cluster can hold all that the run cannot start without, at the same time.
+
+    A placement group asks for it, so that an autoscaler sees what is wanted, and what others use counts. It is given
+    back before the parts are started.
+
+    Args:
+        config: The run's configuration.
+        say: Called with a line when the room is not there at once.
+
+    Raises:
+        UserError: There was no room within ``cluster.wait_for_resources_s``; the message names what is lacking.
+    """
+    plan, limit = resource_plan(config, ray.get_runtime_context().get_node_id()), config.cluster.wait_for_resources_s
+    asking = [part for part in plan.parts for _ in range(part.needed) if part.bundle]
+    if not asking:
+        return
+    room = placement_group([p.bundle for p in asking], bundle_label_selector=[dict(p.labels) for p in asking])
+    try:
+        if _granted(room, _QUIET_WAIT_S):
+            return
+        say(f"waiting for room on the cluster, at most {limit:g} s (cluster.wait_for_resources_s): {_lacks(plan)}")
+        if not _granted(room, limit - _QUIET_WAIT_S):
+            raise UserError(
+                f"no room on the cluster within {limit:g} s (cluster.wait_for_resources_s): {_lacks(plan)}; "
+                "add nodes, ask for less, or wait longer"
+            )
+    finally:
+        remove_placement_group(room)
+
+
+def _granted(room: PlacementGroup, timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    # Short looks, because signals are only handled between them.
+    while not room.wait(_LOOK_S):
+        if time.monotonic() > deadline:
+            return False
+    return True
+
+
+def _lacks(plan: ResourcePlan) -> str:
+    lacks = "; ".join(lack.describe() for lack in lacking(plan, cluster_nodes()) if lack.stops)
+    return lacks or "the nodes are large enough, but other jobs use them"
+
+
+def worker_environment() -> dict[str, str]:
+    """Returns the environment variables that processes which Ray starts need to find and run our code."""
+    root = str(Path(__file__).parents[2])
+    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), **_process_environment()}
+
+
+def _process_environment() -> dict[str, str]:
+    return {name: os.environ.get(name, value) for name, value in PROCESS_ENVIRONMENT.items()}
+
+
+def connection_environment() -> dict[str, str]:
+    """Returns what processes on a running cluster need in their environment.
+
+    What the environment of a Ray job sets already is left out: Ray refuses to be given a variable twice.
+    """
+    job = json.loads(os.environ.get(_JOB_CONFIG, "{}"))
+    given = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: value for name, value in _process_environment().items() if name not in given}
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _first_free(port: int, tries: int = 100) -> int:
+    for candidate in range(port, port + tries):
+        if _is_free(candidate):
+            return candidate
+    raise UserError(f"no free port from {port} to {port + tries} for the dashboard; set cluster.dashboard=false")

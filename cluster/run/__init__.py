@@ -1,0 +1,1 @@
+"""One run: the driver, what it starts, the learner's loop, and what it leaves in its folder."""

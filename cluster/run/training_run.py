@@ -1,0 +1,256 @@
+"""The driver: puts a run together and keeps it going until the last learner step."""
+
+import json
+import time
+from collections import deque
+from typing import Any
+
+import psutil
+from rich.console import Console
+
+from actors.admission import Admission
+from actors.groups import GroupSummary
+from actors.sampling import BASE_VERSION
+from cluster.evaluation.figures import REPORT_SEED_OFFSET, EvaluationPlan, evaluate_trajectories
+from cluster.models import resolve_model
+from cluster.plots import draw_learning_curve
+from cluster.run.checkpoints import latest_checkpoint
+from cluster.run.memory import MemoryMeter
+from cluster.run.progress import RunDisplay
+from cluster.run.rollout_scheduler import EvaluationJob, RolloutScheduler, last_line
+from cluster.run.run_actors import RunActors
+from cluster.run.run_log import Row, RowTail, append_row, read_rows
+from cluster.run.run_setup import write_whole
+from cluster.run.telemetry import Telemetry
+from shared.config import RunConfig
+from shared.errors import UserError
+from shared.run_folder import RunFolder
+
+PUMP_WAIT_S = 0.1
+SNAPSHOT_INTERVAL_S = 5.0
+NEWEST_TRAJECTORIES = 128
+STATUS_TIMEOUT_S = 1.0
+
+REPORT = "report"
+
+
+class TrainingRun:
+    """One run, from its folder to its end. Use inside `ray_cluster`.
+
+    Args:
+        folder: The run's folder; what it holds decides where the run goes on.
+        config: The run's configuration.
+        console: Where progress is shown.
+    """
+
+    def __init__(self, folder: RunFolder, config: RunConfig, console: Console) -> None:
+        self.folder, self.config, self.console = folder, config, console
+        self.model_path = resolve_model(config.policy.model)
+        self.display = RunDisplay(console, config.learner.steps)
+        self.telemetry = Telemetry(folder.tensorboard, folder.root.name)
+        self._rows = read_rows(folder.metrics)
+        self._tail = RowTail(folder.metrics, from_end=True)
+        checkpoint = latest_checkpoint(folder.checkpoints)
+        self.step = int(checkpoint.name.removeprefix("step-")) if checkpoint is not None else 0
+        self.version = BASE_VERSION
+        self._learner_started = False
+        self._newest: deque[list[Any]] = deque(maxlen=NEWEST_TRAJECTORIES)
+        last = next((r for r in reversed(self._rows) if r["kind"] == "rollout"), {})
+        self._env_steps = int(last.get("env_steps", 0))
+        self._response_tokens = int(last.get("response_tokens", 0))
+        self._tokens_since_start = 0
+        self._started = time.monotonic()
+        self._snapshot_at = 0.0
+        self._memory = MemoryMeter()
+        self._server_seen: dict[str, tuple[float, float]] = {}
+
+    def run(self) -> list[Row]:
+        """Runs to the last learner step and the final report; returns the report's rows.
+
+        Raises:
+            UserError: The run cannot go on; the message says why.
+            KeyboardInterrupt: The run was interrupted; it can be resumed.
+        """
+        try:
+            with self.display, self._make_actors() as self._actors:
+                self.display.update(step=self.step)
+                self._make_scheduler()
+                return self._play_and_learn()
+        finally:
+            self.telemetry.close()
+
+    def _make_actors(self) -> RunActors:
+        return RunActors(self.folder, self.config, self.model_path, self.display.say)
+
+    def _make_scheduler(self) -> None:
+        config, stats = self.config, self._actors.buffer_stats()
+        self.admission = Admission(
+            max_staleness=config.replay.max_staleness,
+            batch=config.fresh_per_step * config.learner.publish_every,
+            group_size=config.rollout.group_size,
+            version=self.step // config.learner.publish_every,
+            accepted=stats["accepted"],
+        )
+        self.scheduler = RolloutScheduler(
+            self._actors.workers,
+            self.admission,
+            groups_per_worker=config.rollout.groups_per_worker,
+            run_seed=config.seed,
+            next_group=0 if stats["largest_group_index"] is None else stats["largest_group_index"] + 1,
+            rollout_version=lambda: self.version if config.on_policy else None,
+            on_groups=self._note_groups,
+            on_evaluation=self._note_evaluation,
+        )
+
+    def _play_and_learn(self) -> list[Row]:
+        if self.config.evaluation.at_start:
+            self._evaluate_if_new(step=0, version=BASE_VERSION)
+        self._actors.start_learner()
+        self._started = time.monotonic()
+        while not (self._actors.learner_finished and not self.scheduler.evaluating):
+            self.scheduler.pump(train=self._rollouts_wanted(), wait_s=PUMP_WAIT_S)
+            self._follow_log()
+            self._snapshot()
+        self._follow_log()
+        if self._actors.learner_error is not None:
+            raise UserError(
+                f"the learner failed {self.config.learner.max_failures + 1} times, last: "
+                f"{last_line(str(self._actors.learner_error))}; "
+                f"resume with `gflowvlm train --resume {self.folder.root}`"
+            )
+        if self.step < self.config.learner.steps:
+            raise UserError(
+                f"the learner ended at step {self.step} of {self.config.learner.steps}; "
+                f"resume with `gflowvlm train --resume {self.folder.root}`"
+            )
+        return self._report()
+
+    def _rollouts_wanted(self) -> bool:
+        # On-policy rollouts need the version that the learner publishes when it starts.
+        ready = self._learner_started or not self.config.on_policy
+        return ready and not self._actors.learner_finished
+
+    def _follow_log(self) -> None:
+        for row in self._tail.new_rows():
+            self._rows.append(row)
+            if row["kind"] == "fatal":
+                raise UserError(row["error"])
+            if row["kind"] == "learner":
+                self.step, self.version = row["step"], row["version"]
+                self._learner_started = True
+                self.display.say(f"learner started at step {row['step']}")
+            elif row["kind"] == "mismatch":
+                self.display.say(f"sampler and learner agree to {row['max']:.1e} nats on {row['tokens']} tokens")
+            elif row["kind"] == "step":
+                self._note_step(row)
+
+    def _note_step(self, row: Row) -> None:
+        self.step, self.version = row["step"], row["version"]
+        self.admission.advance(max(self.admission.version, self.step // self.config.learner.publish_every))
+        self.display.update(step=self.step, version=self.version, staleness=row["staleness_mean"], loss=row["loss"])
+        self.telemetry.send("train", row, self.step)
+        if self.step % self.config.evaluation.every == 0 or self.step == self.config.learner.steps:
+            self._evaluate_if_new(self.step, self.version)
+
+    def _evaluate_if_new(self, step: int, version: int) -> None:
+        if any(r["kind"] == "evaluation" and r["step"] == step for r in self._rows):
+            return
+        self.scheduler.evaluate(EvaluationJob(EvaluationPlan.of(self.config), version, step))
+
+    def _note_groups(self, summaries: list[GroupSummary]) -> None:
+        for summary in summaries:
+            tokens = sum(summary.response_tokens)
+            self._env_steps += sum(summary.length)
+            self._response_tokens += tokens
+            self._tokens_since_start += tokens
+            invalid = [m + i > 0 for m, i in zip(summary.malformed, summary.inadmissible, strict=True)]
+            rollouts = zip(summary.expert, summary.success, invalid, summary.length, strict=True)
+            self._newest.extend(played for expert, *played in rollouts if not expert)
+
+    def _note_evaluation(self, job: EvaluationJob) -> None:
+        figures = evaluate_trajectories(self.config, job.plan, job.version, job.sampled, job.greedy).as_dict()
+        row = {"step": job.step, **figures}
+        append_row(self.folder.metrics, job.label, row)
+        if job.label == REPORT:
+            return
+        self.telemetry.send("evaluation", row, job.step)
+        bound = "" if row["success_bound"] is None else f" (perfect sampler {row['success_bound']:.2f})"
+        self.display.say(
+            f"evaluation at step {job.step}: success {row['success']:.2f}{bound}, greedy {row['success_greedy']:.2f}, "
+            f"Div@{row['samples']} {row['div_at_n']:.2f}"
+        )
+        best = json.loads(self.folder.best.read_text()) if self.folder.best.exists() else None
+        if best is None or figures["success"] >= best["success"]:
+            write_whole(self.folder.best, json.dumps(row, indent=1))
+        draw_learning_curve(read_rows(self.folder.metrics), self.folder.learning_curve, self.folder.root.name)
+
+    def _snapshot(self) -> None:
+        now = time.monotonic()
+        if now - self._snapshot_at < SNAPSHOT_INTERVAL_S:
+            return
+        self._snapshot_at = now
+        newest = list(self._newest)
+        values: dict[str, Any] = {
+            "env_steps": self._env_steps,
+            "response_tokens": self._response_tokens,
+            **self._actors.buffer_counts(),
+            "groups_running": self.scheduler.groups_running,
+            "groups_failed": self.scheduler.groups_failed,
+            "worker_restarts": self.scheduler.worker_deaths,
+            "tokens_per_s": self._tokens_since_start / (now - self._started),
+        }
+        if self.config.cluster.address is None:
+            values["memory_gib"] = self._memory.gib()
+        idle = self._sampler_idle_share()
+        if idle is not None:
+            values["sampler_idle_share"] = idle
+        if newest:
+            values["rollout_success"] = sum(success for success, _, _ in newest) / len(newest)
+            values["rollout_invalid"] = sum(invalid for _, invalid, _ in newest) / len(newest)
+            values["rollout_length"] = sum(length for _, _, length in newest) / len(newest)
+        append_row(self.folder.metrics, "rollout", {"step": self.step, **values})
+        self.telemetry.send("rollout", values, self.step)
+        self.display.update(
+            success=values.get("rollout_success"),
+            tokens_per_s=values["tokens_per_s"],
+            env_steps=self._env_steps,
+            note="evaluating" if self.scheduler.evaluating else "",
+        )
+
+    def _report(self) -> list[Row]:
+        best = json.loads(self.folder.best.read_text())["version"] if self.folder.best.exists() else self.version
+        settings = self.config.evaluation
+        self.display.say(f"final report: base model and adapter version {best} on instances not seen so far")
+        for split in ("id", "ood"):
+            plan = EvaluationPlan(split, settings.instances, settings.samples, settings.seed + REPORT_SEED_OFFSET)
+            for version in (BASE_VERSION, best):
+                self.scheduler.evaluate(EvaluationJob(plan, version, self.step, label=REPORT))
+        while self.scheduler.evaluating:
+            self.scheduler.pump(train=False, wait_s=PUMP_WAIT_S)
+        report = [r for r in self._tail.new_rows() if r["kind"] == REPORT]
+        summary = {
+            "steps": self.step,
+            "version": best,
+            "wall_s": round(time.time() - psutil.Process().create_time(), 1),
+            "peak_memory_gib": self._memory.peak_gib if self.config.cluster.address is None else None,
+            "report": report,
+        }
+        write_whole(self.folder.summary, json.dumps(summary, indent=1))
+        draw_learning_curve(read_rows(self.folder.metrics), self.folder.learning_curve, self.folder.root.name)
+        return report
+
+    def _sampler_idle_share(self) -> float | None:
+        """Share of the time since the last call in which no request was in flight, mean over replicas."""
+        try:
+            # The outer limit is for a loop that is stuck itself.
+            replicas = self._actors.loop.run(self._actors.client.status(STATUS_TIMEOUT_S), 5 * STATUS_TIMEOUT_S)
+        except TimeoutError:
+            return None
+        seen = {r["replica"]: (float(r["busy_s"]), float(r["up_s"])) for r in replicas}
+        shares = []
+        for replica, (busy, up) in seen.items():
+            busy_before, up_before = self._server_seen.get(replica, (0.0, 0.0))
+            if replica in self._server_seen and up > up_before:
+                shares.append(1.0 - (busy - busy_before) / (up - up_before))
+        self._server_seen = seen
+        return sum(shares) / len(shares) if shares else None

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: demonstrations, training, and what the policy can do afterwards."""

@@ -1,0 +1,244 @@
+"""One supervised fine-tuning: from demonstrations to a model directory with its figures."""
+
+import json
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cluster.models import resolve_model
+from cluster.warm_starts.demonstrations import Demonstrations, RepeatedExamples, playgrounds, reading_room
+from cluster.warm_starts.warm_start import WarmStartFigures, play_and_measure
+from learner.sft import ExampleSource, SftProgress, SftSettings, SftTrainer, load_for_sft, scale_head
+from learner.tiny_policy import Lexicon, build_tiny_policy
+from shared.errors import UserError
+from shared.settings import Fraction, Settings
+from shared.task_settings import AlfworldSettings, NumberLineSettings, TaskSettings
+
+TINY = "tiny"
+"""The model name that stands for a new tiny policy with random weights."""
+
+_EVALUATION_SEED = 20_000_003
+_PLAIN_INTERVAL_S = 10.0
+_REPORT = "training.json"
+_CHECKPOINT = "checkpoint"
+
+
+class SftRequest(Settings):
+    """What is asked of one supervised fine-tuning.
+
+    Attributes:
+        task: The task that is demonstrated.
+        model: ``tiny``, a shipped model, a model directory or a hub name.
+        head_scale: What the output head is multiplied by before training, see `scale_head`.
+        noise: Probability that a demonstrated action is a random admissible one.
+        with_done: Whether the stop action is demonstrated.
+        ood: Whether out-of-distribution numbers are demonstrated too.
+        reading_steps: First steps that teach reading only, see `Demonstrations`.
+        fresh_steps: First steps whose demonstrations are played; later ones repeat them. 0: all steps.
+        episodes: Episodes played for each of the final figures; 0 for none.
+        sft: The training settings.
+    """
+
+    task: TaskSettings = NumberLineSettings()
+    model: str = TINY
+    head_scale: float = Field(1.0, gt=0, le=10)
+    noise: Fraction = 0.5
+    with_done: bool = True
+    ood: bool = True
+    reading_steps: int = Field(0, ge=0, le=10_000_000)
+    fresh_steps: int = Field(0, ge=0, le=10_000_000)
+    episodes: int = Field(200, ge=0, le=100_000)
+    sft: SftSettings = SftSettings()
+
+
+def start(request: SftRequest, out: Path, console: Console) -> bool:
+    """Trains from the beginning and writes the model into `out`.
+
+    Returns:
+        Whether training was finished (and not stopped by Ctrl-C).
+
+    Raises:
+        UserError: `out` is in use or cannot be written, or the model cannot be loaded.
+    """
+    if (out / _CHECKPOINT).exists() or (out / _REPORT).exists():
+        raise UserError(f"{out}: holds a model or an unfinished training; go on with --resume, or choose another --out")
+    with tempfile.TemporaryDirectory(prefix="gflowvlm-tiny-") as folder:
+        if request.model == TINY:
+            model = str(build_tiny_policy(folder, seed=request.sft.seed, lexicon=_lexicon(request.task)))
+        else:
+            model = resolve_model(request.model)
+        network, inputs = load_for_sft(model, request.sft)
+    if request.head_scale != 1.0:
+        scale_head(network, request.head_scale)
+    report = {"command": shlex.join(["gflowvlm", *sys.argv[1:]]), "request": request.model_dump()}
+    if (Path(model) / _REPORT).exists():
+        report["made_from"] = _read_report(Path(model))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _write_report(out, report)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from None
+    return _train(SftTrainer(network, inputs, request.sft), request, out, console)
+
+
+def resume(out: Path, console: Console) -> bool:
+    """Goes on with a stopped training, with the settings it was started with.
+
+    Returns:
+        Whether training was finished (and not stopped by Ctrl-C).
+
+    Raises:
+        UserError: There is no stopped training in `out`.
+    """
+    try:
+        request = SftRequest.model_validate(_read_report(out)["request"])
+    except (KeyError, ValidationError):
+        raise UserError(f"{out}: its {_REPORT} holds no request; nothing there can be resumed") from None
+    return _train(SftTrainer.resume(out / _CHECKPOINT, request.sft), request, out, console)
+
+
+def _lexicon(settings: TaskSettings) -> Lexicon | None:
+    """Returns the words of a task whose commands are copied from the prompt, None for the others."""
+    if not isinstance(settings, AlfworldSettings):
+        return None
+    from envs.household import lexicon
+
+    return Lexicon(phrases=lexicon.phrases(), names=lexicon.names())
+
+
+def _train(trainer: SftTrainer, request: SftRequest, out: Path, console: Console) -> bool:
+    size = sum(parameter.numel() for parameter in trainer.network.parameters())
+    console.print(f"Training all {size / 1e6:.2f} M parameters on {trainer.network.device}, {request.sft.steps} steps.")
+    source: ExampleSource = Demonstrations(
+        playgrounds(request.task, request.ood),
+        request.noise,
+        request.with_done,
+        request.sft.seed,
+        reading_room(request.task, request.ood),
+        request.reading_steps,
+    )
+    if request.fresh_steps > 0:
+        source = RepeatedExamples(source, request.fresh_steps)
+    started, first_step = time.monotonic(), trainer.step
+    with _interrupt_flag() as interrupted, _Display(console, request.sft.steps, first_step) as display:
+        try:
+            finished = trainer.train(source, out / _CHECKPOINT, display.show, lambda: bool(interrupted))
+        except OSError as error:
+            raise UserError(f"{out}: a checkpoint cannot be written ({error.strerror or error})") from None
+    report = _read_report(out)
+    report["wall_seconds"] = round(report.get("wall_seconds", 0.0) + time.monotonic() - started, 1)
+    if not finished:
+        _write_report(out, report)
+        console.print(f"Stopped at step {trainer.step}. Go on: gflowvlm sft --resume --out {out}", soft_wrap=True)
+        return False
+    trainer.save_model(out)
+    report |= {"parameters": size, "final_loss": round(display.loss, 4), "torch": torch.__version__}
+    report["figures"] = [figures.as_json() for figures in _figures(trainer, request, console)]
+    _write_report(out, report)
+    trainer.drop_checkpoint(out / _CHECKPOINT)
+    console.print(f"Model and figures: {out}. Train on: gflowvlm train policy.model={out}", soft_wrap=True)
+    return True
+
+
+def _figures(trainer: SftTrainer, request: SftRequest, console: Console) -> list[WarmStartFigures]:
+    if request.episodes == 0:
+        return []
+    console.print("Playing to see what it can do.")
+    trainer.network.eval()
+    trainer.network.config.use_cache = True
+    measured = []
+    for split in ("id", "ood"):
+        for temperature in (1.0, 0.0):
+            figures = play_and_measure(
+                trainer.network, trainer.inputs, request.task, split, request.episodes, temperature, _EVALUATION_SEED
+            )
+            measured.append(figures)
+            console.print(
+                f"{split:3}, temperature {temperature:g}: success {figures.success:.2f}, reads {figures.reading:.1%}, "
+                f"true relation {figures.relation:.1%}, expert's action {figures.expert_actions:.1%}, "
+                f"malformed {figures.malformed:.1%}, inadmissible {figures.inadmissible:.1%}",
+                soft_wrap=True,
+                highlight=False,
+            )
+    return measured
+
+
+class _Display:
+    """Progress bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, console: Console, steps: int, first_step: int) -> None:
+        self.loss = float("nan")
+        self._console = console
+        self._printed = time.monotonic()
+        self._bar = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=20),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._steps = steps
+        self._task = self._bar.add_task("", total=steps, completed=first_step)
+
+    def __enter__(self) -> "_Display":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def show(self, progress: SftProgress) -> None:
+        """Shows a step; the loss is smoothed."""
+        self.loss = progress.loss if progress.step == 1 or self.loss != self.loss else self.loss
+        self.loss += 0.05 * (progress.loss - self.loss)
+        self._bar.update(self._task, completed=progress.step, description=f"loss {self.loss:.3f}")
+        last = progress.step == self._steps
+        if not self._console.is_terminal and (last or time.monotonic() - self._printed >= _PLAIN_INTERVAL_S):
+            self._printed = time.monotonic()
+            self._console.print(f"step {progress.step}/{self._steps}  loss {self.loss:.3f}", highlight=False)
+
+
+@contextmanager
+def _interrupt_flag() -> Iterator[list[int]]:
+    """Collects the first Ctrl-C in a list, so that a step is never cut in half; the second one interrupts."""
+    received: list[int] = []
+
+    def remember(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    path = folder / _REPORT
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); is there a model made by `gflowvlm sft`?") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: no JSON object; restore it, or start again in another --out")
+    return content
+
+
+def _write_report(out: Path, report: dict[str, Any]) -> None:
+    partial = out / f"{_REPORT}.partial"
+    partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    partial.replace(out / _REPORT)

@@ -1,0 +1,183 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from cluster.evaluation.exact import (
+    MAX_STATES,
+    ActionProbabilities,
+    action_probabilities,
+    exact_match,
+    expand_tree,
+    mean_match,
+    tree_size,
+)
+from envs.base import TaskEnv
+from envs.registry import make_env
+from learner.model import load_base_model
+from learner.scoring import ScoredStep, Scorer
+from learner.tiny_policy import build_tiny_policy
+from shared.policy_inputs import PolicyInputs
+from shared.response import DONE_TOKEN, parse_response, token_spans
+from shared.task_settings import BlackjackSettings, NumberLineSettings, NumberSequenceSettings
+
+BETA = 3.0
+
+
+@pytest.fixture
+def env():
+    env = make_env(NumberLineSettings(max_steps=4))
+    env.reset(seed=3)
+    return env
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    torch.set_num_threads(1)
+    return str(build_tiny_policy(tmp_path_factory.mktemp("tiny"), seed=2))
+
+
+def perfect(states):
+    """The policy that samples action sequences as R^beta / Z."""
+    flow = {}
+    for state in reversed(states):
+        below = sum(flow[(*state.actions, a)] for a in state.responses)
+        flow[state.actions] = math.exp(BETA * state.log_reward) + below
+    return [
+        None
+        if s.forced
+        else ActionProbabilities(
+            {
+                DONE_TOKEN: math.exp(BETA * s.log_reward) / flow[s.actions],
+                **{a: flow[(*s.actions, a)] / flow[s.actions] for a in s.responses},
+            },
+            uncovered=0.0,
+        )
+        for s in states
+    ]
+
+
+def test_the_tree_holds_every_action_sequence_once_with_what_stopping_there_gives(env):
+    states = expand_tree(env)
+    walks = [w for n in range(5) for w in itertools.product("+-", repeat=n)]
+    assert sorted(s.actions for s in states) == sorted(walks)
+    assert len(states) == tree_size(env) == 31
+    for state in states:
+        env.reset(seed=3)
+        for action in state.actions:
+            env.step(action)
+        assert (state.prompt, state.image, state.outcome) == (env.prompt(), env.image_png(), env.outcome)
+        assert state.log_reward == env.log_reward
+        assert state.forced == (len(state.actions) == 4) == (not state.responses)
+        assert state.solved == (env.current == env.target)
+
+
+def test_a_perfect_policy_matches_the_target_of_the_environment(env):
+    states = expand_tree(env)
+    match = exact_match(states, perfect(states), BETA)
+    for distance in ("total_variation", "jensen_shannon", "sequence_total_variation", "sequence_jensen_shannon"):
+        assert getattr(match, distance) == pytest.approx(0.0, abs=1e-12)
+    env.reset(seed=3)
+    assert match.success == pytest.approx(env.target_success(BETA))
+
+
+@pytest.mark.parametrize("settings", [BlackjackSettings(), NumberSequenceSettings(continuation=2)])
+def test_the_trees_of_other_tasks_are_small_and_match_their_target(settings):
+    env = make_env(settings)
+    for seed in range(4):
+        env.reset(seed=seed)
+        states = expand_tree(env)
+        assert len(states) == tree_size(env) < 100
+        assert any(s.forced for s in states)
+        match = exact_match(states, perfect(states), BETA)
+        assert match.total_variation == pytest.approx(0.0, abs=1e-12)
+        assert match.success == pytest.approx(env.target_success(BETA))
+
+
+def test_counting_the_states_of_a_huge_tree_ends():
+    env = make_env(NumberLineSettings(max_steps=64))
+    env.reset(seed=0)
+    assert tree_size(env) == MAX_STATES + 1
+
+
+def test_the_tree_of_a_task_without_a_target_is_not_walked(monkeypatch):
+    env = make_env(BlackjackSettings())
+    env.reset(seed=0)
+    assert tree_size(env) < 100
+    monkeypatch.setattr(env, "target_distribution", lambda beta: None)
+    monkeypatch.delattr(TaskEnv, "branch")
+    assert tree_size(env) > MAX_STATES
+
+
+def test_mass_that_gets_lost_counts_as_distance(env):
+    states = expand_tree(env)
+    leaky = [
+        None if p is None else ActionProbabilities({a: 0.9 * q for a, q in p.of.items()}, uncovered=0.1)
+        for p in perfect(states)
+    ]
+    match = exact_match(states, leaky, BETA)
+    stops_at_once = perfect(states)[0].of[DONE_TOKEN]
+    assert 0.1 <= match.uncovered < 1
+    assert match.uncovered > 0.1 + 0.09 * (1 - stops_at_once) - 1e-12
+    assert match.total_variation >= match.uncovered - 1e-12
+    assert 0 < match.jensen_shannon <= math.log(2)
+
+
+def test_probabilities_of_actions_are_sums_over_the_chains_of_thought(env, tiny):
+    inputs = PolicyInputs.load(tiny)
+    model = load_base_model(tiny, "float32").eval()
+    scorer = Scorer(model, inputs, torch.device("cpu"), token_budget=4000)
+    states = expand_tree(env)
+    done = []
+    found = action_probabilities(states, scorer, inputs, done.append)
+    assert sum(done) == pytest.approx(1.0)
+    assert [given is None for given in found] == [state.forced for state in states]
+    for state, given in itertools.islice(zip(states, found, strict=True), 3):
+        assert set(given.of) == {"+", "-", DONE_TOKEN}
+        total = covered = 0.0
+        for response in state.responses["+"]:
+            # One response alone, by the scorer that the learner trains with.
+            ids = inputs.encode_response(response)
+            spans = token_spans(ids, parse_response(response).action_chars, inputs.decode)
+            step = ScoredStep(state.prompt, state.image, ids, spans.cot_end, spans.action_end)
+            with torch.no_grad():
+                scores = scorer.score_steps(scorer.pack([step])[0])
+            total += float((scores.log_cot + scores.log_act).double().exp())
+            covered += float(scores.log_cot.double().exp())
+        assert given.of["+"] == pytest.approx(total, rel=1e-4)
+        assert given.uncovered == pytest.approx(1 - covered, abs=1e-6)
+
+
+def test_what_is_left_out_are_the_rarest_states_and_no_more_mass_than_was_allowed(env, tiny, monkeypatch):
+    inputs = PolicyInputs.load(tiny)
+    scorer = Scorer(load_base_model(tiny, "float32").eval(), inputs, torch.device("cpu"), token_budget=4000)
+    states = expand_tree(env)
+    whole = action_probabilities(states, scorer, inputs, lambda _: None)
+    reach = {(): 1.0}
+    for state, given in zip(states, whole, strict=True):
+        for action in state.responses:
+            reach[(*state.actions, action)] = reach[state.actions] * given.of[action]
+    inner = [reach[s.actions] for s in states if not s.forced and s.actions]
+    allowed = 0.5 * sum(sorted(inner)[: len(inner) // 2])
+    monkeypatch.setattr("cluster.evaluation.exact._STATES_AT_ONCE", 1)
+    done = []
+    part = action_probabilities(states, scorer, inputs, done.append, allowed)
+    assert sum(done) == pytest.approx(1.0)
+    left_out = [s for s, given in zip(states, part, strict=True) if given is not None and not given.of]
+    assert left_out
+    at_the_edge = [reach[s.actions] for s in left_out if s.actions[:-1] not in {o.actions for o in left_out}]
+    assert sum(at_the_edge) <= allowed
+    for given, expected in zip(part, whole, strict=True):
+        if given is not None and given.of:
+            assert given.of == pytest.approx(expected.of, rel=1e-4)
+    exact, bounded = (exact_match(states, found, BETA) for found in (whole, part))
+    assert bounded.uncovered <= exact.uncovered + allowed + 1e-9
+    assert abs(bounded.total_variation - exact.total_variation) <= allowed + 1e-9
+
+
+def test_figures_of_several_instances_are_averaged(env):
+    states = expand_tree(env)
+    match = exact_match(states, perfect(states), BETA)
+    other = exact_match(states, perfect(states), BETA + 1)
+    assert mean_match([match, other]).total_variation == pytest.approx(other.total_variation / 2)

@@ -1,0 +1,119 @@
+import csv
+import json
+
+import pytest
+from rich.console import Console
+
+from cluster.experiments.comparison import (
+    CURVES,
+    EXACT_COMPARED,
+    RAW,
+    TABLE,
+    ComparedRun,
+    figures,
+    markdown_table,
+    measure_exact,
+    write_comparison,
+)
+from cluster.run.run_log import append_row
+from shared.config import RunConfig
+from shared.errors import UserError
+
+
+def report(version, split, success):
+    return {
+        "version": version,
+        "split": split,
+        "success": success,
+        "div_at_n": 2 + success,
+        "total_variation": 1 - success,
+        "malformed_rate": 0.01,
+    }
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    def make(loss, seed, after=None):
+        run = ComparedRun.of(RunConfig(objective={"loss": loss}, seed=seed), tmp_path)
+        run.prepare()
+        for step, success in ((0, 0.4), (10, after)):
+            if success is not None:
+                append_row(run.folder.metrics, "evaluation", {"step": step, **report(step, "id", success)})
+        if after is not None:
+            run.folder.adapter(1).mkdir()
+            run.folder.adapter(2).mkdir()
+            rows = [report(v, s, x) for s in ("id", "ood") for v, x in ((0, 0.4), (2, after))]
+            append_row(run.folder.metrics, "rollout", {"step": 10, "env_steps": 100 + 100 * seed})
+            summary = {"steps": 10, "version": 2, "wall_s": 60 * seed, "peak_memory_gib": None, "report": rows}
+            run.folder.summary.write_text(json.dumps(summary))
+        return run
+
+    return make
+
+
+def test_the_table_has_mean_and_deviation_over_the_seeds_of_finished_runs(make_run, tmp_path):
+    runs = [make_run("var_tb", 0, 0.8), make_run("var_tb", 1, 0.9), make_run("subtb", 0, 0.95), make_run("subtb", 1)]
+    table = write_comparison(runs, tmp_path)
+    head, _, var_tb, subtb = table.splitlines()
+    cells = dict(zip(head.split(" | "), var_tb.split(" | "), strict=True))
+    assert cells["success, before → after"] == "0.40 ± 0.00 → 0.85 ± 0.07"
+    assert cells["Div@N, before → after"] == "2.40 ± 0.00 → 2.85 ± 0.07"
+    assert cells["minutes"] == "0.5 ± 0.7"
+    assert cells["environment steps"] == "150"
+    assert cells["exact, outcomes, before → after"] == "- → -"
+    assert cells["versions"] == "2"
+    assert subtb.startswith("| subtb | 1 | 0.40 → 0.95 |")
+    assert (tmp_path / TABLE).read_text() == table
+    rows = list(csv.DictReader((tmp_path / RAW).open()))
+    assert [(r["loss"], r["seed"], r["ood_success_after"]) for r in rows] == [
+        ("var_tb", "0", "0.8"),
+        ("var_tb", "1", "0.9"),
+        ("subtb", "0", "0.95"),
+    ]
+    assert (tmp_path / CURVES).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_made_with_other_settings_is_not_taken_for_one_of_the_comparison(make_run, tmp_path):
+    make_run("var_tb", 0, 0.8)
+    ComparedRun.of(RunConfig(), tmp_path).prepare()
+    other = ComparedRun.of(RunConfig(learner={"steps": 7}), tmp_path)
+    with pytest.raises(UserError, match="other settings"):
+        other.prepare()
+
+
+def test_a_damaged_summary_is_named(make_run):
+    run = make_run("var_tb", 0, 0.8)
+    run.folder.summary.write_text("{")
+    with pytest.raises(UserError, match=r"summary\.json"):
+        figures(run)
+
+
+def test_a_figure_that_no_run_has_is_left_blank():
+    table = markdown_table([{"loss": "db", "seed": 0, "id_success_before": None}])
+    assert table.splitlines()[2].startswith("| db | 1 | - → - |")
+
+
+def test_exact_figures_stand_in_the_table_once_they_are_measured(make_run, tmp_path):
+    run = make_run("var_tb", 0, 0.8)
+    exact = dict.fromkeys(EXACT_COMPARED, 0.25)
+    run.exact.write_text(json.dumps({"instances": 1, "version": 2, "before": exact, "after": exact}))
+    table = write_comparison([run], tmp_path)
+    head, _, line = table.splitlines()
+    cells = dict(zip(head.split(" | "), line.split(" | "), strict=True))
+    assert cells["exact, sequences, before → after"] == "0.25 → 0.25"
+
+
+def test_the_policy_before_training_is_measured_once_for_all_runs(make_run, tmp_path, monkeypatch):
+    asked = []
+
+    def exact_figures(directory, *, versions, **settings):
+        asked.append((directory.name, versions, settings["instances"]))
+        return {version: dict.fromkeys(EXACT_COMPARED, 0.1 * (version + 1)) for version in versions}
+
+    monkeypatch.setattr("cluster.evaluation.run_evaluation.exact_figures", exact_figures)
+    runs = [make_run("var_tb", 0, 0.8), make_run("subtb", 0, 0.9)]
+    for run in runs:
+        measure_exact(run, runs, 3, Console())
+    assert asked == [("var_tb-0", [0, 2], 3), ("subtb-0", [2], 3)]
+    assert figures(runs[1])["exact_total_variation_before"] == pytest.approx(0.1)
+    assert figures(runs[1])["exact_total_variation_after"] == pytest.approx(0.3)

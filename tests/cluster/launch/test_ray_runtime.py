@@ -1,0 +1,39 @@
+"""What is settled before Ray is started or connected to. With a cluster: test_submitted_runs.py."""
+
+import json
+
+import pytest
+
+from cluster.launch.process_environment import PROCESS_ENVIRONMENT
+from cluster.launch.ray_runtime import connection_environment, ray_cluster
+from cluster.preset_library import load_preset
+from shared.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("setting", "asked"),
+    [("rollout.node_labels={disk: ssd}", "disk=ssd"), ("sampler.resources_per_replica={h100: 1}", "1 h100")],
+)
+def test_a_local_run_cannot_ask_for_labels_or_custom_resources(setting, asked):
+    with (
+        pytest.raises(UserError, match=f"asks for {asked}, which a local cluster does not have"),
+        ray_cluster(load_preset("numberline-tiny", [setting])),
+    ):
+        pass
+
+
+def test_processes_on_a_cluster_get_the_environment_that_they_need(monkeypatch):
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    for name in PROCESS_ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    assert connection_environment() == dict(PROCESS_ENVIRONMENT)
+    monkeypatch.setenv("RAY_SERVE_THROUGHPUT_OPTIMIZED", "0")
+    assert connection_environment()["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "0"
+
+
+def test_variables_that_a_job_was_sent_with_are_left_to_it(monkeypatch):
+    sent = {"runtime_env": {"working_dir": "gcs://x.zip", "env_vars": {"RAY_TRAIN_V2_ENABLED": "1", "OTHER": "2"}}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(sent))
+    assert set(connection_environment()) == set(PROCESS_ENVIRONMENT) - {"RAY_TRAIN_V2_ENABLED"}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {"env_vars": None}, "metadata": {}}))
+    assert set(connection_environment()) == set(PROCESS_ENVIRONMENT)

@@ -1,0 +1,72 @@
+"""The baselines in whole runs: what the actors, the buffer and the learner do differently for them."""
+
+import signal
+
+import pytest
+
+from cluster.run.run_log import read_rows
+from shared.run_folder import RunFolder
+from shared.trajectory import from_arrow, read_parquet
+from tests.cluster.whole_runs import assert_steps_and_versions_go_on, newest_step, start, wait_for
+
+STEPS = 8
+SETTINGS = [
+    f"learner.steps={STEPS}",
+    f"evaluation.every={STEPS}",
+    "evaluation.instances=1",
+    "evaluation.samples=2",
+    "rollout.workers=2",
+    "rollout.group_size=2",
+    "sampler.engine=transformers",
+    "evaluation.at_start=false",
+]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def finish(run, log):
+    try:
+        assert run.wait(timeout=400) == 0, log.read_text()[-4000:]
+    finally:
+        run.kill()
+
+
+def recorded(folder):
+    """The run's trajectories, group after group as they were made."""
+    return [t for path in sorted(folder.trajectories.glob("*.parquet")) for t in from_arrow(read_parquet(path))]
+
+
+def test_ppo_learns_each_trajectory_once_from_the_policy_that_made_it_over_a_resume_too(tmp_path):
+    folder, log = RunFolder(tmp_path / "run"), tmp_path / "log"
+    run = start("--run", folder.root, *SETTINGS, "objective.loss=ppo", log=log)
+    try:
+        wait_for(lambda: newest_step(folder) >= 3, "the third step", run, log)
+        # As Kubernetes and batch systems ask a process to end.
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(timeout=180) == 130, log.read_text()[-4000:]
+    finally:
+        run.kill()
+    finish(start("--resume", folder.root, log=log), log)
+
+    assert_steps_and_versions_go_on(folder, STEPS)
+    steps = [r for r in read_rows(folder.metrics) if r["kind"] == "step"]
+    assert [r["trajectories"] for r in steps] == [4.0] * STEPS
+    assert all(r["updated"] == 1.0 for r in steps)
+    trajectories = recorded(folder)
+    assert not any(t.expert for t in trajectories)
+    # Each step's trajectories were made by one version. What an interruption left unlearned is the newest still
+    # and is learned first; it was made by the version before the one that is published again on resuming.
+    assert all(len({step.policy_version for step in t.steps}) == 1 for t in trajectories)
+    assert all(r["staleness_max"] == 0 for r in steps if r["step"] <= 3)
+    assert max(r["staleness_max"] for r in steps) <= 1
+
+
+def test_sft_learns_from_what_the_expert_plays(tmp_path):
+    folder, log = RunFolder(tmp_path / "run"), tmp_path / "log"
+    finish(start("--run", folder.root, *SETTINGS, "objective.loss=sft", log=log), log)
+    assert_steps_and_versions_go_on(folder, STEPS)
+    trajectories = recorded(folder)
+    assert len(trajectories) >= STEPS * 4
+    assert all(t.expert and t.success for t in trajectories)
+    losses = [r["loss"] for r in read_rows(folder.metrics) if r["kind"] == "step"]
+    assert sum(losses[-2:]) < sum(losses[:2])

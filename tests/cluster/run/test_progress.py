@@ -1,0 +1,25 @@
+import io
+
+from rich.console import Console
+
+from cluster.run.progress import RunDisplay
+
+
+def test_without_a_terminal_there_are_plain_lines():
+    out = io.StringIO()
+    with RunDisplay(Console(file=out, width=200), total=5) as display:
+        display.say("policy server is up")
+        display.update(step=1, version=1, loss=2.5, success=0.5)
+        display.update(step=2, version=2, loss=2.0)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "policy server is up"
+    assert lines[1].startswith("step 1/5  success 0.50  loss 2.50  version 1")
+    assert "\x1b" not in out.getvalue()
+    assert len(lines) == 2
+
+
+def test_on_a_terminal_there_is_a_bar():
+    out = io.StringIO()
+    with RunDisplay(Console(file=out, width=200, force_terminal=True), total=5) as display:
+        display.update(step=3, version=3, loss=2.5)
+    assert "step 3/5" in out.getvalue()

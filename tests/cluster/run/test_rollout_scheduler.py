@@ -1,0 +1,49 @@
+import time
+
+from actors.admission import Admission
+from cluster.evaluation.figures import EvaluationPlan
+from cluster.run.rollout_scheduler import EvaluationJob, RolloutScheduler, idle_worker_calls, training_seed
+from shared.config import RunConfig
+
+
+def test_training_seeds_are_repeatable_and_never_those_of_an_evaluation():
+    seeds = [training_seed(0, index) for index in range(2000)]
+    assert seeds == [training_seed(0, index) for index in range(2000)]
+    assert len(set(seeds)) == 2000
+    assert seeds[:5] != [training_seed(1, index) for index in range(5)]
+    plan = EvaluationPlan.of(RunConfig())
+    assert min(seeds) >= 2**30 > plan.seeds[-1]
+    assert max(seeds) < 2**31
+
+
+def test_an_evaluation_is_finished_when_all_of_it_was_played():
+    job = EvaluationJob(EvaluationPlan("id", instances=2, samples=3, seed=0), version=1, step=4)
+    job.greedy = ["trajectory"] * 2
+    job.sampled = ["trajectory"] * 5
+    assert not job.finished
+    job.sampled.append("trajectory")
+    assert job.finished
+
+
+def test_a_worker_without_training_groups_runs_more_than_fill_it_and_a_full_one_still_evaluates():
+    assert idle_worker_calls(8, 0) == 4
+    assert idle_worker_calls(8, 6) == 1
+    assert idle_worker_calls(8, 8) == 1
+    assert idle_worker_calls(1, 0) == 1
+
+
+def test_the_driver_rests_while_no_call_is_in_flight():
+    admission = Admission(max_staleness=0, batch=8, group_size=8)
+    scheduler = RolloutScheduler(
+        [],
+        admission,
+        groups_per_worker=1,
+        run_seed=0,
+        next_group=0,
+        rollout_version=lambda: None,
+        on_groups=lambda summaries: None,
+        on_evaluation=lambda job: None,
+    )
+    started = time.monotonic()
+    scheduler.pump(wait_s=0.2)
+    assert time.monotonic() - started >= 0.2
