@@ -29,6 +29,7 @@ WHOLE_SYSTEM = (
 """Files that start Ray with its dashboard: they wait a lot, and need the machine for one of them at a time."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Under pytest-xdist a file's tests stay together, and those of `WHOLE_SYSTEM` in one process."""
     if not config.pluginmanager.hasplugin("xdist"):
