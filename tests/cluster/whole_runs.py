@@ -35,6 +35,14 @@ def wait_for(condition, what, run, log, timeout_s=300.0):
         time.sleep(0.2)
 
 
+def finish(run, log, timeout_s=400.0):
+    """Waits until a run has ended well."""
+    try:
+        assert run.wait(timeout=timeout_s) == 0, log.read_text()[-4000:]
+    finally:
+        run.kill()
+
+
 def newest_step(folder):
     return max((r["step"] for r in read_rows(folder.metrics) if r["kind"] == "step"), default=0)
 

@@ -7,7 +7,7 @@ import pytest
 from cluster.run.run_log import read_rows
 from shared.run_folder import RunFolder
 from shared.trajectory import from_arrow, read_parquet
-from tests.cluster.whole_runs import assert_steps_and_versions_go_on, newest_step, start, wait_for
+from tests.cluster.whole_runs import assert_steps_and_versions_go_on, finish, newest_step, start, wait_for
 
 STEPS = 8
 SETTINGS = [
@@ -22,13 +22,6 @@ SETTINGS = [
 ]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-def finish(run, log):
-    try:
-        assert run.wait(timeout=400) == 0, log.read_text()[-4000:]
-    finally:
-        run.kill()
 
 
 def recorded(folder):

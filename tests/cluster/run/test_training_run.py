@@ -18,6 +18,7 @@ from tests.cluster.whole_runs import (
     acknowledged,
     assert_nothing_is_left,
     assert_steps_and_versions_go_on,
+    finish,
     newest_step,
     processes_of,
     start,
@@ -68,6 +69,14 @@ def small_disk(tmp_path):
         pytest.skip("needs the right to mount a small file system")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def assert_it_resumes_to_its_end(folder, log, steps, before):
+    finish(start("--resume", folder.root, log=log), log, timeout_s=500)
+    assert_steps_and_versions_go_on(folder, steps)
+    after = acknowledged(folder)
+    assert set(before) <= set(after)
+    assert set(after.values()) == {1}
 
 
 def fill(path):
@@ -132,15 +141,7 @@ def test_a_run_resumes_after_ctrl_c_and_after_its_driver_is_killed(tmp_path):
     killed_at = newest_step(folder)
     assert interrupted_at < killed_at
 
-    run = start("--resume", folder.root, log=log)
-    try:
-        assert run.wait(timeout=500) == 0, log.read_text()[-4000:]
-    finally:
-        run.kill()
-    assert_steps_and_versions_go_on(folder, steps)
-    after = acknowledged(folder)
-    assert set(before) <= set(after)
-    assert set(after.values()) == {1}
+    assert_it_resumes_to_its_end(folder, log, steps, before)
     assert_nothing_is_left(log)
 
 
@@ -162,12 +163,4 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_resumes_once_there_is_room(sm
     before = acknowledged(folder)
 
     (small_disk / "filler").unlink()
-    run = start("--resume", folder.root, log=log)
-    try:
-        assert run.wait(timeout=500) == 0, log.read_text()[-4000:]
-    finally:
-        run.kill()
-    assert_steps_and_versions_go_on(folder, steps)
-    after = acknowledged(folder)
-    assert set(before) <= set(after)
-    assert set(after.values()) == {1}
+    assert_it_resumes_to_its_end(folder, log, steps, before)
