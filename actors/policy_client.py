@@ -3,6 +3,7 @@
 import asyncio
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
@@ -47,6 +48,11 @@ class PolicyClient:
         sampler = config.sampler
         return cls(handle, sampler.request_timeout_s, sampler.start_timeout_s + sampler.request_timeout_s)
 
+    @cached_property
+    def _sample(self) -> DeploymentHandle:
+        # Serve makes a new handle each time its method is named.
+        return self.handle.sample
+
     async def sample(self, request: SampleRequest) -> SampleResponse:
         """Samples one response.
 
@@ -59,9 +65,8 @@ class PolicyClient:
         pause = FIRST_PAUSE_S
         while True:
             try:
-                response: SampleResponse = await asyncio.wait_for(
-                    self.handle.sample.remote(request), self.request_timeout_s
-                )
+                async with asyncio.timeout(self.request_timeout_s):
+                    response: SampleResponse = await self._sample.remote(request)
             except _TRY_AGAIN as error:
                 waited = time.monotonic() - started
                 if waited + pause > self.deadline_s:

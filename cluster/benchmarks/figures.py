@@ -25,7 +25,7 @@ class Scale:
 
     Attributes:
         rounds: Rounds of sampling per engine.
-        requests_per_slot: Requests per round for every sequence in flight.
+        requests_per_slot: Requests per round for every one in flight.
         publishes: Adapters published, idle and again under load.
         learner_steps: Learner steps timed.
         seconds: Time for a measurement that can be cut anywhere.

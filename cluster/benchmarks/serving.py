@@ -193,7 +193,7 @@ def _throughput(
         engines[SAMPLER] = bare
     if served is not None:
         engines[SERVE] = served
-    in_flight = config.sampler.max_num_seqs
+    in_flight = _rollouts_at_once(config)
     count = in_flight * scale.requests_per_slot
     rates: dict[str, list[float]] = {name: [] for name in engines}
     # Round 0 warms up and is not counted.
@@ -205,7 +205,7 @@ def _throughput(
                 rates[name].append(rate)
         shown = ", ".join(f"{name} {values[-1]:.0f} tokens/s" for name, values in rates.items() if values)
         say(f"round {number} of {scale.rounds}: {shown or 'warm'}")
-    how = f"response tokens, LoRA on, {in_flight} sequences in flight, median of {scale.rounds} rounds of {count}"
+    how = f"response tokens, LoRA on, {in_flight} requests in flight, median of {scale.rounds} rounds of {count}"
     titles = {SAMPLER: f"bare {config.sampler.engine} engine", SERVE: f"through Ray Serve, {CLIENTS} clients"}
     medians = {name: statistics.median(values) for name, values in rates.items()}
     figures = [
@@ -225,10 +225,7 @@ def _hand_over(
     requests = made_requests(config, inputs, 256, first=10**6)
     say(f"publishing {scale.publishes} adapters, no other requests")
     idle = served.loop.run(_hand_over_times(config, served, adapter, requests[0], scale.publishes))
-    in_flight = min(
-        config.sampler.max_num_seqs,
-        config.rollout.workers * config.rollout.groups_per_worker * config.rollout.group_size,
-    )
+    in_flight = min(config.sampler.max_num_seqs, _rollouts_at_once(config))
     say(f"publishing {scale.publishes} adapters, {in_flight} sequences in flight")
     starting = [
         actor.start_load.remote(requests[i::CLIENTS], max(1, in_flight // CLIENTS))
@@ -271,6 +268,11 @@ async def _hand_over_times(
                 raise TimeoutError(f"waited {limit:.0f} s for a response of adapter version {version}") from None
             seconds.append(time.perf_counter() - started)
     return seconds
+
+
+def _rollouts_at_once(config: RunConfig) -> int:
+    """Returns how many requests the run's rollout workers keep in flight."""
+    return config.rollout.workers * config.rollout.groups_per_worker * config.rollout.group_size
 
 
 def _made_adapter(config: RunConfig, model_path: str, directory: Path) -> Path:

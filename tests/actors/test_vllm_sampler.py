@@ -14,10 +14,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
+from actors import rendered_prompts
 from actors.sampling import SampleRequest, SampleResponse, SamplerUnavailableError, UnknownVersionError
 from actors.vllm_sampler import VllmSampler
 from shared.errors import UserError
-from shared.policy_inputs import PolicyInputs
+from shared.policy_inputs import PolicyInputs, decode_image
 from tests.actors.tiny_adapters import config, request, write_policy
 
 pytestmark = pytest.mark.slow
@@ -82,6 +83,29 @@ def test_the_engines_prompt_tokens_are_the_learners(policy: Path, run: Runner) -
     inputs = PolicyInputs.load(str(policy / "model"))
     expected = [inputs.encode([one.prompt], [one.image])["input_ids"][0].tolist() for one in asked]
     assert run(body) == expected
+
+
+def test_a_state_is_rendered_once_however_many_rollouts_stand_before_it(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[bytes] = []
+
+    def counted(image: bytes) -> Any:
+        decoded.append(image)
+        return decode_image(image)
+
+    monkeypatch.setattr(rendered_prompts, "decode_image", counted)
+    one = replace(request(1), temperature=0.0, prompt="Target: 4\nState 0: picture")
+    other = replace(request(2), prompt="Target: 3\nState 0: picture")
+    asked = [*[one] * 8, replace(one, image=other.image), replace(one, prompt=other.prompt), *[one] * 8]
+
+    async def body(sampler: VllmSampler) -> list[SampleResponse]:
+        return [*await sample_all(sampler, asked[:10]), *await sample_all(sampler, asked[10:])]
+
+    responses = run(body)
+    assert decoded == [one.image, other.image, one.image]
+    assert all(response.token_ids == responses[0].token_ids for response in [*responses[:8], *responses[10:]])
+    assert responses[8].token_ids != responses[0].token_ids
 
 
 def test_log_probabilities_agree_with_transformers_per_token_under_lora(policy: Path, run: Runner) -> None:
