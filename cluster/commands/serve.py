@@ -66,7 +66,7 @@ def register(app: typer.Typer) -> None:
         On a cluster: `docs/serving.md`.
         """
         # Imported here so that --help and wrong arguments answer at once.
-        from cluster.serving.application import API_KEY_VARIABLE, ServeArguments, served_policy
+        from cluster.serving.served_policy import API_KEY_VARIABLE, ServeArguments, served_policy
         from cluster.serving.session import Address, serve_until_stopped
 
         if api_key is not None:

@@ -18,7 +18,7 @@ from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from actors.vllm_sampler import GuardedEngine, engine_arguments
-from cluster.serving.application import ServedPolicy
+from cluster.serving.served_policy import ServedPolicy
 from shared.errors import UserError
 from shared.policy_inputs import PolicyInputs
 

@@ -16,7 +16,8 @@ from rich.console import Console
 from actors.policy_server import quiet_logging, shutdown_policy_server, wait_until_running
 from cluster.interruption import sigterm_as_interrupt
 from cluster.launch.ray_runtime import ray_cluster
-from cluster.serving.application import API_KEY_VARIABLE, DEPLOYMENT, ServedPolicy, application
+from cluster.serving.application import DEPLOYMENT, application
+from cluster.serving.served_policy import API_KEY_VARIABLE, ServedPolicy
 from shared.config import LearnerSettings, RolloutSettings, RunConfig
 from shared.errors import UserError
 

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from cluster.cli import app as command_line
 from cluster.models import resolve_model
 from cluster.run.run_setup import new_run
-from cluster.serving.application import API_KEY_VARIABLE, DEPLOYMENT, ServeArguments, api_key_for, app, served_policy
+from cluster.serving.application import DEPLOYMENT, api_key_for, app
+from cluster.serving.served_policy import API_KEY_VARIABLE, ServeArguments, served_policy
 from cluster.serving.session import Address, curl_example
 from shared.config import RunConfig
 from shared.errors import UserError
