@@ -37,7 +37,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Train every loss with every seed, and compare what they reached.
 
-        All of it takes hours: eight GFlowNet losses, sft, ppo and grpo with four seeds are 44 runs of about six
+        All of it takes hours: eight GFlowNet losses, sft, ppo and grpo with four seeds are 44 runs of about four
         minutes on two cores.
 
         Each run is a whole `gflowvlm train` with a folder of its own in --out, one after the other. The same
