@@ -4,7 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from actors.environments import EpisodeEnvironment, View
 from actors.groups import GroupRequest, PlaySettings, new_group_id
 from actors.sampling import SampleRequest, SampleResponse
+from shared.errors import UserError
 from shared.policy_inputs import PolicyInputs
 from shared.response import parse_response, token_spans
 from shared.trajectory import EndReason, Step, Trajectory, Validity
@@ -102,6 +103,40 @@ async def play_group(
     return group
 
 
+async def play_demonstration(
+    environment: EpisodeEnvironment, inputs: PolicyInputs, request: GroupRequest, group_id: str, seed: int, noise: float
+) -> Trajectory:
+    """Plays one episode by the expert, a group of its own. The same arguments give the same trajectory.
+
+    Args:
+        environment: Where it is played; it is closed afterwards.
+        inputs: The tokenizer that writes the responses.
+        request: Which instance.
+        group_id: Id of the group, from which the trajectory's is made.
+        seed: Seed of the wording and of the noise.
+        noise: Probability that an action is replaced by a random admissible one.
+    """
+    settings = PlaySettings(
+        group_size=1, temperature=0.0, max_tokens=0, seed=seed, expert_plays=True, expert_noise=noise
+    )
+    try:
+        return await _Rollout(environment, inputs, request, settings, PlayedGroup(group_id), 0).demonstrate()
+    finally:
+        environment.close()
+
+
+def as_member(demonstration: Trajectory, group_id: str, inputs: PolicyInputs) -> Trajectory:
+    """Returns a demonstration as a member of a group, its responses in a policy's own tokens.
+
+    Nobody sampled these tokens, so others may stand for the same text.
+
+    Raises:
+        UserError: The policy's tokenizer does not give the text back.
+    """
+    steps = [_in_tokens(step, inputs) for step in demonstration.steps]
+    return replace(demonstration, trajectory_id=f"{group_id}-demonstration", group_id=group_id, steps=steps)
+
+
 class _Rollout:
     """One episode in the making."""
 
@@ -142,9 +177,14 @@ class _Rollout:
 
     async def demonstrate(self) -> Trajectory:
         """Returns the expert's trajectory."""
+        # Not the generator of exploration, whose seed is that of the wording too.
+        rng = np.random.default_rng([*self._seed, 1])
         view = await self._start()
         while view.end is None:
-            token_ids = self._inputs.encode_response(await self._timed(self._environment.demonstration()))
+            text = await self._timed(self._environment.demonstration())
+            if self._settings.expert_noise > 0 and rng.random() < self._settings.expert_noise:
+                text = _with_action(text, view.admissible_actions[int(rng.integers(len(view.admissible_actions)))])
+            token_ids = self._inputs.encode_response(text)
             view = await self._take(_Response(token_ids, [math.nan] * len(token_ids), EXPERT_VERSION), view)
         return self._finished(view, "-expert", expert=True)
 
@@ -236,3 +276,30 @@ class _Rollout:
             outcome=view.outcome,
             expert=expert,
         )
+
+
+def _with_action(text: str, action: str) -> str:
+    """Returns a demonstration of another action at the same state: what comes before the action is the same."""
+    chars = parse_response(text).action_chars
+    if chars is None:
+        raise RuntimeError(f"no action in the demonstration {text!r}")
+    return f"{text[: chars[0]]}{action}{text[chars[1] :]}"
+
+
+def _in_tokens(step: Step, inputs: PolicyInputs) -> Step:
+    token_ids = inputs.encode_response(step.response_text)
+    text = inputs.decode(token_ids)
+    parsed = parse_response(text)
+    if parsed.action != step.action:
+        raise UserError(
+            f"model {inputs.model!r}: its tokenizer turns the demonstrated {step.response_text!r} into {text!r}"
+        )
+    spans = token_spans(token_ids, parsed.action_chars, inputs.decode)
+    return replace(
+        step,
+        response_ids=token_ids,
+        response_text=text,
+        cot_end=spans.cot_end,
+        action_end=spans.action_end,
+        sampler_log_probs=[math.nan] * len(token_ids),
+    )

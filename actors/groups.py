@@ -35,6 +35,7 @@ class PlaySettings:
         expert_on_failure: Add the expert's trajectory to a group in which all rollouts failed.
         seed: Seed of exploration and of the expert's wording.
         expert_plays: The expert makes every rollout; the policy is not asked.
+        expert_noise: Probability that an expert's action is replaced by a random admissible one.
         sampling_seed: Makes every sampled response repeatable for the same engine; None draws freely.
     """
 
@@ -46,6 +47,7 @@ class PlaySettings:
     expert_on_failure: bool = False
     seed: int = 0
     expert_plays: bool = False
+    expert_noise: float = 0.0
     sampling_seed: int | None = None
 
 

@@ -1,6 +1,7 @@
 """Rollout workers: RLlib environment runners that play groups of rollouts of a vision-language policy."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
@@ -13,9 +14,10 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.env.env_runner import EnvRunner
 
 from actors.buffer_actor import get_buffer
+from actors.demonstration_set import DemonstrationSet
 from actors.environment_hosts import EnvironmentHosts
 from actors.environments import EnvironmentLostError, EpisodeEnvironment, LocalEnvironment
-from actors.episode import PlayedGroup, ResponseSource, play_group
+from actors.episode import PlayedGroup, ResponseSource, as_member, play_group
 from actors.event_loop import EventLoopThread
 from actors.groups import GroupRequest, GroupSummary, PlaySettings
 from actors.policy_client import PolicyServerError
@@ -87,6 +89,8 @@ class RolloutWorker(EnvRunner):
         self._source = source
         self._buffer = get_buffer(buffer) if isinstance(buffer, str) else buffer
         self._loop = EventLoopThread("rollouts")
+        self._demonstrations: DemonstrationSet | None = None
+        self._opening = threading.Lock()
         processes = run_config.environment_processes
         self._hosts = EnvironmentHosts(run_config.task, processes) if processes > 0 else None
 
@@ -118,20 +122,25 @@ class RolloutWorker(EnvRunner):
         """
         if self._buffer is None:
             raise ValueError("this rollout worker was made without a replay buffer")
-        rollout = self._run.rollout
+        rollout, only_recorded = self._run.rollout, self._run.only_recorded
         settings = PlaySettings(
-            group_size=rollout.group_size,
+            group_size=0 if only_recorded else rollout.group_size,
             temperature=self._run.sampler.temperature,
             max_tokens=self._run.policy.max_response_tokens,
             epsilon=rollout.epsilon,
             version=version,
-            expert_on_failure=rollout.expert_on_failure,
+            expert_on_failure=rollout.expert_on_failure and not only_recorded,
             seed=self._run.seed,
             expert_plays=self._run.expert_plays,
         )
 
-        async def record(group: PlayedGroup) -> None:
-            await append_group(self._buffer, to_record_batch(group.trajectories))
+        async def record(request: GroupRequest, group: PlayedGroup) -> None:
+            members = list(group.trajectories)
+            if rollout.demonstrations is not None:
+                # Nobody played it, so it is in the buffer and not in the summary.
+                recorded = await asyncio.to_thread(self._recorded, request.instance_seed)
+                members.append(as_member(recorded, group.group_id, self._inputs))
+            await append_group(self._buffer, to_record_batch(members))
 
         return [summary for summary, _ in self._play(requests, settings, record)]
 
@@ -166,7 +175,7 @@ class RolloutWorker(EnvRunner):
             sampling_seed=sampling_seed,
         )
 
-        async def keep(_: PlayedGroup) -> None:
+        async def keep(_: GroupRequest, __: PlayedGroup) -> None:
             return None
 
         played = self._play(requests, settings, keep)
@@ -183,13 +192,13 @@ class RolloutWorker(EnvRunner):
         self,
         requests: Sequence[GroupRequest],
         settings: PlaySettings,
-        finish: Callable[[PlayedGroup], Coroutine[Any, Any, None]],
+        finish: Callable[[GroupRequest, PlayedGroup], Coroutine[Any, Any, None]],
     ) -> list[tuple[GroupSummary, list[Trajectory]]]:
         async def play_one(request: GroupRequest) -> tuple[GroupSummary, list[Trajectory]]:
             open_environment = partial(self._open_environment, request.group_index)
             try:
                 group = await play_group(open_environment, self._source, self._inputs, request, settings)
-                await finish(group)
+                await finish(request, group)
             except (PolicyServerError, SamplerUnavailableError, ReplayBufferError, EnvironmentLostError) as error:
                 return GroupSummary(request, failure=str(error)), []
             except (UserError, UnknownVersionError) as error:
@@ -208,6 +217,15 @@ class RolloutWorker(EnvRunner):
             self.num_env_steps_sampled_lifetime += steps
             self._log_env_steps(self._metrics_num_env_steps_sampled, steps)
         return played
+
+    def _recorded(self, instance_seed: int) -> Trajectory:
+        """Returns the demonstration of an instance in the run's set, which is opened at the first call."""
+        with self._opening:
+            if self._demonstrations is None:
+                self._demonstrations = DemonstrationSet.of_run(self._run)
+        if self._demonstrations is None:
+            raise ValueError("this run has no demonstrations")
+        return self._demonstrations.find(instance_seed)
 
     def _open_environment(self, group_index: int) -> EpisodeEnvironment:
         return LocalEnvironment(self.make_env()) if self._hosts is None else self._hosts.open(group_index)

@@ -81,6 +81,11 @@ class RolloutSettings(Settings):
     group_size: int = Field(8, ge=1, le=256, description="K: trajectories per task instance.")
     epsilon: Fraction = Field(0.0, description="Probability that a step's action is a random admissible one.")
     expert_on_failure: bool = Field(False, description="Add the expert's trajectory where all of a group failed.")
+    demonstrations: str | None = Field(
+        None,
+        description="Folder made by `gflowvlm demonstrate`: groups play its instances, and what it has of an instance "
+        "joins the group.",
+    )
     cpus_per_worker: float = Field(0.25, ge=0, le=64, description="CPUs that a worker asks Ray for.")
     resources_per_worker: CustomResources = Field({}, description="As sampler.resources_per_replica.")
     node_labels: NodeLabels = Field({}, description="As sampler.node_labels.")
@@ -228,6 +233,11 @@ class RunConfig(Settings):
         return self.objective.loss == "sft"
 
     @property
+    def only_recorded(self) -> bool:
+        """Whether nobody plays: the training trajectories are those of a set."""
+        return self.expert_plays and self.rollout.demonstrations is not None
+
+    @property
     def replay(self) -> BufferSettings:
         """The buffer's settings as the objective lets them be: nothing is replayed on-policy."""
         if not self.on_policy:
@@ -279,6 +289,11 @@ class RunConfig(Settings):
             raise ValueError(f"objective.loss {loss} needs rollout.group_size of at least 2 (it compares a group)")
         if self.on_policy:
             self._only_own_policy(loss)
+        if self.only_recorded and self.rollout.group_size > 1:
+            raise ValueError(
+                "objective.loss sft with rollout.demonstrations learns from one demonstration of an instance; "
+                "set rollout.group_size=1 and more learner.groups_per_batch"
+            )
         if self.buffer.replay_staleness <= self.buffer.max_staleness:
             raise ValueError("buffer.replay_staleness must exceed buffer.max_staleness, or new data could be too old")
         if self.groups_per_batch < self.learner.workers:
@@ -294,9 +309,11 @@ class RunConfig(Settings):
         wanted = {
             "rollout.epsilon": (self.rollout.epsilon, 0.0),
             "rollout.expert_on_failure": (self.rollout.expert_on_failure, False),
+            "rollout.demonstrations": (self.rollout.demonstrations, None),
             "sampler.temperature": (self.sampler.temperature, 1.0),
             "learner.publish_every": (self.learner.publish_every, 1),
         }
         for name, (found, needed) in wanted.items():
             if found != needed:
-                raise ValueError(f"objective.loss {loss} learns only from its own newest policy; set {name}={needed}")
+                value = "null" if needed is None else needed
+                raise ValueError(f"objective.loss {loss} learns only from its own newest policy; set {name}={value}")

@@ -226,16 +226,22 @@ def write_parquet(trajectories: Iterable[Trajectory] | pa.RecordBatch | pa.Table
     partial.replace(path)
 
 
-def read_parquet(path: Path) -> pa.Table:
+def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Returns the table of one trajectory file.
+
+    Args:
+        path: The file.
+        columns: Names of the columns wanted; all of them by default.
 
     Raises:
         UserError: The file cannot be read, or holds something other than trajectories.
     """
     try:
-        table = pq.read_table(path)
+        with pq.ParquetFile(path) as file:
+            fits = file.schema_arrow.equals(TRAJECTORY_SCHEMA)
+            table = file.read(None if columns is None else list(columns)) if fits else None
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a readable trajectory file ({error}); remove or restore it") from None
-    if not table.schema.equals(TRAJECTORY_SCHEMA):
+    if table is None:
         raise UserError(f"{path}: not in the trajectory schema version {SCHEMA_VERSION}; made by another release?")
     return table

@@ -106,7 +106,7 @@ def find_trajectories(run: Path, filters: Filters, limit: int | None) -> tuple[l
 def _open(run: Path) -> ds.Dataset:
     folder = RunFolder(run).trajectories
     if not run.is_dir():
-        raise UserError(f"run {str(run)!r}: there is no such folder; give the folder of a run")
+        raise UserError(f"run {str(run)!r}: there is no such folder; give the folder of a run or of demonstrations")
     if not folder.is_dir():
         raise UserError(f"run {str(run)!r}: it holds no trajectories ({folder} does not exist)")
     dataset = ds.dataset([str(file) for file in trajectory_files(folder)], schema=TRAJECTORY_SCHEMA, format="parquet")
@@ -129,7 +129,7 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def replay(
-        run: Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)],
+        run: Annotated[Path, typer.Argument(help="Folder of a run or of demonstrations.", show_default=False)],
         success: Annotated[
             bool | None, typer.Option("--success/--failed", help="Only those that solved the task, or did not.")
         ] = None,
@@ -152,7 +152,7 @@ def register(app: typer.Typer) -> None:
             Path | None, typer.Option("--json", help="Also write them, pictures left out, to this file.")
         ] = None,
     ) -> None:
-        """List the trajectories of a run, the newest last."""
+        """List the trajectories of a run, or of a set of demonstrations, the newest last."""
         filters = Filters(success, expert, task, split, version, min_version, group)
         wanted = limit if limit is not None or json_file is not None else SHOWN
         trajectories, passed = find_trajectories(run, filters, wanted)

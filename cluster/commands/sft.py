@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from cluster.interruption import INTERRUPTED
+from cluster.option_errors import first_problem
 from shared.errors import UserError
 
 
@@ -16,6 +17,7 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def sft(
+        context: typer.Context,
         task_settings: Annotated[
             list[str] | None,
             typer.Argument(
@@ -25,7 +27,18 @@ def register(app: typer.Typer) -> None:
         out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the model that is made.")] = Path(
             "models/sft"
         ),
-        task: Annotated[str, typer.Option(help="Task that is demonstrated.")] = "numberline",
+        task: Annotated[
+            str | None,
+            typer.Option(help="Task that is demonstrated [default: numberline, or the set's].", show_default=False),
+        ] = None,
+        demonstrations: Annotated[
+            Path | None,
+            typer.Option(
+                help="Learn from this set, made by `gflowvlm demonstrate`, instead of playing.",
+                file_okay=False,
+                show_default=False,
+            ),
+        ] = None,
         model: Annotated[
             str, typer.Option(help="`tiny` (new, random weights), a shipped model, a model folder or a hub name.")
         ] = "tiny",
@@ -68,7 +81,8 @@ def register(app: typer.Typer) -> None:
         """Teach a model the form of a task by demonstrations: the warm start of a GFlowNet training.
 
         The demonstrations are made by playing; nothing is downloaded. They read and reason rightly, and act
-        at random with probability `--noise`. A model whose tokenizer lacks `[DONE]` gets it.
+        at random with probability `--noise`. A model whose tokenizer lacks `[DONE]` gets it. With
+        `--demonstrations` they are those of a set instead, in another order in each pass.
 
         Make the shipped model again: `gflowvlm sft --out models/warm --noise 0.4`, then `gflowvlm sft --model
         models/warm --out models/tiny --head-scale 2 --noise 0.6 --steps 400 --lr 1e-3 --seed 1`
@@ -80,6 +94,7 @@ def register(app: typer.Typer) -> None:
         from cluster.warm_starts import supervised
         from envs.registry import default_settings
         from shared.config_io import apply_overrides
+        from shared.task_settings import DEFAULT_TASK
 
         console = Console()
         if resume:
@@ -96,38 +111,56 @@ def register(app: typer.Typer) -> None:
                 "checkpoint_every": checkpoint_every,
                 "seed": seed,
             }
-            of_task = {**default_settings(task).model_dump(), "image_size": image_size}
-            of_task = apply_overrides(of_task, task_settings or [])
+            if demonstrations is None:
+                of_task = {**default_settings(task or DEFAULT_TASK).model_dump(), "image_size": image_size}
+                of_task = apply_overrides(of_task, task_settings or [])
+                shown: dict[str, object] = {
+                    "noise": noise,
+                    "ood": ood,
+                    "reading_steps": reading_steps if reading_steps is not None else 1000 if fresh else 0,
+                    "fresh_steps": fresh_steps,
+                }
+            else:
+                _refuse_playing(context)
+                of_task, shown = _recorded(demonstrations, task)
             try:
                 request = supervised.SftRequest.model_validate(
                     {
                         "task": of_task,
                         "model": model,
                         "head_scale": head_scale,
-                        "noise": noise,
                         "with_done": with_done,
-                        "ood": ood,
-                        "reading_steps": reading_steps if reading_steps is not None else 1000 if fresh else 0,
-                        "fresh_steps": fresh_steps,
                         "episodes": episodes,
                         "sft": settings,
+                        **shown,
                     }
                 )
             except ValidationError as error:
-                raise UserError(_first_problem(error)) from None
+                raise UserError(first_problem(error, {"batch_size": "batch", "learning_rate": "lr"})) from None
             finished = supervised.start(request, out, console)
         if not finished:
             raise typer.Exit(INTERRUPTED)
 
 
-_OPTIONS = {"batch_size": "batch", "learning_rate": "lr"}
+_PLAYING = ("task_settings", "noise", "ood", "reading_steps", "fresh_steps", "image_size")
+"""Options that say how demonstrations are made on the spot."""
 
 
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    if problem["loc"][:1] == ("task",):
-        name = ".".join(str(part) for part in problem["loc"][1:])
-        return f"{name} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
-    name = str(problem["loc"][-1]) if problem["loc"] else "sft"
-    option = _OPTIONS.get(name, name).replace("_", "-")
-    return f"--{option} {problem['input']}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+def _refuse_playing(context: typer.Context) -> None:
+    for name in _PLAYING:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = "settings of the task" if name == "task_settings" else f"--{name.replace('_', '-')}"
+            raise UserError(f"{option}: for demonstrations made on the spot; those of --demonstrations are as they are")
+
+
+def _recorded(folder: Path, task: str | None) -> tuple[dict[str, object], dict[str, object]]:
+    """Returns the settings of a set's task, and what a request says of its demonstrations."""
+    from actors.demonstration_set import DemonstrationSet
+
+    made = DemonstrationSet(folder.resolve())
+    name = made.request.task.name
+    if task is not None and task != name:
+        raise UserError(f"--task {task}: the demonstrations in {folder} are of {name}; leave --task out")
+    shown = {"noise": made.request.noise, "ood": made.request.split == "ood", "demonstrations": str(made.folder)}
+    return made.request.task.model_dump(), shown

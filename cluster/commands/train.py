@@ -82,6 +82,7 @@ def _reopened(directory: Path) -> tuple[RunFolder, RunConfig]:
 
 def _train(console: Console, folder: RunFolder | None, config: RunConfig, directory: Path | None) -> None:
     # Imported here so that --help and wrong arguments answer at once.
+    from actors.demonstration_set import DemonstrationSet
     from cluster.launch.ray_runtime import ray_cluster, wait_for_room
     from cluster.models import resolve_model
     from cluster.run.run_setup import new_run, run_lock
@@ -89,6 +90,7 @@ def _train(console: Console, folder: RunFolder | None, config: RunConfig, direct
     from shared.policy_inputs import PolicyInputs
 
     PolicyInputs.load(resolve_model(config.policy.model))
+    DemonstrationSet.of_run(config)
     folder = new_run(config, directory) if folder is None else folder
     console.print(f"run folder: {_shown(folder)}", highlight=False)
     started = time.monotonic()

@@ -33,6 +33,13 @@ def training_seed(run_seed: int, group_index: int) -> int:
     return _TRAINING_SEEDS + int(np.random.SeedSequence([run_seed, group_index]).generate_state(1)[0]) % _TRAINING_SEEDS
 
 
+def demonstrated_seed(run_seed: int, group_index: int, instance_seeds: Sequence[int]) -> int:
+    """Returns which demonstrated instance a run's group plays: each once, in any order, before one comes again."""
+    repetition, place = divmod(group_index, len(instance_seeds))
+    order = np.random.default_rng([run_seed, repetition]).permutation(len(instance_seeds))
+    return instance_seeds[int(order[place])]
+
+
 @dataclass
 class EvaluationJob:
     """One evaluation while it is played.
@@ -90,7 +97,7 @@ class RolloutScheduler:
         workers: Handles of the `RolloutWorker` actors.
         admission: The capacity rule; counts on over a resume.
         groups_per_worker: Training groups that one worker plays at the same time.
-        run_seed: Seed of the run.
+        instance_seed: Gives the instance that a training group plays, by the group's index.
         next_group: Index of the next training group.
         rollout_version: Gives the policy version that must play a training group that starts now; its None
             leaves every response to the newest.
@@ -104,7 +111,7 @@ class RolloutScheduler:
         admission: Admission,
         *,
         groups_per_worker: int,
-        run_seed: int,
+        instance_seed: Callable[[int], int],
         next_group: int,
         rollout_version: Callable[[], int | None],
         on_groups: Callable[[list[GroupSummary]], None],
@@ -115,7 +122,7 @@ class RolloutScheduler:
         )
         self._admission = admission
         self._groups_per_worker = groups_per_worker
-        self._run_seed = run_seed
+        self._instance_seed = instance_seed
         self._next_group = next_group
         self._rollout_version = rollout_version
         self._on_groups, self._on_evaluation = on_groups, on_evaluation
@@ -251,7 +258,7 @@ class RolloutScheduler:
         if self._admission.admit(1) == 0:
             return None
         index, self._next_group = self._next_group, self._next_group + 1
-        request = GroupRequest(index, training_seed(self._run_seed, index), "id")
+        request = GroupRequest(index, self._instance_seed(index), "id")
         return _Call(ROLLOUT, "sample", (request,), version=version)
 
     def _send(self, actor_id: int, call: _Call | None) -> None:

@@ -9,6 +9,7 @@ import psutil
 from rich.console import Console
 
 from actors.admission import Admission
+from actors.demonstration_set import DemonstrationSet
 from actors.groups import GroupSummary
 from actors.sampling import BASE_VERSION
 from cluster.evaluation.figures import REPORT_SEED_OFFSET, EvaluationPlan, evaluate_trajectories
@@ -17,7 +18,13 @@ from cluster.plots import draw_learning_curve
 from cluster.run.checkpoints import latest_checkpoint
 from cluster.run.memory import MemoryMeter
 from cluster.run.progress import RunDisplay
-from cluster.run.rollout_scheduler import EvaluationJob, RolloutScheduler, last_line
+from cluster.run.rollout_scheduler import (
+    EvaluationJob,
+    RolloutScheduler,
+    demonstrated_seed,
+    last_line,
+    training_seed,
+)
 from cluster.run.run_actors import RunActors
 from cluster.run.run_log import Row, RowTail, append_row, read_rows
 from cluster.run.run_setup import write_whole
@@ -46,6 +53,8 @@ class TrainingRun:
     def __init__(self, folder: RunFolder, config: RunConfig, console: Console) -> None:
         self.folder, self.config, self.console = folder, config, console
         self.model_path = resolve_model(config.policy.model)
+        demonstrations = DemonstrationSet.of_run(config)
+        self._demonstrated = None if demonstrations is None else demonstrations.instance_seeds
         self.display = RunDisplay(console, config.learner.steps)
         self.telemetry = Telemetry(folder.tensorboard, folder.root.name)
         self._rows = read_rows(folder.metrics)
@@ -95,12 +104,17 @@ class TrainingRun:
             self._actors.workers,
             self.admission,
             groups_per_worker=config.rollout.groups_per_worker,
-            run_seed=config.seed,
+            instance_seed=self._instance_seed,
             next_group=0 if stats["largest_group_index"] is None else stats["largest_group_index"] + 1,
             rollout_version=lambda: self.version if config.on_policy else None,
             on_groups=self._note_groups,
             on_evaluation=self._note_evaluation,
         )
+
+    def _instance_seed(self, group_index: int) -> int:
+        if self._demonstrated is None:
+            return training_seed(self.config.seed, group_index)
+        return demonstrated_seed(self.config.seed, group_index, self._demonstrated)
 
     def _play_and_learn(self) -> list[Row]:
         if self.config.evaluation.at_start:

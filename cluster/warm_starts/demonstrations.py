@@ -6,7 +6,7 @@ loss has only the choice of actions left to learn.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -15,8 +15,10 @@ import numpy as np
 from envs.base import TaskEnv
 from envs.registry import make_env
 from learner.sft import ExampleSource, SftExample
+from shared.errors import UserError
 from shared.response import DONE_TOKEN
 from shared.task_settings import NumberLineSettings, TaskSettings
+from shared.trajectory import Trajectory
 
 # Training instances and evaluation instances have seeds below 2**31; demonstrations never share theirs.
 _FIRST_SEED = 2**31
@@ -180,3 +182,37 @@ class RepeatedExamples:
         if step not in self._kept:
             self._kept[step] = list(self._source.batch(step, size))
         return self._kept[step]
+
+
+class RecordedExamples:
+    """The responses of recorded trajectories, in another order in each pass."""
+
+    def __init__(self, trajectories: Iterable[Trajectory], with_done: bool, seed: int) -> None:
+        """Takes the responses over.
+
+        Args:
+            trajectories: Where they stand.
+            with_done: Whether responses that stop are among them.
+            seed: Fixes the order.
+
+        Raises:
+            UserError: There are none.
+        """
+        self._examples = [
+            SftExample(step.prompt, trajectory.images[step.image], step.response_text)
+            for trajectory in trajectories
+            for step in trajectory.steps
+            if with_done or step.action != DONE_TOKEN
+        ]
+        if len(self._examples) == 0:
+            raise UserError("--demonstrations: no response in them is to be learned; demonstrate [DONE], too")
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+        self._seed = seed
+
+    def batch(self, step: int, size: int) -> list[SftExample]:
+        """Returns the examples of a step; the same ones at every call. A batch may reach into the next pass."""
+        places = (divmod(place, len(self._examples)) for place in range(step * size, (step + 1) * size))
+        return [self._examples[self._order(repetition)[place]] for repetition, place in places]
+
+    def _shuffled(self, repetition: int) -> list[int]:
+        return [int(i) for i in np.random.default_rng([self._seed, repetition]).permutation(len(self._examples))]

@@ -16,8 +16,15 @@ from pydantic import Field, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from actors.demonstration_set import DemonstrationSet
 from cluster.models import resolve_model
-from cluster.warm_starts.demonstrations import Demonstrations, RepeatedExamples, playgrounds, reading_room
+from cluster.warm_starts.demonstrations import (
+    Demonstrations,
+    RecordedExamples,
+    RepeatedExamples,
+    playgrounds,
+    reading_room,
+)
 from cluster.warm_starts.warm_start import WarmStartFigures, play_and_measure
 from learner.sft import ExampleSource, SftProgress, SftSettings, SftTrainer, load_for_sft, scale_head
 from learner.tiny_policy import Lexicon, build_tiny_policy
@@ -46,6 +53,7 @@ class SftRequest(Settings):
         ood: Whether out-of-distribution numbers are demonstrated too.
         reading_steps: First steps that teach reading only, see `Demonstrations`.
         fresh_steps: First steps whose demonstrations are played; later ones repeat them. 0: all steps.
+        demonstrations: Folder of the set whose demonstrations these are; None when they are played on the spot.
         episodes: Episodes played for each of the final figures; 0 for none.
         sft: The training settings.
     """
@@ -58,6 +66,7 @@ class SftRequest(Settings):
     ood: bool = True
     reading_steps: int = Field(0, ge=0, le=10_000_000)
     fresh_steps: int = Field(0, ge=0, le=10_000_000)
+    demonstrations: str | None = None
     episodes: int = Field(200, ge=0, le=100_000)
     sft: SftSettings = SftSettings()
 
@@ -69,10 +78,11 @@ def start(request: SftRequest, out: Path, console: Console) -> bool:
         Whether training was finished (and not stopped by Ctrl-C).
 
     Raises:
-        UserError: `out` is in use or cannot be written, or the model cannot be loaded.
+        UserError: `out` is in use or cannot be written, or the model or the demonstrations cannot be loaded.
     """
     if (out / _CHECKPOINT).exists() or (out / _REPORT).exists():
         raise UserError(f"{out}: holds a model or an unfinished training; go on with --resume, or choose another --out")
+    source = _source(request)
     with tempfile.TemporaryDirectory(prefix="gflowvlm-tiny-") as folder:
         if request.model == TINY:
             model = str(build_tiny_policy(folder, seed=request.sft.seed, lexicon=_lexicon(request.task)))
@@ -89,7 +99,7 @@ def start(request: SftRequest, out: Path, console: Console) -> bool:
         _write_report(out, report)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from None
-    return _train(SftTrainer(network, inputs, request.sft), request, out, console)
+    return _train(SftTrainer(network, inputs, request.sft), source, request, out, console)
 
 
 def resume(out: Path, console: Console) -> bool:
@@ -105,7 +115,7 @@ def resume(out: Path, console: Console) -> bool:
         request = SftRequest.model_validate(_read_report(out)["request"])
     except (KeyError, ValidationError):
         raise UserError(f"{out}: its {_REPORT} holds no request; nothing there can be resumed") from None
-    return _train(SftTrainer.resume(out / _CHECKPOINT, request.sft), request, out, console)
+    return _train(SftTrainer.resume(out / _CHECKPOINT, request.sft), _source(request), request, out, console)
 
 
 def _lexicon(settings: TaskSettings) -> Lexicon | None:
@@ -117,10 +127,12 @@ def _lexicon(settings: TaskSettings) -> Lexicon | None:
     return Lexicon(phrases=lexicon.phrases(), names=lexicon.names())
 
 
-def _train(trainer: SftTrainer, request: SftRequest, out: Path, console: Console) -> bool:
-    size = sum(parameter.numel() for parameter in trainer.network.parameters())
-    console.print(f"Training all {size / 1e6:.2f} M parameters on {trainer.network.device}, {request.sft.steps} steps.")
-    source: ExampleSource = Demonstrations(
+def _source(request: SftRequest) -> ExampleSource:
+    if request.demonstrations is not None:
+        recorded = DemonstrationSet(Path(request.demonstrations))
+        recorded.check_task(request.task)
+        return RecordedExamples(recorded.trajectories(), request.with_done, request.sft.seed)
+    played = Demonstrations(
         playgrounds(request.task, request.ood),
         request.noise,
         request.with_done,
@@ -128,8 +140,12 @@ def _train(trainer: SftTrainer, request: SftRequest, out: Path, console: Console
         reading_room(request.task, request.ood),
         request.reading_steps,
     )
-    if request.fresh_steps > 0:
-        source = RepeatedExamples(source, request.fresh_steps)
+    return RepeatedExamples(played, request.fresh_steps) if request.fresh_steps > 0 else played
+
+
+def _train(trainer: SftTrainer, source: ExampleSource, request: SftRequest, out: Path, console: Console) -> bool:
+    size = sum(parameter.numel() for parameter in trainer.network.parameters())
+    console.print(f"Training all {size / 1e6:.2f} M parameters on {trainer.network.device}, {request.sft.steps} steps.")
     started, first_step = time.monotonic(), trainer.step
     with _interrupt_flag() as interrupted, _Display(console, request.sft.steps, first_step) as display:
         try:

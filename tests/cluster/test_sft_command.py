@@ -1,22 +1,28 @@
 """`gflowvlm sft` end to end on a few steps: the folder it writes, stopping, resuming, refusals."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner, Result
 
 from cluster.commands import sft
 from cluster.models import resolve_model, shipped_models
+from learner.sft import SftExample
 from shared.errors import UserError
 from shared.policy_inputs import PolicyInputs
+from tests.actors.made_demonstrations import damage, files, make_set, truncate
 
 ROOT = Path(__file__).resolve().parents[2]
+QUIET = ("--episodes", "0", "--checkpoint-every", "100")
 PROGRAM = "import typer; from cluster.commands import sft; app = typer.Typer(); sft.register(app); app()"
 
 
@@ -100,3 +106,59 @@ def test_shipped_models_resolve_to_loadable_directories() -> None:
     assert "numberline-tiny" in shipped_models()
     assert PolicyInputs.load(resolve_model("numberline-tiny")).done_id is not None
     assert resolve_model("some/hub-name") == "some/hub-name"
+
+
+# From a set of demonstrations
+
+
+def test_it_learns_from_a_set_and_says_so(tmp_path: Path) -> None:
+    made, out = make_set(tmp_path / "set", "blackjack", noise=0.25), tmp_path / "made"
+    result = run("--demonstrations", str(made.folder), "--out", str(out), "--steps", "2", "--batch", "4", *QUIET)
+    assert result.exit_code == 0, result.output
+    request = json.loads((out / "training.json").read_text())["request"]
+    assert request["task"] == made.request.task.model_dump(mode="json")
+    assert (request["demonstrations"], request["noise"], request["ood"]) == (str(made.folder), 0.25, False)
+
+
+def test_a_set_is_learned_from_and_nothing_is_played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, shown = make_set(tmp_path / "set"), []
+
+    def keep(network: object, inputs: object, examples: list[SftExample], weight: float) -> torch.Tensor:
+        shown.extend(examples)
+        return torch.ones(2, requires_grad=True)
+
+    monkeypatch.setattr("learner.sft.sft_loss", keep)
+    responses = {step.response_text for t in made.trajectories() for step in t.steps}
+    options = ("--demonstrations", str(made.folder), "--out", str(tmp_path / "made"), "--steps", "3")
+    assert run(*options, "--batch", str(made.figures.responses), *QUIET).exit_code == 0
+    assert len(shown) == 3 * made.figures.responses
+    assert {example.response for example in shown} == responses
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--noise", "0.1"], "--noise: for demonstrations made on the spot"),
+        (["--no-ood"], "--ood: for demonstrations"),
+        (["--reading-steps", "3"], "--reading-steps: for demonstrations"),
+        (["--image-size", "128"], "--image-size: for demonstrations"),
+        (["prompt=markov"], "settings of the task: for demonstrations"),
+        (["--task", "blackjack"], "--task blackjack: the demonstrations in .* are of numberline"),
+    ],
+)
+def test_what_contradicts_the_set_is_a_user_error(options: list[str], message: str, tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "set", trajectories=1).folder
+    error = run(*options, "--demonstrations", str(folder), "--out", str(tmp_path / "made")).exception
+    assert isinstance(error, UserError)
+    assert re.search(message, str(error))
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("spoil", [truncate, damage, Path.unlink])
+def test_a_damaged_set_is_a_user_error_before_anything_is_made(spoil: Callable[[Path], None], tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "set").folder
+    spoil(files(folder)[0])
+    error = run("--demonstrations", str(folder), "--out", str(tmp_path / "made")).exception
+    assert isinstance(error, UserError)
+    assert str(folder) in str(error)
+    assert not (tmp_path / "made").exists()

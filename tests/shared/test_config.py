@@ -33,6 +33,8 @@ def test_overrides_are_dotted_and_typed():
         ("rollout.epsilon=0.1 objective.loss=ppo", "set rollout.epsilon=0.0"),
         ("sampler.temperature=0.7 objective.loss=grpo", "set sampler.temperature=1.0"),
         ("learner.publish_every=2 objective.loss=ppo", "set learner.publish_every=1"),
+        ("rollout.demonstrations=sets/a objective.loss=ppo", "set rollout.demonstrations=null"),
+        ("rollout.demonstrations=sets/a objective.loss=sft", "set rollout.group_size=1"),
         ("buffer.capacity=3", "must hold a batch"),
         ("policy.max_response_tokens=512", "must be below"),
         ('sampler.node_labels={"a":"-b"}', "sampler.node_labels.a = '-b': is no condition"),

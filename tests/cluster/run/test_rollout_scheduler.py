@@ -2,7 +2,13 @@ import time
 
 from actors.admission import Admission
 from cluster.evaluation.figures import EvaluationPlan
-from cluster.run.rollout_scheduler import EvaluationJob, RolloutScheduler, idle_worker_calls, training_seed
+from cluster.run.rollout_scheduler import (
+    EvaluationJob,
+    RolloutScheduler,
+    demonstrated_seed,
+    idle_worker_calls,
+    training_seed,
+)
 from shared.config import RunConfig
 
 
@@ -38,7 +44,7 @@ def test_the_driver_rests_while_no_call_is_in_flight():
         [],
         admission,
         groups_per_worker=1,
-        run_seed=0,
+        instance_seed=lambda index: index,
         next_group=0,
         rollout_version=lambda: None,
         on_groups=lambda summaries: None,
@@ -47,3 +53,13 @@ def test_the_driver_rests_while_no_call_is_in_flight():
     started = time.monotonic()
     scheduler.pump(wait_s=0.2)
     assert time.monotonic() - started >= 0.2
+
+
+def test_demonstrated_instances_are_played_once_each_before_any_comes_again():
+    seeds = [100, 7, 42, 9, 11]
+    played = [demonstrated_seed(0, index, seeds) for index in range(15)]
+    passes = [played[:5], played[5:10], played[10:]]
+    assert all(sorted(one) == sorted(seeds) for one in passes)
+    assert len({tuple(one) for one in passes}) > 1
+    assert played == [demonstrated_seed(0, index, seeds) for index in range(15)]
+    assert played != [demonstrated_seed(1, index, seeds) for index in range(15)]

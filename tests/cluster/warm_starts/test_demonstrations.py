@@ -1,14 +1,24 @@
 """Demonstrations: reproducible, noisy as asked, true in what they state, apart from all other instances."""
 
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cluster.warm_starts.demonstrations import Demonstrations, RepeatedExamples, playgrounds, reading_room
+from cluster.warm_starts.demonstrations import (
+    Demonstrations,
+    RecordedExamples,
+    RepeatedExamples,
+    playgrounds,
+    reading_room,
+)
 from learner.sft import SftExample
+from shared.errors import UserError
 from shared.response import parse_response
 from shared.task_settings import BlackjackSettings, NumberLineSettings, NumberSequenceSettings, TaskSettings
+from tests.actors.made_demonstrations import make_set
 
 SETTINGS = NumberLineSettings()
 
@@ -102,3 +112,37 @@ def test_repeated_examples_are_those_of_the_first_steps_in_another_order_each_ti
     assert rounds[1] != rounds[2]
     again = RepeatedExamples(Demonstrations(playgrounds(SETTINGS, False), 0.5, True, seed=0), 3)
     assert again.batch(7, 32) == source.batch(7, 32)
+
+
+def test_recorded_examples_are_those_of_the_set_in_another_order_in_each_pass(tmp_path: Path) -> None:
+    trajectories = list(make_set(tmp_path).trajectories())
+    source = RecordedExamples(trajectories, with_done=True, seed=0)
+    steps = [(t.images[step.image], step) for t in trajectories for step in t.steps]
+    wanted = Counter(repr(SftExample(step.prompt, image, step.response_text)) for image, step in steps)
+    passes = [source.batch(number, len(steps)) for number in range(3)]
+    assert all(Counter(map(repr, examples)) == wanted for examples in passes)
+    assert passes[0] != passes[1] != passes[2]
+    # Batches of another size are cut from the same row of examples, over the end of a pass too.
+    row = [example for examples in passes for example in examples]
+    assert [e for number in range(3) for e in source.batch(number, len(steps) - 1)] == row[:-3]
+    again = RecordedExamples(trajectories, with_done=True, seed=0)
+    assert again.batch(2, len(steps)) == passes[2]
+    assert RecordedExamples(trajectories, with_done=True, seed=1).batch(0, len(steps)) != passes[0]
+
+
+def test_a_batch_may_be_larger_than_the_set(tmp_path: Path) -> None:
+    source = RecordedExamples(make_set(tmp_path, trajectories=1).trajectories(), with_done=True, seed=0)
+    assert len(source.batch(3, 64)) == 64
+
+
+def test_recorded_responses_that_stop_can_be_left_out(tmp_path: Path) -> None:
+    trajectories = list(make_set(tmp_path).trajectories())
+    source = RecordedExamples(trajectories, with_done=False, seed=0)
+    shown = source.batch(0, sum(t.length for t in trajectories))
+    assert "[DONE]" not in {parse_response(example.response).action for example in shown}
+    at_the_target = [
+        replace(t, steps=t.steps[-1:], log_rewards=t.log_rewards[-1:], original_rewards=t.original_rewards[-1:])
+        for t in trajectories
+    ]
+    with pytest.raises(UserError, match="no response in them is to be learned"):
+        RecordedExamples(at_the_target, with_done=False, seed=0)
