@@ -24,8 +24,8 @@ from shared.trajectory import Trajectory, from_arrow, read_parquet
 
 MANIFEST = "demonstrations.json"
 
-INSTANCES = 2**21
-"""Instances that a set's seed stands for."""
+INSTANCES = 2**20
+"""Instances that a set's seed stands for. All of them have seeds from 2^31 to 2^32: one word of entropy each."""
 
 _FIRST_SEED = 2**31
 _FILES_KEPT = 4
@@ -46,8 +46,8 @@ class DemonstrationRequest(Settings):
 
     task: TaskSettings
     split: Literal["id", "ood"] = "id"
-    trajectories: int = Field(1000, ge=1, le=500_000)
-    seed: int = Field(0, ge=0, le=2**31)
+    trajectories: int = Field(1000, ge=1, le=200_000)
+    seed: int = Field(0, ge=0, lt=2**31 // INSTANCES)
     noise: Fraction = 0.0
     failures: bool = False
     model: str = "numberline-tiny"

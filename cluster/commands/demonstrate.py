@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from actors.demonstration_set import DemonstrationRequest, DemonstrationSet
@@ -33,9 +34,9 @@ def register(app: typer.Typer) -> None:
         ] = None,
         *,
         out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the set; a new or an empty one.")],
-        trajectories: Annotated[int, typer.Option(help="How many, each of another instance.")] = 1000,
+        trajectories: Annotated[int, typer.Option(help="How many, each of another instance; up to 200,000.")] = 1000,
         split: Annotated[str, typer.Option(help="`id` (as in training) or `ood`.")] = "id",
-        seed: Annotated[int, typer.Option(help="Another seed has other instances and wordings.")] = 0,
+        seed: Annotated[int, typer.Option(help="Another seed, to 2047, has other instances and wordings.")] = 0,
         noise: Annotated[float, typer.Option(help="Share of random actions among the expert's.")] = 0.0,
         failures: Annotated[
             bool, typer.Option("--failures", help="Keep trajectories that did not succeed, too.")
@@ -70,7 +71,8 @@ def register(app: typer.Typer) -> None:
             try:
                 made = _make(console, request, out)
             except KeyboardInterrupt:
-                console.print(f"interrupted; what is written stays in {out}, the same command goes on")
+                told = f"interrupted; what is written stays in {escape(str(out))}, the same command goes on"
+                console.print(told, highlight=False, soft_wrap=True)
                 raise typer.Exit(INTERRUPTED) from None
         _say(console, made, time.monotonic() - started)
 
@@ -105,7 +107,8 @@ def _make(console: Console, request: DemonstrationRequest, out: Path) -> Demonst
 def _say(console: Console, made: DemonstrationSet, seconds: float) -> None:
     request, figures = made.request, made.figures
     console.print(
-        f"{request.trajectories} trajectories of {request.task.name}, split {request.split}, in {made.folder}: "
+        f"{request.trajectories} trajectories of {request.task.name}, split {request.split}, in "
+        f"{escape(str(made.folder))}: "
         f"{figures.responses} responses; {figures.success:.1%} of {figures.played} episodes succeeded. {seconds:.0f} s",
         highlight=False,
         soft_wrap=True,

@@ -31,7 +31,7 @@ RESULTS = "What it reaches"
 
 NAVIGATION = {
     "Start": ("quickstart", "concepts"),
-    "Use": ("objectives", "recipe", "experiments", "alfworld", "report", "serving"),
+    "Use": ("objectives", "demonstrations", "recipe", "experiments", "alfworld", "report", "serving"),
     "Operate": ("cluster", "scale", "operations"),
     "Reference": ("configuration", "commands", "metrics"),
     "Evidence": ("proving", "compare-torchgfn", "benchmarks"),

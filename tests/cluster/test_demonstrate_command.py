@@ -1,7 +1,10 @@
 """`gflowvlm demonstrate` and what reads its sets, on the command line."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.cli import app, main
-from tests.actors.made_demonstrations import content, damage, files, make_set, truncate
+from tests.actors.made_demonstrations import content, damage, files, make_set, stored, truncate
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def command(*arguments: object) -> str:
@@ -76,7 +81,7 @@ def test_replay_lists_a_set(tmp_path: Path) -> None:
         (["numberline", "--split", "test"], "--split test"),
         (["numberline", "--noise", "2"], "--noise 2.0"),
         (["numberline", "--trajectories", "0"], "--trajectories 0"),
-        (["numberline", "--seed", "-1"], "--seed -1"),
+        (["numberline", "--seed", "2048"], "--seed 2048"),
         (["numberline", "--model", "./none"], "./none"),
     ],
 )
@@ -117,3 +122,23 @@ def test_training_refuses_a_set_of_another_task(tmp_path: Path, refused: Callabl
     assert "its demonstrations are of task 'blackjack', not of 'numberline'" in line
     assert not (tmp_path / "run").exists()
     assert "no demonstrations there" in refused("train", "rollout.demonstrations=nowhere")
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_set_that_the_same_command_goes_on_with(tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    command_line = ["demonstrate", "numberline", "--out", str(out), "--trajectories", "200000"]
+    process = subprocess.Popen([sys.executable, "-m", "cluster.cli", *command_line], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 120
+        while len(files(out)) < 2:
+            assert time.monotonic() < deadline, "no two files were written within 120 s"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert b"the same command goes on" in said
+    assert json.loads((out / "demonstrations.json").read_text())["figures"] is None
+    assert len(stored(out)) % 64 == 0
