@@ -54,8 +54,6 @@ def assert_one_line(result, *parts):
         (["eval", "none"], ["none", "no run there"]),
         (["replay", "none"], ["none"]),
         (["play", "chess"], ["chess"]),
-        (["demonstrate", "chess", "--out", "set"], ["chess"]),
-        (["train", "rollout.demonstrations=none"], ["none", "gflowvlm demonstrate TASK"]),
         (["play", "numberline", "--player", "nobody"], ["nobody"]),
     ],
 )

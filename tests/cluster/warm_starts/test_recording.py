@@ -55,7 +55,7 @@ def test_blackjacks_losses_are_counted_and_kept_only_when_asked_for(tmp_path: Pa
 
 @pytest.mark.parametrize(("noise", "expected"), [(0.0, 1.0), (0.5, 0.5 + 0.5 / 3), (1.0, 1 / 3)])
 def test_noise_is_the_share_of_random_actions(noise: float, expected: float, tmp_path: Path) -> None:
-    made = make_set(tmp_path, trajectories=150, noise=noise, failures=True)
+    made = make_set(tmp_path, trajectories=100, noise=noise, failures=True)
     env, experts, all_of_them = make_env(made.request.task), 0, 0
     for trajectory in made.trajectories():
         env.reset(seed=trajectory.instance_seed)
