@@ -104,7 +104,8 @@ class ReplayBufferActor:
             timeout_s: Longest wait, seconds.
 
         Returns:
-            The batch, or None once the buffer is closed.
+            The batch, or None once the buffer is closed; of a step that one learner has already, the others get
+            it still.
 
         Raises:
             TimeoutError: It took longer; the message says what is missing.
@@ -123,7 +124,7 @@ class ReplayBufferActor:
                 f"{min_accepted} trajectories accepted, {buffer.available(version)} groups fresh "
                 f"enough at version {version}; are rollout workers and the policy server alive?"
             ) from None
-        if self._closed:
+        if self._closed and step not in self._drawn:
             return None
         if step not in self._drawn:
             started = time.perf_counter()
@@ -133,7 +134,7 @@ class ReplayBufferActor:
         return self._drawn[step]
 
     async def close(self) -> None:
-        """Ends all waiting: learners get None instead of a batch, now and later."""
+        """Ends all waiting: learners get None instead of a new batch, now and later."""
         async with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -50,7 +50,8 @@ class Ranks:
         """
         if self.world_size == 1:
             return list(trajectories)
-        self._check_same(trajectories)
+        if not self.agree("\n".join(t.trajectory_id for t in trajectories)):
+            raise RuntimeError(f"the {self.world_size} learners were given different batches for one step")
         load: dict[str, int] = {}
         for t in trajectories:
             load[t.instance_id] = load.get(t.instance_id, 0) + len(t.steps)
@@ -63,6 +64,13 @@ class Ranks:
             if lightest == self.rank:
                 mine.add(instance_id)
         return [t for t in trajectories if t.instance_id in mine]
+
+    def agree(self, text: str) -> bool:
+        """Returns whether all ranks gave the same text."""
+        # 48 bits are exact in a float64.
+        digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+        bounds = self.max(torch.tensor([digest, -digest], dtype=torch.float64))
+        return float(bounds[0]) == -float(bounds[1])
 
     def sum(self, values: Tensor) -> Tensor:
         """Returns the sum of a tensor over all ranks."""
@@ -91,11 +99,3 @@ class Ranks:
         moved = values.to(self.device, copy=True)
         dist.all_reduce(moved, op=operation)
         return moved.to(values.device)
-
-    def _check_same(self, trajectories: Sequence[Trajectory]) -> None:
-        names = "\n".join(t.trajectory_id for t in trajectories)
-        # 48 bits are exact in a float64.
-        digest = int.from_bytes(hashlib.sha256(names.encode()).digest()[:6], "big")
-        bounds = self.max(torch.tensor([digest, -digest], dtype=torch.float64))
-        if float(bounds[0]) != -float(bounds[1]):
-            raise RuntimeError(f"the {self.world_size} learners were given different batches for one step")

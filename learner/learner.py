@@ -19,6 +19,7 @@ from learner.objectives import ScoredBatch, make_objective
 from learner.optimization import Optimization
 from learner.reference import ReferenceScores
 from learner.scoring import MicroBatch, Scorer, StepScores, steps_of
+from learner.sharding import load_sharded_policy
 from shared.config import RunConfig
 from shared.policy_inputs import PolicyInputs
 from shared.trajectory import Trajectory
@@ -43,8 +44,13 @@ class Learner:
         self.device = default_device()
         self._ranks = Ranks(rank, world_size, self.device)
         inputs = PolicyInputs.load(model_path)
-        self.policy = load_policy(config.policy, model_path, seed=config.seed, device=self.device)
-        self._scorer = Scorer(self.policy, inputs, self.device, config.learner.token_budget)
+        self._sharded = config.learner.sharding == "fsdp" and world_size > 1
+        if self._sharded:
+            self.policy = load_sharded_policy(config.policy, model_path, seed=config.seed, ranks=self._ranks)
+        else:
+            self.policy = load_policy(config.policy, model_path, seed=config.seed, device=self.device)
+        sharded_over = self._ranks if self._sharded else None
+        self._scorer = Scorer(self.policy, inputs, self.device, config.learner.token_budget, sharded_over)
         self._reference = ReferenceScores(self.policy, self._scorer, capacity=config.buffer.capacity)
         self._objective = make_objective(config)
         self._head: StateHead | None = None
@@ -83,7 +89,7 @@ class Learner:
         """
         mine = self._ranks.shard(trajectories)
         clock = _Clock()
-        batches = self._scorer.pack(steps_of(mine))
+        batches = self._scorer.in_step(self._scorer.pack(steps_of(mine)))
         reference = self._reference.log_cot(mine, batches) if self._objective.uses_reference else None
         clock.lap("seconds_reference")
 
@@ -100,11 +106,12 @@ class Learner:
             self._optimization.zero_grad()
             output = loss_of(scores)
             count = float(self._ranks.sum(torch.tensor(output.count, dtype=torch.float64)))
-            weights = None
+            weights = torch.zeros_like(scores)
             if output.loss.requires_grad:
                 (weights,) = torch.autograd.grad(output.loss * (output.count / max(count, 1.0)), scores)
             clock.lap("seconds_loss")
-            if weights is not None:
+            # A rank without a loss of its own still helps the others through a sharded model.
+            if output.loss.requires_grad or self._sharded:
                 self._backward(batches, kept, weights)
             self._ranks.sum_gradients(self._optimization.parameters)
             update = self._optimization.update(has_signal=count > 0)
@@ -116,11 +123,14 @@ class Learner:
         return {**figures.over_ranks(self._ranks), **update}
 
     def score(self, trajectories: Sequence[Trajectory]) -> list[list[list[float]]]:
-        """Returns the log-probability (nats) of every response token, by trajectory, step and token."""
+        """Returns the log-probability (nats) of every response token, by trajectory, step and token.
+
+        Call it on every rank where `learner.sharding` divides the model, each with what it wants scored, if anything.
+        """
         steps = steps_of(trajectories)
         tokens: list[list[float]] = [[] for _ in steps]
         with torch.no_grad():
-            for batch in self._scorer.pack(steps):
+            for batch in self._scorer.in_step(self._scorer.pack(steps)):
                 _collect(batch, self._scorer.score_steps(batch), tokens)
         return _by_trajectory(trajectories, tokens)
 
@@ -162,7 +172,8 @@ class Learner:
         for batch in reversed(batches):
             with torch.set_grad_enabled(batch is batches[0]):
                 result, kept = self._scored(batch)
-            scores[batch.index] = kept.detach().cpu()
+            if not batch.is_filler:
+                scores[batch.index] = kept.detach().cpu()
             _collect(batch, result, tokens)
         return scores.requires_grad_(), tokens, kept
 
@@ -196,7 +207,8 @@ class Learner:
         for batch in batches:
             stacked = self._scored(batch)[1] if kept is None else kept
             kept = None
-            stacked.backward(weights[batch.index].to(stacked.device))
+            weight = torch.zeros_like(stacked) if batch.is_filler else weights[batch.index].to(stacked.device)
+            stacked.backward(weight)
 
 
 class _Clock:
@@ -222,7 +234,7 @@ def _batch_figures(
             "trajectories": float(len(mine)),
             "responses": float(sum(len(t.steps) for t in mine)),
             "response_tokens": tokens,
-            "micro_batches": float(len(batches)),
+            "micro_batches": float(sum(not batch.is_filler for batch in batches)),
         },
         means={"mismatch_mean": (mismatch.total, compared), "mismatch_share": (compared, tokens)},
         maxima={"mismatch_max": mismatch.max, **seconds},
@@ -230,6 +242,8 @@ def _batch_figures(
 
 
 def _collect(batch: MicroBatch, result: StepScores, tokens: list[list[float]]) -> None:
+    if batch.is_filler:
+        return
     for index, step, row in zip(batch.index, batch.steps, result.token_log_probs.tolist(), strict=True):
         tokens[index] = row[: len(step.response_ids)]
 

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
@@ -45,7 +45,27 @@ def load_policy(settings: PolicySettings, model_path: str, *, seed: int, device:
     Raises:
         UserError: No such model, weights that cannot be loaded, or LoRA targets outside the language model.
     """
-    model = load_base_model(model_path, settings.dtype)
+    return _adapted(load_base_model(model_path, settings.dtype), settings, seed).to(device)
+
+
+def empty_policy(settings: PolicySettings, model_path: str) -> Any:
+    """Returns what `load_policy` does on the meta device: all names, shapes and precisions, and no numbers.
+
+    Raises:
+        UserError: No such model, or LoRA targets outside the language model.
+    """
+    path = _model_path(model_path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, dtype=DTYPES[settings.dtype])
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {model_path!r}: cannot be built ({_one_line(error)})") from None
+    return _adapted(model, settings, seed=0)
+
+
+def _adapted(model: Any, settings: PolicySettings, seed: int) -> Any:
+    """Returns the model with a fresh adapter on it, in evaluation mode."""
     targets = lora_target_names(model, settings.lora_targets)
     lora = LoraConfig(
         r=settings.lora_rank,
@@ -61,7 +81,7 @@ def load_policy(settings: PolicySettings, model_path: str, *, seed: int, device:
     policy.eval()
     if settings.gradient_checkpointing:
         _enable_checkpointing(policy)
-    return policy.to(device)
+    return policy
 
 
 def load_base_model(model_path: str, dtype: str) -> Any:
@@ -70,19 +90,13 @@ def load_base_model(model_path: str, dtype: str) -> Any:
     Raises:
         UserError: No such model, or its weights cannot be loaded.
     """
-    looks_local = model_path.startswith((".", "/", "~")) or Path(model_path).expanduser().exists()
-    path = str(Path(model_path).expanduser()) if looks_local else model_path
-    if looks_local and not Path(path).is_dir():
-        raise UserError(
-            f"model {model_path!r}: no such directory; give a model directory, a hub name or a shipped model"
-        )
+    path = _model_path(model_path)
     # A bar for reading a local file would stand in the middle of our own; downloads keep theirs.
     transformers_logging.disable_progress_bar()
     try:
         return AutoModelForImageTextToText.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model {model_path!r}: its weights cannot be loaded ({reason})") from None
+        raise UserError(f"model {model_path!r}: its weights cannot be loaded ({_one_line(error)})") from None
 
 
 def load_adapted(model_path: str, dtype: str, adapter: Path | None) -> Any:
@@ -96,8 +110,7 @@ def load_adapted(model_path: str, dtype: str, adapter: Path | None) -> Any:
         try:
             model = PeftModel.from_pretrained(model, str(adapter))
         except (OSError, ValueError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{adapter}: the adapter cannot be loaded ({reason})") from None
+            raise UserError(f"{adapter}: the adapter cannot be loaded ({_one_line(error)})") from None
     return model.eval().to(default_device())
 
 
@@ -155,6 +168,25 @@ def _enable_checkpointing(policy: Any) -> None:
     for module in policy.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
+
+
+def _model_path(model_path: str) -> str:
+    """Returns a directory that exists, or a hub name.
+
+    Raises:
+        UserError: It looks like a directory and is none.
+    """
+    looks_local = model_path.startswith((".", "/", "~")) or Path(model_path).expanduser().exists()
+    path = str(Path(model_path).expanduser()) if looks_local else model_path
+    if looks_local and not Path(path).is_dir():
+        raise UserError(
+            f"model {model_path!r}: no such directory; give a model directory, a hub name or a shipped model"
+        )
+    return path
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _ends_in(name: str, target: str) -> bool:

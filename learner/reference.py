@@ -55,7 +55,9 @@ class ReferenceScores:
         steps = steps_of(trajectories)
         log_cot = torch.zeros(len(steps))
         with reference_policy(self._policy):
-            for batch in self._scorer.pack(steps) if batches is None else batches:
-                log_cot[batch.index] = self._scorer.score_steps(batch).log_cot.cpu()
+            for batch in self._scorer.in_step(self._scorer.pack(steps) if batches is None else batches):
+                scores = self._scorer.score_steps(batch).log_cot.cpu()
+                if not batch.is_filler:
+                    log_cot[batch.index] = scores
         parts = log_cot.split([len(t.steps) for t in trajectories]) if trajectories else ()
         return [part.tolist() for part in parts]

@@ -19,12 +19,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from learner.distributed import Ranks
 from shared.errors import UserError
 from shared.policy_inputs import PolicyInputs
 from shared.trajectory import Step, Trajectory
 
 LOG_ACT, LOG_COT, LOG_STOP, LOG_REST = range(4)
 """Columns of `StepScores.stacked`."""
+
+FILLER_IMAGE = (64, 64)
+"""Size of a filler's picture, pixels; a processor scales it to what its model takes."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class MicroBatch:
     """Steps that are scored together.
 
     Attributes:
-        index: Where the steps stand in the list that was packed.
+        index: Where the steps stand in the list that was packed; empty for a filler (`Scorer.in_step`).
         steps: The steps.
         encoded: Model inputs of prompts and images, made at the first use (the processor is called once,
             however many passes follow).
@@ -60,6 +64,11 @@ class MicroBatch:
     index: list[int]
     steps: list[ScoredStep]
     encoded: dict[str, Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def is_filler(self) -> bool:
+        """Whether it is passed only because other ranks pass one, and its scores mean nothing."""
+        return len(self.index) == 0
 
 
 @dataclass(frozen=True)
@@ -107,13 +116,22 @@ class Scorer:
         inputs: Its processor.
         device: Where the model lives.
         token_budget: Most padded tokens in a micro-batch; a single longer step is a micro-batch of its own.
+        sharded_over: The ranks that the model is divided among (`learner.sharding`), or None.
     """
 
-    def __init__(self, policy: Any, inputs: PolicyInputs, device: torch.device, token_budget: int) -> None:
+    def __init__(
+        self,
+        policy: Any,
+        inputs: PolicyInputs,
+        device: torch.device,
+        token_budget: int,
+        sharded_over: Ranks | None = None,
+    ) -> None:
         self._policy = policy
         self._inputs = inputs
         self._device = device
         self._budget = token_budget
+        self._sharded_over = sharded_over
         self._image_tokens: dict[tuple[int, int], int] = {}
         base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
         self._keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
@@ -140,6 +158,18 @@ class Scorer:
                 groups.append([i])
                 widest_prompt, widest_response = prompts[i], responses[i]
         return [MicroBatch(group, [steps[i] for i in group]) for group in groups]
+
+    def in_step(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Returns the micro-batches that this rank must pass so that every rank makes as many passes.
+
+        Where the model is sharded, all ranks must call this, and the rank that has fewer gets fillers behind its
+        own. Where it is not, they are returned as they are.
+        """
+        ranks = self._sharded_over
+        if ranks is None:
+            return list(batches)
+        most = int(ranks.max(torch.tensor(float(len(batches)), dtype=torch.float64)))
+        return [*batches, *(self._filler() for _ in range(most - len(batches)))]
 
     def hidden_size(self) -> int:
         """Returns the width of the hidden states that `score_steps` gives.
@@ -189,6 +219,13 @@ class Scorer:
             token_log_probs=tokens.detach(),
             hidden=captured[-1] if with_hidden else None,
         )
+
+    def _filler(self) -> MicroBatch:
+        """Returns a micro-batch of one short step of no trajectory."""
+        picture = io.BytesIO()
+        Image.new("RGB", FILLER_IMAGE).save(picture, "PNG")
+        step = ScoredStep("", picture.getvalue(), [self._inputs.end_id], cot_end=0, action_end=1)
+        return MicroBatch([], [step])
 
     @contextmanager
     def _captured_hidden(self, column: int, active: bool) -> Iterator[list[Tensor]]:

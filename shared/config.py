@@ -150,6 +150,10 @@ class LearnerSettings(Settings):
     steps: int = Field(60, ge=1, le=10_000_000, description="Learner steps of the whole run.")
     groups_per_batch: int = Field(4, ge=1, le=100_000, description="Groups in a batch.")
     workers: int = Field(1, ge=1, le=4096, description="Data-parallel learner processes (Ray Train).")
+    sharding: Literal["none", "fsdp"] = Field(
+        "none",
+        description="Every learner holds the whole base model, or fsdp: a part, for models that do not fit on a GPU.",
+    )
     gpus_per_worker: float = Field(0.0, ge=0, le=8, description="GPUs that a learner process asks Ray for.")
     cpus_per_worker: float = Field(0.5, ge=0, le=64, description="CPUs that a learner process asks Ray for.")
     resources_per_worker: CustomResources = Field({}, description="As sampler.resources_per_replica.")
@@ -300,6 +304,10 @@ class RunConfig(Settings):
             raise ValueError(
                 "learner.groups_per_batch (ppo, grpo: times buffer.newest_share) must be at least learner.workers "
                 "(each learner needs a group)"
+            )
+        if self.learner.sharding == "fsdp" and self.learner.workers < 2:
+            raise ValueError(
+                "learner.sharding fsdp divides the model among learners; set learner.workers to at least 2"
             )
         if self.policy.max_response_tokens >= self.sampler.max_model_len:
             raise ValueError("policy.max_response_tokens must be below sampler.max_model_len")

@@ -15,6 +15,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray import serve
+from ray.train.collective import broadcast_from_rank_zero
 
 from actors.adapter_store import find_adapter_store
 from actors.buffer_actor import get_buffer
@@ -124,13 +125,13 @@ class LearnerLoop:
         """Learns from the newest checkpoint on to the last step, or until the replay buffer is closed."""
         total = self.config.learner.steps
         first = self.learner.steps_taken
+        if first > 0:
+            # A crash between checkpoint and publication must not leave the samplers a step behind.
+            self._publish()
         if self.rank == 0:
-            if first > 0:
-                # A crash between checkpoint and publication must not leave the samplers a step behind.
-                self._publish()
             append_row(self.folder.metrics, "learner", {"step": first, "version": self.version, "pid": os.getpid()})
-            if first == 0:
-                self._check_sampler_agrees()
+        if first == 0:
+            self._check_sampler_agrees()
         batch_ref = self._request_batch(first)
         for step in range(first, total):
             started = time.monotonic()
@@ -176,7 +177,7 @@ class LearnerLoop:
         published = time.monotonic()
         if self.rank == 0 and done % settings.checkpoint_every == 0:
             self._checkpoint(done)
-        if self.rank == 0 and done % settings.publish_every == 0:
+        if done % settings.publish_every == 0:
             self._publish()
         publish_s = time.monotonic() - published
         if self.rank == 0:
@@ -200,6 +201,13 @@ class LearnerLoop:
         prune_checkpoints(self.folder.checkpoints, self.config.learner.keep_checkpoints)
 
     def _publish(self) -> None:
+        """Publishes the adapter, from one rank; all of them learn its version, with which they ask for batches."""
+        if self.rank == 0:
+            self._publish_from_here()
+        if ray.train.get_context().get_world_size() > 1:
+            self.version = broadcast_from_rank_zero(self.version)
+
+    def _publish_from_here(self) -> None:
         staging = Path(tempfile.mkdtemp(prefix="adapter-", dir=self.folder.root))
         try:
             self.learner.save_adapter(staging)
@@ -208,6 +216,10 @@ class LearnerLoop:
             shutil.rmtree(staging, ignore_errors=True)
 
     def _check_sampler_agrees(self) -> None:
+        if self.rank != 0:
+            # A sharded model scores only where all learners do.
+            self.learner.score([])
+            return
         trajectory = asyncio.run(_one_sampled_state(self.config, self.job))
         mismatch = compare([trajectory], self.learner.score([trajectory]))
         append_row(self.folder.metrics, "mismatch", {"max": mismatch.max, "tokens": mismatch.tokens})

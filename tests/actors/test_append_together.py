@@ -115,3 +115,16 @@ def test_waiting_learners_hear_of_groups_that_were_written_together(groups: int,
         return int(batch.num_rows)
 
     assert asyncio.run(play()) == 2 * min(groups, 4)
+
+
+def test_a_step_that_one_learner_has_is_given_to_the_others_of_a_closed_buffer_too(tmp_path: Path) -> None:
+    async def play() -> list[bool]:
+        buffer = actor(tmp_path)
+        await buffer.append(to_record_batch(make_group(0)))
+        first = await buffer.wait_sample(4, 1, 0, 0, 10.0)
+        await buffer.close()
+        second = await buffer.wait_sample(4, 1, 0, 0, 10.0)
+        next_step = await buffer.wait_sample(5, 1, 0, 0, 10.0)
+        return [first is not None and first.equals(second), next_step is None]
+
+    assert asyncio.run(play()) == [True, True]

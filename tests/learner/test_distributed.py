@@ -73,7 +73,7 @@ def test_two_learners_equal_one_and_notice_different_batches(tiny_model, make_co
 def shards(trajectories, world_size, monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: world_size)
-    monkeypatch.setattr(Ranks, "_check_same", lambda self, _: None)
+    monkeypatch.setattr(Ranks, "agree", lambda self, _: True)
     return [Ranks(rank, world_size, torch.device("cpu")).shard(trajectories) for rank in range(world_size)]
 
 

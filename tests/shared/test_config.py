@@ -36,6 +36,8 @@ def test_overrides_are_dotted_and_typed():
         ("rollout.demonstrations=sets/a objective.loss=ppo", "set rollout.demonstrations=null"),
         ("rollout.demonstrations=sets/a objective.loss=sft", "set rollout.group_size=1"),
         ("buffer.capacity=3", "must hold a batch"),
+        ("learner.sharding=fsdp", "set learner.workers to at least 2"),
+        ("learner.sharding=ddp learner.workers=2", "learner.sharding = 'ddp'"),
         ("policy.max_response_tokens=512", "must be below"),
         ('sampler.node_labels={"a":"-b"}', "sampler.node_labels.a = '-b': is no condition"),
         ('rollout.node_labels={"-a":"b"}', "rollout.node_labels.-a"),
