@@ -12,7 +12,7 @@ DOCS_STAMP := .venv/.set-up-docs
 SOURCES := shared envs actors learner cluster tests scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help setup alfworld train test test-fast lint format docs reference bench compare-torchgfn
+.PHONY: help setup alfworld train test test-fast lint format docs reference bench chaos compare-torchgfn
 
 help: ## list the targets
 	@echo "Targets (options for a command: make train ARGS='--preset numberline-tiny'):"
@@ -64,6 +64,9 @@ reference: setup ## write docs/configuration.md and docs/commands.md anew, from 
 
 bench: setup ## measure sampler, environments, learner, buffer and adapter hand-over
 	$(BIN)/gflowvlm bench $(ARGS)
+
+chaos: setup ## run a real job on a local cluster of several nodes, kill parts of it, prove that nothing is lost
+	@PYTHONPATH=scripts:. $(BIN)/python -m chaos $(ARGS)
 
 compare-torchgfn: ## check the losses against torchgfn's, and race it (makes .venv-torchgfn)
 	@if [ -z "$(PYTHON)" ]; then echo "compare-torchgfn: no Python 3.11 or later found;" \

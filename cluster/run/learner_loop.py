@@ -125,23 +125,24 @@ class LearnerLoop:
         """Learns from the newest checkpoint on to the last step, or until the replay buffer is closed."""
         total = self.config.learner.steps
         first = self.learner.steps_taken
-        if first > 0:
-            # A crash between checkpoint and publication must not leave the samplers a step behind.
+        if first > 0 or self._newest_version() > BASE_VERSION:
+            # The samplers must not go on with what a step has left that was undone.
             self._publish()
         if self.rank == 0:
             append_row(self.folder.metrics, "learner", {"step": first, "version": self.version, "pid": os.getpid()})
         if first == 0:
             self._check_sampler_agrees()
         batch_ref = self._request_batch(first)
+        started = time.monotonic()
         for step in range(first, total):
-            started = time.monotonic()
+            asked = time.monotonic()
             batch = self._receive(batch_ref, step)
             if batch is None:
                 break
-            waited = time.monotonic() - started
+            waited = time.monotonic() - asked
             batch_ref = self._request_batch(step + 1) if step + 1 < total else None
             metrics = self.learner.step(batch)
-            self._finish_step(step + 1, batch, metrics, started, waited)
+            started = self._finish_step(step + 1, batch, metrics, started, waited)
         if self.rank == 0 and latest_checkpoint(self.folder.checkpoints, step=self.learner.steps_taken) is None:
             self._checkpoint(self.learner.steps_taken)
 
@@ -171,15 +172,14 @@ class LearnerLoop:
 
     def _finish_step(
         self, done: int, batch: list[Trajectory], metrics: dict[str, float], started: float, waited: float
-    ) -> None:
+    ) -> float:
+        """Publishes, logs and keeps a step; returns when its time ended: its checkpoint's counts as the next step's."""
         settings = self.config.learner
         ages = [self.version - t.oldest_version for t in batch if not t.expert and t.steps]
         published = time.monotonic()
-        if self.rank == 0 and done % settings.checkpoint_every == 0:
-            self._checkpoint(done)
         if done % settings.publish_every == 0:
             self._publish()
-        publish_s = time.monotonic() - published
+        ended = time.monotonic()
         if self.rank == 0:
             metrics["response_tokens_scored"] = metrics.pop("response_tokens")
             row = {
@@ -190,15 +190,23 @@ class LearnerLoop:
                 "staleness_max": max(ages, default=0),
                 "batch_success": sum(t.success for t in batch) / len(batch),
                 "wait_s": waited,
-                "publish_s": publish_s,
-                "step_s": time.monotonic() - started,
+                "publish_s": ended - published,
+                "step_s": ended - started,
             }
             append_row(self.folder.metrics, "step", row)
+        if self.rank == 0 and done % settings.checkpoint_every == 0:
+            # Last, because a learner that goes on from it must find the step in the log and its adapter published.
+            self._checkpoint(done)
         ray.train.report({"step": done, "loss": metrics["loss"]})
+        return ended
 
     def _checkpoint(self, done: int) -> None:
         self.learner.save(self.folder.checkpoints / f"step-{done:08d}")
         prune_checkpoints(self.folder.checkpoints, self.config.learner.keep_checkpoints)
+
+    def _newest_version(self) -> int:
+        version, _ = _answer(lambda: self.store.newest.remote(), "the adapter store's newest version")
+        return int(version)
 
     def _publish(self) -> None:
         """Publishes the adapter, from one rank; all of them learn its version, with which they ask for batches."""

@@ -1,0 +1,56 @@
+"""The driver of a run that is disturbed: `gflowvlm train`'s, which also writes down what the workers were told is safe.
+
+`python -m chaos.job RUN LEDGER`. The ledger is the record that the trajectory files are held against: a line is written
+when a worker reports a group as acknowledged, by another process than the replay buffer.
+"""
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from actors.groups import GroupSummary
+from cluster.interruption import INTERRUPTED, sigterm_as_interrupt
+from cluster.launch.ray_runtime import ray_cluster, wait_for_room
+from cluster.run.run_log import append_row
+from cluster.run.run_setup import open_run, run_lock
+from cluster.run.training_run import TrainingRun
+from shared.config import RunConfig
+from shared.errors import UserError
+from shared.run_folder import RunFolder
+
+GROUP = "group"
+
+
+class RecordedRun(TrainingRun):
+    """A run that keeps a ledger of acknowledged groups."""
+
+    def __init__(self, folder: RunFolder, config: RunConfig, console: Console, ledger: Path) -> None:
+        super().__init__(folder, config, console)
+        self._ledger = ledger
+
+    def _note_groups(self, summaries: list[GroupSummary]) -> None:
+        for summary in summaries:
+            group = {"group_id": summary.group_id, "trajectory_ids": summary.trajectory_ids}
+            append_row(self._ledger, GROUP, group)
+        super()._note_groups(summaries)
+
+
+def main(run: str, ledger: str) -> int:
+    """Runs the run of a folder to its end; returns the exit status that `gflowvlm train` has."""
+    console = Console()
+    try:
+        folder, config = open_run(Path(run))
+        with sigterm_as_interrupt(), run_lock(folder), ray_cluster(config):
+            wait_for_room(config, lambda line: console.print(line, highlight=False, soft_wrap=True))
+            RecordedRun(folder, config, console, Path(ledger)).run()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except UserError as error:
+        print(f"gflowvlm: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,250 @@
+"""A Ray cluster on this machine: a head and worker nodes, each a process tree with a folder of its own."""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from shared.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = "GFLOWVLM_CHAOS"
+"""Environment variable that all processes of a cluster and its job carry, with the cluster's folder."""
+
+HOST = "127.0.0.1"
+START_S = 180.0
+END_S = 30.0
+_STORE_MIB = 128
+_LOOK_S = 0.2
+
+
+@dataclass
+class Node:
+    """A running node.
+
+    Attributes:
+        name: Its name among the cluster's.
+        process: `ray start --block`, the root of its processes.
+        log: What it says.
+    """
+
+    name: str
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Returns its processes whose title begins so, oldest first."""
+        found = [process for process in self.family() if _title(process).startswith(title)]
+        return sorted(found, key=lambda process: process.pid)
+
+    def family(self) -> list[psutil.Process]:
+        """Returns all its processes."""
+        try:
+            root = psutil.Process(self.process.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def raylet(self) -> psutil.Process | None:
+        """Returns Ray's process that makes it a node; None while there is none."""
+        for process in self.family():
+            with suppress(psutil.Error):
+                if process.name() == "raylet":
+                    return process
+        return None
+
+
+class LocalCluster:
+    """A head, which runs no part but those without CPUs, and worker nodes that each hold all others. A context manager.
+
+    Token authentication is on, and everything listens on the loopback address.
+
+    Args:
+        logs: Folder for what the nodes say.
+        name: How the names of the logs begin.
+        workers: Number of worker nodes.
+        cpus: CPU slots of a worker node.
+
+    Attributes:
+        folder: Ray's files; removed at the end.
+        environment: What processes need to find cluster and code.
+        address: Where drivers connect.
+        head: The head.
+        workers: The worker nodes.
+    """
+
+    def __init__(self, logs: Path, name: str, workers: int, cpus: int) -> None:
+        self._logs, self._name, self._count, self._cpus = logs, name, workers, cpus
+        # A short path: sockets below it may not be longer than 107 characters.
+        self.folder = Path(tempfile.mkdtemp(prefix="gfchaos", dir="/tmp"))
+        self._started = 0
+        self.workers: list[Node] = []
+        port, client = free_ports(2)
+        self.address = f"{HOST}:{port}"
+        self._client_port = client
+        self.environment = node_environment(os.environ, self.folder)
+
+    def __enter__(self) -> "LocalCluster":
+        try:
+            self.head = self._start(
+                "--head",
+                f"--port={self.address.rpartition(':')[2]}",
+                f"--ray-client-server-port={self._client_port}",
+                "--include-dashboard=false",
+                "--num-cpus=0",
+            )
+            for _ in range(self._count):
+                self.add_worker()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    @property
+    def nodes(self) -> list[Node]:
+        """All nodes, the head first."""
+        return [self.head, *self.workers]
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Returns the processes of all nodes whose title begins so."""
+        return [process for node in self.nodes for process in node.processes(title)]
+
+    def add_worker(self) -> None:
+        """Starts a worker node and waits until it has joined.
+
+        Raises:
+            UserError: It did not join in time.
+        """
+        self.workers.append(self._start(f"--address={self.address}", f"--num-cpus={self._cpus}"))
+
+    def kill_worker(self, node: Node) -> int:
+        """Kills a worker node's raylet, and what is still there some time later, as on a machine that is gone.
+
+        Returns:
+            The raylet's process id.
+
+        Raises:
+            UserError: It has none.
+        """
+        raylet = node.raylet()
+        if raylet is None:
+            raise UserError(f"node {node.name}: no raylet to kill; see {node.log}")
+        family = node.family()
+        self.workers.remove(node)
+        raylet.kill()
+        end_processes(family, END_S)
+        node.process.wait(timeout=END_S)
+        return int(raylet.pid)
+
+    def _start(self, *arguments: str) -> Node:
+        name = f"node-{self._started}"
+        self._started += 1
+        log = self._logs / f"{self._name}.{name}.log"
+        (agent,) = free_ports(1)
+        command = [
+            str(Path(sys.executable).parent / "ray"),
+            "start",
+            "--block",
+            "--disable-usage-stats",
+            f"--node-ip-address={HOST}",
+            f"--dashboard-agent-listen-port={agent}",
+            f"--object-store-memory={_STORE_MIB * 2**20}",
+            f"--temp-dir={self.folder / name}",
+            *arguments,
+        ]
+        with log.open("wb") as output:
+            # In a session of its own, so that Ctrl-C ends the job before the nodes it runs on.
+            process = subprocess.Popen(
+                command,
+                env=self.environment,
+                cwd=self.folder,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + START_S
+        while "Ray runtime started" not in log.read_text(errors="replace"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                process.wait(timeout=END_S)
+                raise UserError(f"waited {START_S:g} s for {name} of the local cluster to start; see {log}")
+            time.sleep(_LOOK_S)
+        return Node(name, process, log)
+
+    def _end(self) -> None:
+        started = [node for node in (getattr(self, "head", None), *self.workers) if node is not None]
+        for node in reversed(started):
+            node.process.send_signal(signal.SIGTERM)
+        psutil.wait_procs([p for node in started for p in node.family()], timeout=END_S)
+        end_processes(marked(self.folder), END_S)
+        for node in started:
+            node.process.wait(timeout=END_S)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def node_environment(base: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """Returns the environment of a cluster's processes and of those that connect to it."""
+    kept = {name: value for name, value in base.items() if not name.startswith("RAY_")}
+    return {
+        **kept,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{base.get('PATH', os.defpath)}",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")]),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        MARK: str(folder),
+    }
+
+
+def marked(folder: Path) -> list[psutil.Process]:
+    """Returns the processes that carry a cluster's mark."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def end_processes(processes: list[psutil.Process], wait_s: float) -> None:
+    """Waits until processes have ended, and kills those that have not in time."""
+    _, left = psutil.wait_procs(processes, timeout=wait_s)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=wait_s)
+
+
+def free_ports(count: int) -> list[int]:
+    """Returns ports of the loopback address that nobody uses."""
+    held = [socket.socket() for _ in range(count)]
+    try:
+        for probe in held:
+            probe.bind((HOST, 0))
+        return [int(probe.getsockname()[1]) for probe in held]
+    finally:
+        for probe in held:
+            probe.close()
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
