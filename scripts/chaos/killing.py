@@ -146,11 +146,11 @@ def _kill(kill: Kill, job: Job, cluster: LocalCluster, patience_s: float) -> dic
     """Kills one process, once there is one to kill; None when the job ends before that."""
     since = time.monotonic()
     while not job.ended:
-        now = round(time.time(), 3)
+        now, step = round(time.time(), 3), job.look()
         title = kill.part.title
         pid = _kill_node(kill, cluster) if title is None else kill_one(cluster.processes(title), kill)
         if pid is not None:
-            return {"time": now, "part": kill.part.name, "pid": pid, "step": job.look(), "wanted_step": kill.step}
+            return {"time": now, "part": kill.part.name, "pid": pid, "step": step, "wanted_step": kill.step}
         if time.monotonic() - since > patience_s:
             raise UserError(f"no process of the {kill.part.name} to kill in {patience_s:g} s; see {job.files.output}")
         time.sleep(LOOK_S)

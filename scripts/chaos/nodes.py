@@ -27,6 +27,7 @@ HOST = "127.0.0.1"
 START_S = 180.0
 END_S = 30.0
 _STORE_MIB = 128
+_LEAVE_S = 10.0
 _LOOK_S = 0.2
 
 
@@ -69,7 +70,7 @@ class Node:
 class LocalCluster:
     """A head, which runs no part but those without CPUs, and worker nodes that each hold all others. A context manager.
 
-    Token authentication is on, and everything listens on the loopback address.
+    Token authentication is on.
 
     Args:
         logs: Folder for what the nodes say.
@@ -192,8 +193,9 @@ class LocalCluster:
         started = [node for node in (getattr(self, "head", None), *self.workers) if node is not None]
         for node in reversed(started):
             node.process.send_signal(signal.SIGTERM)
-        psutil.wait_procs([p for node in started for p in node.family()], timeout=END_S)
-        end_processes(marked(self.folder), END_S)
+        # No longer: Ray would wait for actors that go with the head anyway.
+        psutil.wait_procs([p for node in started for p in node.family()], timeout=_LEAVE_S)
+        end_processes(marked(self.folder), _LOOK_S)
         for node in started:
             node.process.wait(timeout=END_S)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -228,7 +230,7 @@ def end_processes(processes: list[psutil.Process], wait_s: float) -> None:
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(left, timeout=wait_s)
+    psutil.wait_procs(left, timeout=END_S)
 
 
 def free_ports(count: int) -> list[int]:

@@ -13,7 +13,7 @@ import pytest
 from chaos.__main__ import chaos, main, parse
 from chaos.job import GROUP
 from chaos.killing import KILL, JobFiles, kill_one
-from chaos.nodes import MARK, Node, end_processes, marked, node_environment
+from chaos.nodes import MARK, LocalCluster, Node, end_processes, marked, node_environment
 from chaos.proof import Check, deviation_of_difference, prove, same_success
 from chaos.records import Records, read_records
 from chaos.report import as_json, as_text, recoveries, slowdown
@@ -306,3 +306,20 @@ def test_settings_that_cannot_be_disturbed_are_one_line(capsys: pytest.CaptureFi
 
 def test_worker_nodes_are_the_only_nodes_that_are_killed() -> None:
     assert [part for part in PARTS if part.title is None] == [NODE]
+
+
+@pytest.mark.slow
+def test_a_worker_node_is_lost_and_replaced_and_nothing_is_left_of_the_cluster(tmp_path: Path) -> None:
+    with LocalCluster(tmp_path, "run", workers=1, cpus=1) as cluster:
+        (lost,) = cluster.workers
+        pid = cluster.kill_worker(lost)
+        assert cluster.workers == []
+        assert not psutil.pid_exists(pid)
+        assert lost.family() == []
+        cluster.add_worker()
+        assert [node.raylet() is not None for node in cluster.nodes] == [True, True]
+        folder = cluster.folder
+        assert len(marked(folder)) > 2
+    assert marked(folder) == []
+    assert not folder.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"run.node-{number}.log" for number in range(3)]
