@@ -39,7 +39,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kills", type=_positive, default=10, help="how many kills (10)")
     parser.add_argument("--seed", type=int, default=0, help="of the kills; the run has its own, seed=N (0)")
     parser.add_argument("--nodes", type=_positive, default=2, help="worker nodes beside the head (2)")
-    parser.add_argument("--undisturbed", action="store_true", help="run the same without kills first, and compare")
+    parser.add_argument(
+        "--undisturbed", action="store_true", help="run the same without kills first (unless --out has it), and compare"
+    )
     parser.add_argument("--out", type=Path, help="folder for runs and results (runs/chaos-DATE-TIME)")
     parser.add_argument(
         "--patience", type=_positive, default=900, metavar="SECONDS", help="longest time without a learner step (900)"
@@ -89,7 +91,12 @@ def chaos(options: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     other = None
     if options.undisturbed:
-        _, other = run(config, out, UNDISTURBED, [], options.nodes, options.patience)
+        before = JobFiles.under(out, UNDISTURBED)
+        if before.run.summary.exists():
+            say(f"undisturbed: taken from {before.run.root}")
+            other = read_records(before)
+        else:
+            _, other = run(config, out, UNDISTURBED, [], options.nodes, options.patience)
     status, records = run(config, out, DISTURBED, plan, options.nodes, options.patience)
     checks = prove(records, options.kills, status)
     if other is not None:

@@ -155,6 +155,22 @@ class LocalCluster:
         return int(raylet.pid)
 
     def _start(self, *arguments: str) -> Node:
+        """Starts a node, once more each time that Ray gives one up: on a busy machine it has no time to spare."""
+        deadline = time.monotonic() + START_S
+        while True:
+            node = self._spawn(*arguments)
+            while node.process.poll() is None:
+                if "Ray runtime started" in node.log.read_text(errors="replace"):
+                    return node
+                if time.monotonic() > deadline:
+                    end_processes(node.family(), _LOOK_S)
+                    node.process.wait(timeout=END_S)
+                    break
+                time.sleep(_LOOK_S)
+            if time.monotonic() > deadline:
+                raise UserError(f"waited {START_S:g} s for {node.name} of the local cluster to start; see {node.log}")
+
+    def _spawn(self, *arguments: str) -> Node:
         name = f"node-{self._started}"
         self._started += 1
         log = self._logs / f"{self._name}.{name}.log"
@@ -180,13 +196,6 @@ class LocalCluster:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + START_S
-        while "Ray runtime started" not in log.read_text(errors="replace"):
-            if process.poll() is not None or time.monotonic() > deadline:
-                process.kill()
-                process.wait(timeout=END_S)
-                raise UserError(f"waited {START_S:g} s for {name} of the local cluster to start; see {log}")
-            time.sleep(_LOOK_S)
         return Node(name, process, log)
 
     def _end(self) -> None:
