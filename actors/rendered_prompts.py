@@ -15,7 +15,7 @@ class RenderedPrompts:
     """Renders prompts with vLLM's own renderer, and remembers them.
 
     Rendering decodes the picture, tokenises the text, runs the image processor and puts the picture's tokens in
-    place: on a tiny policy that is half of what a response costs outside the engine.
+    place: 40 % of a replica's time with a tiny policy (docs/benchmarks.md).
     """
 
     def __init__(self, inputs: PolicyInputs, renderer: Any) -> None:

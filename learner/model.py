@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from shared.config import PolicySettings
 from shared.errors import UserError
+from shared.policy_inputs import directory_or_hub_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -54,7 +55,7 @@ def empty_policy(settings: PolicySettings, model_path: str) -> Any:
     Raises:
         UserError: No such model, or LoRA targets outside the language model.
     """
-    path = _model_path(model_path)
+    path = directory_or_hub_name(model_path)
     try:
         config = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
@@ -90,7 +91,7 @@ def load_base_model(model_path: str, dtype: str) -> Any:
     Raises:
         UserError: No such model, or its weights cannot be loaded.
     """
-    path = _model_path(model_path)
+    path = directory_or_hub_name(model_path)
     # A bar for reading a local file would stand in the middle of our own; downloads keep theirs.
     transformers_logging.disable_progress_bar()
     try:
@@ -168,21 +169,6 @@ def _enable_checkpointing(policy: Any) -> None:
     for module in policy.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
-
-
-def _model_path(model_path: str) -> str:
-    """Returns a directory that exists, or a hub name.
-
-    Raises:
-        UserError: It looks like a directory and is none.
-    """
-    looks_local = model_path.startswith((".", "/", "~")) or Path(model_path).expanduser().exists()
-    path = str(Path(model_path).expanduser()) if looks_local else model_path
-    if looks_local and not Path(path).is_dir():
-        raise UserError(
-            f"model {model_path!r}: no such directory; give a model directory, a hub name or a shipped model"
-        )
-    return path
 
 
 def _one_line(error: Exception) -> str:

@@ -98,6 +98,11 @@ class RolloutSettings(Settings):
         "environments in the worker. By default 1 for alfworld and 0 for the other tasks, whose steps are short.",
     )
 
+    @property
+    def rollouts_at_once(self) -> int:
+        """Rollouts that all workers together play at the same time."""
+        return self.workers * self.groups_per_worker * self.group_size
+
 
 class BufferSettings(Settings):
     """The replay buffer. Sizes are in trajectories unless said otherwise."""

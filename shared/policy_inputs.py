@@ -37,12 +37,7 @@ class PolicyInputs:
         Raises:
             UserError: No such model, no processor in it, or its tokenizer has no `[DONE]` token.
         """
-        looks_local = model.startswith((".", "/", "~")) or Path(model).expanduser().exists()
-        path = str(Path(model).expanduser()) if looks_local else model
-        if looks_local and not Path(path).is_dir():
-            raise UserError(
-                f"model {model!r}: no such directory; give a model directory, a hub name or a shipped model"
-            )
+        path = directory_or_hub_name(model)
         try:
             processor = AutoProcessor.from_pretrained(path)
         except (OSError, ValueError) as error:
@@ -111,6 +106,19 @@ class PolicyInputs:
     def encode_response(self, text: str) -> list[int]:
         """Returns the tokens of a demonstration's response, end token last."""
         return [*self.tokenizer.encode(text, add_special_tokens=False), self.end_id]
+
+
+def directory_or_hub_name(model: str) -> str:
+    """Returns a directory that exists, or a hub name.
+
+    Raises:
+        UserError: It looks like a directory and is none.
+    """
+    looks_local = model.startswith((".", "/", "~")) or Path(model).expanduser().exists()
+    path = str(Path(model).expanduser()) if looks_local else model
+    if looks_local and not Path(path).is_dir():
+        raise UserError(f"model {model!r}: no such directory; give a model directory, a hub name or a shipped model")
+    return path
 
 
 def decode_image(image: bytes) -> Image.Image:

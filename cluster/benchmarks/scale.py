@@ -212,7 +212,7 @@ def scale_figures(one: Observed, slow: Observed, many: Observed) -> list[Figure]
     window, few = many.window(), one.window()
     sampler = many.config.sampler
     how = f"SIMULATED engines and learner: {sampler.replicas} samplers of {sampler.max_num_seqs} places"
-    environments = many.config.rollout.workers * many.config.rollout.groups_per_worker * many.config.rollout.group_size
+    environments = many.config.rollout.rollouts_at_once
     linear = window.responses_per_s / (sampler.replicas * few.responses_per_s)
 
     def figure(name: str, value: float, unit: str, what: str, **bar: float) -> Figure:

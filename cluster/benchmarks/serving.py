@@ -193,7 +193,7 @@ def _throughput(
         engines[SAMPLER] = bare
     if served is not None:
         engines[SERVE] = served
-    in_flight = _rollouts_at_once(config)
+    in_flight = config.rollout.rollouts_at_once
     count = in_flight * scale.requests_per_slot
     rates: dict[str, list[float]] = {name: [] for name in engines}
     # Round 0 warms up and is not counted.
@@ -225,7 +225,7 @@ def _hand_over(
     requests = made_requests(config, inputs, 256, first=10**6)
     say(f"publishing {scale.publishes} adapters, no other requests")
     idle = served.loop.run(_hand_over_times(config, served, adapter, requests[0], scale.publishes))
-    in_flight = min(config.sampler.max_num_seqs, _rollouts_at_once(config))
+    in_flight = min(config.sampler.max_num_seqs, config.rollout.rollouts_at_once)
     say(f"publishing {scale.publishes} adapters, {in_flight} sequences in flight")
     starting = [
         actor.start_load.remote(requests[i::CLIENTS], max(1, in_flight // CLIENTS))
@@ -268,11 +268,6 @@ async def _hand_over_times(
                 raise TimeoutError(f"waited {limit:.0f} s for a response of adapter version {version}") from None
             seconds.append(time.perf_counter() - started)
     return seconds
-
-
-def _rollouts_at_once(config: RunConfig) -> int:
-    """Returns how many requests the run's rollout workers keep in flight."""
-    return config.rollout.workers * config.rollout.groups_per_worker * config.rollout.group_size
 
 
 def _made_adapter(config: RunConfig, model_path: str, directory: Path) -> Path:

@@ -13,11 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from actors.demonstration_set import DemonstrationRequest, DemonstrationSet
 from cluster.interruption import INTERRUPTED, sigterm_as_interrupt
 from cluster.option_errors import first_problem
+from cluster.run.progress import PLAIN_INTERVAL_S
 from envs.registry import TASKS, default_settings
 from shared.config_io import apply_overrides
 from shared.errors import UserError
-
-PLAIN_INTERVAL_S = 10.0
 
 
 def register(app: typer.Typer) -> None:

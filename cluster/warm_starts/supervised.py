@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from actors.demonstration_set import DemonstrationSet
 from cluster.models import resolve_model
+from cluster.run.progress import PLAIN_INTERVAL_S
 from cluster.warm_starts.demonstrations import (
     Demonstrations,
     RecordedExamples,
@@ -36,7 +37,6 @@ TINY = "tiny"
 """The model name that stands for a new tiny policy with random weights."""
 
 _EVALUATION_SEED = 20_000_003
-_PLAIN_INTERVAL_S = 10.0
 _REPORT = "training.json"
 _CHECKPOINT = "checkpoint"
 
@@ -221,7 +221,7 @@ class _Display:
         self.loss += 0.05 * (progress.loss - self.loss)
         self._bar.update(self._task, completed=progress.step, description=f"loss {self.loss:.3f}")
         last = progress.step == self._steps
-        if not self._console.is_terminal and (last or time.monotonic() - self._printed >= _PLAIN_INTERVAL_S):
+        if not self._console.is_terminal and (last or time.monotonic() - self._printed >= PLAIN_INTERVAL_S):
             self._printed = time.monotonic()
             self._console.print(f"step {progress.step}/{self._steps}  loss {self.loss:.3f}", highlight=False)
 
