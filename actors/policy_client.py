@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,12 @@ FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 2.0
 
 _TRY_AGAIN = (SamplerUnavailableError, RayServeException, RayActorError, TaskCancelledError, TimeoutError)
+
+
+TOGETHER = 16
+"""Most requests in one call of the policy server."""
+
+_Waiting = tuple[SampleRequest, "asyncio.Future[SampleResponse]"]
 
 
 class PolicyServerError(RuntimeError):
@@ -41,6 +47,8 @@ class PolicyClient:
     request_timeout_s: float
     deadline_s: float
     retries: int = 0
+    _waiting: "list[_Waiting]" = field(default_factory=list, init=False, repr=False)
+    _exchanges: set[asyncio.Task[None]] = field(default_factory=set, init=False, repr=False)
 
     @classmethod
     def from_config(cls, handle: DeploymentHandle, config: RunConfig) -> "PolicyClient":
@@ -49,9 +57,9 @@ class PolicyClient:
         return cls(handle, sampler.request_timeout_s, sampler.start_timeout_s + sampler.request_timeout_s)
 
     @cached_property
-    def _sample(self) -> DeploymentHandle:
+    def _sample_together(self) -> DeploymentHandle:
         # Serve makes a new handle each time its method is named.
-        return self.handle.sample
+        return self.handle.options(stream=True).sample_together
 
     async def sample(self, request: SampleRequest) -> SampleResponse:
         """Samples one response.
@@ -66,7 +74,7 @@ class PolicyClient:
         while True:
             try:
                 async with asyncio.timeout(self.request_timeout_s):
-                    response: SampleResponse = await self._sample.remote(request)
+                    response = await self._answer(request)
             except _TRY_AGAIN as error:
                 waited = time.monotonic() - started
                 if waited + pause > self.deadline_s:
@@ -83,6 +91,34 @@ class PolicyClient:
             else:
                 return response
 
+    def _answer(self, request: SampleRequest) -> asyncio.Future[SampleResponse]:
+        """Returns the future response of a request, which is sent with all others of this moment."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[SampleResponse] = loop.create_future()
+        if len(self._waiting) == 0:
+            loop.call_soon(self._send)
+        self._waiting.append((request, answer))
+        return answer
+
+    def _send(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        # In parts, so that more than one replica has some.
+        for start in range(0, len(waiting), TOGETHER):
+            exchange = asyncio.get_running_loop().create_task(self._exchange(waiting[start : start + TOGETHER]))
+            self._exchanges.add(exchange)
+            exchange.add_done_callback(self._exchanges.discard)
+
+    async def _exchange(self, waiting: "list[_Waiting]") -> None:
+        """Asks a replica for several responses, and hands each over when it comes."""
+        try:
+            async with asyncio.timeout(self.request_timeout_s):
+                async for part in self._sample_together.remote([request for request, _ in waiting]):
+                    for place, answer in part:
+                        _settle(waiting[place][1], answer)
+        except (*_TRY_AGAIN, RayTaskError) as error:
+            for _, response in waiting:
+                _settle(response, error)
+
     async def status(self, timeout_s: float | None = None) -> list[dict[str, Any]]:
         """Returns every running replica's `PolicyServer.status`; replicas that do not answer are left out.
 
@@ -97,6 +133,16 @@ class PolicyClient:
         except (RayServeException, RayError, TimeoutError):
             return []
         return [answer for answer in answers if isinstance(answer, dict)]
+
+
+def _settle(response: "asyncio.Future[SampleResponse]", answer: SampleResponse | BaseException) -> None:
+    if response.done():
+        # Given up meanwhile, or answered before the call failed.
+        return
+    if isinstance(answer, SampleResponse):
+        response.set_result(answer)
+    else:
+        response.set_exception(answer)
 
 
 def _one_line(error: Exception) -> str:
