@@ -78,9 +78,7 @@ class PolicyServer:
         return await self._sampler.sample(request)
 
     async def sample_together(self, requests: Sequence[SampleRequest]) -> AsyncIterator[list[tuple[int, Answer]]]:
-        """Samples several responses; yields them as they are finished, those of one moment together.
-
-        A call of Ray Serve costs as much CPU as half a tiny policy's response, so requests share one.
+        """Samples several responses in one call; yields them as they are finished, those of one moment together.
 
         Yields:
             Place of the request among `requests`, and its response, or why it has none: see `PolicySampler.sample`.

@@ -100,6 +100,20 @@ def test_errors_of_a_request_arrive_as_what_they_are_without_a_retry(served: Ser
     served.run(body)
 
 
+def test_requests_that_nobody_waits_for_any_more_leave_the_replicas(served: Served) -> None:
+    async def body() -> None:
+        asked = asyncio.create_task(served.sample_all(16, max_tokens=400))
+        deadline = time.monotonic() + 30.0
+        while all(status["in_flight"] == 0 for status in await served.client.status()):
+            assert time.monotonic() < deadline, "the requests never came"
+        answered = sum(status["responses"] for status in await served.client.status())
+        asked.cancel()
+        statuses = await served.until_all_replicas(2, lambda status: status["in_flight"] == 0)
+        assert sum(status["responses"] for status in statuses) - answered < 16
+
+    served.run(body)
+
+
 def test_requests_survive_kill_9_of_a_replica_and_its_successor_starts_at_the_newest_version(
     served: Served, policy: Path
 ) -> None:
