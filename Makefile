@@ -12,7 +12,7 @@ DOCS_STAMP := .venv/.set-up-docs
 SOURCES := shared envs actors learner cluster tests scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help setup alfworld train test test-fast lint format docs reference bench chaos compare-torchgfn
+.PHONY: help setup alfworld train test test-fast lint audit format docs reference bench chaos compare-torchgfn
 
 help: ## list the targets
 	@echo "Targets (options for a command: make train ARGS='--preset numberline-tiny'):"
@@ -47,6 +47,9 @@ lint: setup ## ruff (rules and format) and mypy
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+
+audit: setup ## look every pinned package up: withdrawn versions, known vulnerabilities
+	@$(BIN)/python scripts/audit.py $(ARGS)
 
 format: setup ## let ruff put the sources in order
 	$(BIN)/ruff check --fix $(SOURCES)
