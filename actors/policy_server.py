@@ -9,8 +9,11 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve._private.common import DeploymentID
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
@@ -51,6 +54,9 @@ HEALTH_CHECK_TIMEOUT_S = 60.0
 """Generous: on few cores a busy replica answers late, and replacing it costs an engine start."""
 
 GRACEFUL_SHUTDOWN_S = 20.0
+
+CONTROLLER_ANSWER_S = 30.0
+"""How long Serve's controller may take to answer, its restart included."""
 
 START_TRIES = 2
 """Constructions of a replica before the deployment is given up."""
@@ -196,7 +202,7 @@ def deploy_policy_server(
     serve.start(proxy_location="Disabled", logging_config=quiet_logging())
     deployment = serve.deployment(PolicyServer, name=DEPLOYMENT, **replica_options(sampler))
     application = deployment.bind(config, model_path, store_name, start_sampler)
-    target = serve.RunTarget(target=application, name=name, route_prefix=None)
+    target = serve.RunTarget(target=application, name=name, route_prefix=None, external_scaler_enabled=True)
     (handle,) = serve.run_many([target], wait_for_applications_running=False)
     try:
         wait_until_running(name, DEPLOYMENT, sampler.start_timeout_s)
@@ -226,6 +232,26 @@ def replica_options(sampler: SamplerSettings) -> dict[str, Any]:
         "max_constructor_retry_count": START_TRIES,
         "logging_config": quiet_logging(),
     }
+
+
+def scale_policy_server(name: str, replicas: int) -> None:
+    """Sets the number of replicas of a policy server that runs, without a restart of any; does not wait for them.
+
+    A replica that goes answers the requests that it has for at most `GRACEFUL_SHUTDOWN_S`; what is left then is asked
+    of another by `PolicyClient`.
+
+    Raises:
+        UserError: Serve does not take it.
+    """
+    try:
+        # What the dashboard's REST call for external scalers does; a run may have no dashboard.
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        answer = controller.update_deployment_replicas.remote(DeploymentID(DEPLOYMENT, app_name=name), replicas)
+        ray.get(answer, timeout=CONTROLLER_ANSWER_S)
+    except (ValueError, RayError) as error:
+        raise UserError(
+            f"policy server {name!r}: Ray Serve cannot change its replicas now ({type(error).__name__}); try again"
+        ) from None
 
 
 def shutdown_policy_server(name: str) -> None:

@@ -130,6 +130,15 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         (
             panel("Replay buffer", "buffer_size", "accepted"),
             panel("Groups being played", "groups_running"),
+            panel(
+                "Rollout workers and replicas",
+                "rollout_workers",
+                "rollout_workers_wanted",
+                "sampler_replicas",
+                "sampler_replicas_wanted",
+                description="In service, beside what the run is set to (`gflowvlm scale`, scaling.automatic).",
+            ),
+            panel("Requests at this run's replicas", "sampler_requests"),
             Panel(
                 "Requests at the policy server",
                 (

@@ -213,6 +213,33 @@ class ClusterSettings(Settings):
     object_store_mib: int = Field(256, ge=80, le=1_048_576, description="Object store of a local cluster, MiB.")
 
 
+class ScalingSettings(Settings):
+    """Changing the numbers of rollout workers and policy server replicas by load, while the run runs."""
+
+    automatic: bool = Field(False, description="Change the numbers by load, within these bounds.")
+    min_workers: int = Field(1, ge=1, le=4096, description="Fewest rollout workers.")
+    max_workers: int = Field(8, ge=1, le=4096, description="Most rollout workers.")
+    min_replicas: int = Field(1, ge=1, le=256, description="Fewest policy server replicas.")
+    max_replicas: int = Field(2, ge=1, le=256, description="Most policy server replicas.")
+    more_above: Fraction = Field(
+        0.2, description="Share of its time that the learner waits for batches, from which on more are started."
+    )
+    fewer_below: Fraction = Field(0.05, description="The share up to which those that are not needed are ended.")
+    patience: int = Field(
+        3, ge=1, le=1000, description="Looks in a row that must agree; one after learner steps, at most every 5 s."
+    )
+    cooldown_s: float = Field(60.0, ge=0, le=86_400, description="Least time from one change to the next.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ScalingSettings":
+        for few, many in (("min_workers", "max_workers"), ("min_replicas", "max_replicas")):
+            if getattr(self, few) > getattr(self, many):
+                raise ValueError(f"scaling.{few} must not exceed scaling.{many}")
+        if self.fewer_below >= self.more_above:
+            raise ValueError("scaling.fewer_below must be below scaling.more_above, or the numbers would swing")
+        return self
+
+
 class RunConfig(Settings):
     """A whole run."""
 
@@ -229,6 +256,7 @@ class RunConfig(Settings):
     buffer: BufferSettings = BufferSettings()
     learner: LearnerSettings = LearnerSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    scaling: ScalingSettings = ScalingSettings()
     cluster: ClusterSettings = ClusterSettings()
 
     @property
@@ -316,7 +344,18 @@ class RunConfig(Settings):
             )
         if self.policy.max_response_tokens >= self.sampler.max_model_len:
             raise ValueError("policy.max_response_tokens must be below sampler.max_model_len")
+        if self.scaling.automatic:
+            self._starts_within_bounds()
         return self
+
+    def _starts_within_bounds(self) -> None:
+        scaling = self.scaling
+        for name, found, least, most in (
+            ("rollout.workers", self.rollout.workers, scaling.min_workers, scaling.max_workers),
+            ("sampler.replicas", self.sampler.replicas, scaling.min_replicas, scaling.max_replicas),
+        ):
+            if not least <= found <= most:
+                raise ValueError(f"{name} ({found}) is outside {least} to {most}, the bounds of scaling.automatic")
 
     def _only_own_policy(self, loss: str) -> None:
         wanted = {

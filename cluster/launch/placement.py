@@ -132,6 +132,33 @@ def resource_plan(config: RunConfig, driver_node: str | None = None) -> Resource
     )
 
 
+def resized(config: RunConfig, workers: int, replicas: int) -> RunConfig:
+    """Returns a configuration with other numbers of rollout workers and policy server replicas."""
+    return config.model_copy(
+        update={
+            "rollout": config.rollout.model_copy(update={"workers": workers}),
+            "sampler": config.sampler.model_copy(update={"replicas": replicas}),
+        }
+    )
+
+
+def as_placed(config: RunConfig) -> RunConfig:
+    """Returns the configuration as the run's parts are placed.
+
+    On a local cluster rollout workers take no slots: those cannot become more later, but workers may, and the
+    operating system shares the processors anyway.
+    """
+    if config.cluster.address is not None:
+        return config
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"cpus_per_worker": 0.0})})
+
+
+def largest(config: RunConfig) -> RunConfig:
+    """Returns the configuration with as many workers and replicas as it may come to have by itself."""
+    scaling = config.scaling
+    return resized(config, scaling.max_workers, scaling.max_replicas) if scaling.automatic else config
+
+
 @dataclass(frozen=True)
 class Node:
     """A node of a cluster.

@@ -14,7 +14,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from cluster.interruption import sigterm_as_interrupt
-from cluster.launch.placement import Node, ResourcePlan, amounts, lacking, resource_plan, selectors
+from cluster.launch.placement import Node, ResourcePlan, amounts, lacking, largest, resource_plan, selectors
 from cluster.launch.process_environment import PROCESS_ENVIRONMENT
 from shared.config import RunConfig
 from shared.errors import UserError
@@ -70,7 +70,8 @@ def _start_local(config: RunConfig) -> ray.runtime_context.RuntimeContext:
     # Slots, not processors: the operating system shares the two cores of a laptop between the parts.
     context = ray.init(
         address="local",
-        num_cpus=max(os.cpu_count() or 1, math.ceil(plan.cpus)),
+        # They cannot become more later, so there are as many as scaling by load may come to want.
+        num_cpus=max(os.cpu_count() or 1, math.ceil(resource_plan(largest(config)).cpus)),
         object_store_memory=cluster.object_store_mib * 2**20,
         include_dashboard=cluster.dashboard,
         dashboard_port=cluster.dashboard_port or _first_free(FIRST_DASHBOARD_PORT),

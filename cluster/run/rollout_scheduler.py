@@ -2,23 +2,21 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
-from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
 from actors.admission import Admission
 from actors.groups import GroupRequest, GroupSummary
 from cluster.evaluation.figures import EvaluationPlan
+from cluster.run.worker_pool import WorkerPool, last_line
 from shared.errors import UserError
 from shared.trajectory import Trajectory, from_arrow
 
 ROLLOUT, SAMPLED, GREEDY = "rollout", "sampled", "greedy"
-PROBE_TIMEOUT_S = 1.0
 EVALUATION_CHUNK = 4
 """Instances of an evaluation that a worker plays in one call."""
 
@@ -94,7 +92,7 @@ class RolloutScheduler:
     """Keeps the rollout workers busy.
 
     Args:
-        workers: Handles of the `RolloutWorker` actors.
+        workers: The rollout workers; their number may change at any time.
         admission: The capacity rule; counts on over a resume.
         groups_per_worker: Training groups that one worker plays at the same time.
         instance_seed: Gives the instance that a training group plays, by the group's index.
@@ -107,7 +105,7 @@ class RolloutScheduler:
 
     def __init__(
         self,
-        workers: Sequence[ray.actor.ActorHandle],
+        workers: WorkerPool,
         admission: Admission,
         *,
         groups_per_worker: int,
@@ -117,23 +115,19 @@ class RolloutScheduler:
         on_groups: Callable[[list[GroupSummary]], None],
         on_evaluation: Callable[[EvaluationJob], None],
     ) -> None:
-        self._manager = FaultTolerantActorManager(
-            list(workers), max_remote_requests_in_flight_per_actor=max(1, groups_per_worker)
-        )
+        self._workers = workers
         self._admission = admission
         self._groups_per_worker = groups_per_worker
         self._instance_seed = instance_seed
         self._next_group = next_group
         self._rollout_version = rollout_version
         self._on_groups, self._on_evaluation = on_groups, on_evaluation
-        self._running: dict[int, list[_Call]] = {actor_id: [] for actor_id in self._manager.actor_ids()}
+        self._running: dict[int, list[_Call]] = {}
         self._again: deque[_Call] = deque()
         self._evaluations: deque[_Call] = deque()
-        self._dead: set[int] = set()
         self._jobs: list[EvaluationJob] = []
         self._failures_in_a_row = 0
         self.groups_failed = 0
-        self.worker_deaths = 0
         self.last_failure = ""
 
     @property
@@ -160,37 +154,35 @@ class RolloutScheduler:
                 self._evaluations.append(_Call(tag, "rollout", requests, job))
 
     def pump(self, *, train: bool = True, wait_s: float = 0.0) -> None:
-        """Collects what is ready, revives workers, and hands out new work.
+        """Collects what is ready, looks after the workers, and hands out new work.
 
         Args:
             train: Whether to start new training groups.
             wait_s: How long to wait for results, seconds.
 
         Raises:
-            UserError: Groups fail again and again without any that finishes.
+            UserError: Groups fail again and again without any that finishes, or no worker is left.
         """
         if not any(self._running.values()):
             # Without a call in flight the manager would not wait at all, and the driver would spin.
             time.sleep(wait_s)
-        for result in self._manager.fetch_ready_async_reqs(timeout_seconds=wait_s):
+        for result in self._workers.results(wait_s):
             if result.ok:
                 self._collect(result.actor_id, result.tag, result.get())
             else:
                 self.last_failure = last_line(str(result.get()))
         self._recover_lost_calls()
+        self._let_go()
         self._dispatch(train)
-
-    def stop(self) -> None:
-        """Ends the workers."""
-        self._manager.clear()
 
     def _collect(self, actor_id: int, tag: str, result: Any) -> None:
         summaries: list[GroupSummary] = result if tag == ROLLOUT else result[1]
         requests = tuple(summary.request for summary in summaries)
-        call = next((c for c in self._running[actor_id] if (c.tag, c.requests) == (tag, requests)), None)
+        running = self._running.get(actor_id, [])
+        call = next((c for c in running if (c.tag, c.requests) == (tag, requests)), None)
         if call is None:
             return
-        self._running[actor_id].remove(call)
+        running.remove(call)
         hopeless = next((s.failure for s in summaries if s.permanent), None)
         if hopeless is not None:
             raise UserError(hopeless)
@@ -231,19 +223,19 @@ class RolloutScheduler:
 
     def _recover_lost_calls(self) -> None:
         # A call whose actor was found dead disappears from the manager without a result.
-        dead = {i for i in self._manager.actor_ids() if not self._manager.is_actor_healthy(i)}
-        self.worker_deaths += len(dead - self._dead)
-        self._dead = dead
-        for actor_id in dead:
-            lost, self._running[actor_id] = self._running[actor_id], []
-            for call in lost:
+        for actor_id in self._workers.tend():
+            for call in self._running.pop(actor_id, []):
                 self._play_again(call)
-        if dead:
-            self._manager.probe_unhealthy_actors(timeout_seconds=PROBE_TIMEOUT_S, mark_healthy=True)
+
+    def _let_go(self) -> None:
+        for actor_id in self._workers.leaving:
+            if not self._running.get(actor_id):
+                self._running.pop(actor_id, None)
+                self._workers.dismiss(actor_id)
 
     def _dispatch(self, train: bool) -> None:
-        for actor_id in self._manager.healthy_actor_ids():
-            tags = [call.tag for call in self._running[actor_id]]
+        for actor_id in self._workers.serving:
+            tags = [call.tag for call in self._running.get(actor_id, [])]
             for _ in range(self._groups_per_worker - tags.count(ROLLOUT)):
                 self._send(actor_id, self._next_rollout() if train else None)
             rollouts = tags.count(ROLLOUT)
@@ -264,11 +256,8 @@ class RolloutScheduler:
     def _send(self, actor_id: int, call: _Call | None) -> None:
         if call is None:
             return
-        sent = self._manager.foreach_actor_async(
-            call.method, tag=call.tag, kwargs=[call.kwargs], remote_actor_ids=[actor_id]
-        )
-        if sent == 1:
-            self._running[actor_id].append(call)
+        if self._workers.call(actor_id, call.method, call.tag, call.kwargs):
+            self._running.setdefault(actor_id, []).append(call)
         else:
             self._requeue(call)
 
@@ -280,9 +269,3 @@ def idle_worker_calls(groups_per_worker: int, rollouts: int) -> int:
     as fill the worker: the next ones run while the last episodes of the others end. At least one.
     """
     return max(1, 2 * (groups_per_worker - rollouts) // EVALUATION_CHUNK)
-
-
-def last_line(text: str) -> str:
-    """Returns the last line of an error's text: what went wrong, without where."""
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else "no reason given"

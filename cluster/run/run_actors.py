@@ -15,10 +15,11 @@ from actors.adapter_store import start_adapter_store
 from actors.buffer_actor import create_buffer_actor
 from actors.event_loop import EventLoopThread
 from actors.policy_client import PolicyClient
-from actors.policy_server import deploy_policy_server, shutdown_policy_server
+from actors.policy_server import deploy_policy_server, scale_policy_server, shutdown_policy_server
 from actors.rollout_worker import RolloutWorker
-from cluster.launch.placement import LEARNER, ROLLOUT, resource_plan
+from cluster.launch.placement import LEARNER, ROLLOUT, as_placed, resource_plan
 from cluster.run.learner_loop import ACTOR_TIMEOUT_S, LearnerJob, learner_loop
+from cluster.run.worker_pool import WorkerPool
 from shared.config import RunConfig
 from shared.run_folder import RunFolder
 
@@ -40,7 +41,7 @@ class RunActors:
         client: The client of the policy server.
         loop: The event loop that the client's requests of this process are made on.
         buffer: Handle of the replay buffer.
-        workers: Handles of the rollout workers.
+        workers: The rollout workers.
         learner_error: Why the learner was given up, None while it was not.
     """
 
@@ -65,15 +66,15 @@ class RunActors:
         self._say(f"policy server is up ({self.engine}, {time.monotonic() - started:.0f} s)")
         self.client = PolicyClient.from_config(handle, self._config)
         self.loop = EventLoopThread("policy client")
-        self.workers = [self._start_worker(index) for index in range(self._config.rollout.workers)]
+        self.workers = WorkerPool(self._start_worker, calls=self._config.rollout.groups_per_worker, say=self._say)
+        self.workers.resize(self._config.rollout.workers)
         return self
 
     def __exit__(self, *exception: object) -> None:
         try:
             self._stop_learner()
         finally:
-            for worker in self.workers:
-                ray.kill(worker)
+            self.workers.close()
             shutdown_policy_server(f"{self._name}-policy")
             self.loop.close()
 
@@ -89,6 +90,18 @@ class RunActors:
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             return {}
         return {"accepted": stats["accepted"], "buffer_size": stats["size"]}
+
+    def scale_rollouts(self, workers: int) -> None:
+        """Sets the number of rollout workers; those that leave finish what they play."""
+        self.workers.resize(workers)
+
+    def scale_samplers(self, replicas: int) -> None:
+        """Sets the number of policy server replicas; those that leave finish the requests that they have.
+
+        Raises:
+            UserError: Ray Serve does not take it.
+        """
+        scale_policy_server(f"{self._name}-policy", replicas)
 
     def start_learner(self) -> None:
         """Starts the data-parallel learners under Ray Train, in the background."""
@@ -143,7 +156,7 @@ class RunActors:
     def _start_worker(self, index: int) -> ray.actor.ActorHandle:
         rollout = self._config.rollout
         kind = ray.remote(RolloutWorker).options(
-            **resource_plan(self._config).part(ROLLOUT).actor_options(),
+            **resource_plan(as_placed(self._config)).part(ROLLOUT).actor_options(),
             max_restarts=rollout.max_restarts,
             # One call a group, one for an evaluation, and a ping.
             max_concurrency=rollout.groups_per_worker + 2,

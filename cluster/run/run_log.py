@@ -1,7 +1,8 @@
 """metrics.jsonl: the run's log, one JSON object a line, appended to by learner and driver.
 
 Kinds of rows: ``step`` (a learner step), ``rollout`` (a snapshot of the rollouts), ``evaluation``,
-``learner`` (the learner started at a step), ``fatal`` (the learner cannot go on, with the reason).
+``learner`` (the learner started at a step), ``scale`` (other numbers of rollout workers and replicas, or why not),
+``fatal`` (the learner cannot go on, with the reason).
 A ``learner`` row with step s says that earlier rows of later steps were undone.
 """
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,12 +64,37 @@ def run_lock(folder: RunFolder) -> Iterator[None]:
     Raises:
         UserError: Another driver is running it.
     """
-    descriptor = os.open(folder.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(_lock(folder), os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder.root}: another `gflowvlm train` is running this run") from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, socket.gethostname().encode(), 0)
         yield
     finally:
         os.close(descriptor)
+
+
+def driver_holds(folder: RunFolder) -> bool | None:
+    """Returns whether a driver is running the run; None where that cannot be told from this machine.
+
+    Not every shared file system shows one machine the locks of another.
+    """
+    try:
+        descriptor = os.open(_lock(folder), os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        host = os.read(descriptor, 256).decode(errors="replace")
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False if host in ("", socket.gethostname()) else None
+
+
+def _lock(folder: RunFolder) -> Path:
+    return folder.root / ".lock"

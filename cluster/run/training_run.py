@@ -13,8 +13,10 @@ from actors.demonstration_set import DemonstrationSet
 from actors.groups import GroupSummary
 from actors.sampling import BASE_VERSION
 from cluster.evaluation.figures import REPORT_SEED_OFFSET, EvaluationPlan, evaluate_trajectories
+from cluster.launch.ray_runtime import cluster_nodes
 from cluster.models import resolve_model
 from cluster.plots import draw_learning_curve
+from cluster.run.auto_scaling import Load, Size
 from cluster.run.checkpoints import latest_checkpoint
 from cluster.run.memory import MemoryMeter
 from cluster.run.progress import RunDisplay
@@ -22,13 +24,15 @@ from cluster.run.rollout_scheduler import (
     EvaluationJob,
     RolloutScheduler,
     demonstrated_seed,
-    last_line,
     training_seed,
 )
 from cluster.run.run_actors import RunActors
 from cluster.run.run_log import Row, RowTail, append_row, read_rows
 from cluster.run.run_setup import write_whole
+from cluster.run.sampler_watch import STATUS_TIMEOUT_S, SamplerLoad, SamplerWatch
+from cluster.run.scaling import RunScaling
 from cluster.run.telemetry import Telemetry
+from cluster.run.worker_pool import last_line
 from shared.config import RunConfig
 from shared.errors import UserError
 from shared.run_folder import RunFolder
@@ -36,7 +40,6 @@ from shared.run_folder import RunFolder
 PUMP_WAIT_S = 0.1
 SNAPSHOT_INTERVAL_S = 5.0
 NEWEST_TRAJECTORIES = 128
-STATUS_TIMEOUT_S = 1.0
 
 REPORT = "report"
 
@@ -71,7 +74,8 @@ class TrainingRun:
         self._started = time.monotonic()
         self._snapshot_at = 0.0
         self._memory = MemoryMeter()
-        self._server_seen: dict[str, tuple[float, float]] = {}
+        # Learner steps since the last look at the load: seconds waited, and in all.
+        self._waited: list[tuple[float, float]] = []
 
     def run(self) -> list[Row]:
         """Runs to the last learner step and the final report; returns the report's rows.
@@ -110,6 +114,11 @@ class TrainingRun:
             on_groups=self._note_groups,
             on_evaluation=self._note_evaluation,
         )
+        # The outer limit is for a loop that is stuck itself.
+        self._watch = SamplerWatch(
+            lambda: self._actors.loop.run(self._actors.client.status(STATUS_TIMEOUT_S), 5 * STATUS_TIMEOUT_S)
+        )
+        self.scaling = RunScaling(self.folder, config, self._actors, cluster_nodes, self.display.say)
 
     def _instance_seed(self, group_index: int) -> int:
         if self._demonstrated is None:
@@ -124,6 +133,7 @@ class TrainingRun:
         while not (self._actors.learner_finished and not self.scheduler.evaluating):
             self.scheduler.pump(train=self._rollouts_wanted(), wait_s=PUMP_WAIT_S)
             self._follow_log()
+            self.scaling.answer_requests(self.step)
             self._snapshot()
         self._follow_log()
         if self._actors.learner_error is not None:
@@ -160,6 +170,7 @@ class TrainingRun:
 
     def _note_step(self, row: Row) -> None:
         self.step, self.version = row["step"], row["version"]
+        self._waited.append((row["wait_s"], row["step_s"]))
         self.admission.advance(max(self.admission.version, self.step // self.config.learner.publish_every))
         self.display.update(step=self.step, version=self.version, staleness=row["staleness_mean"], loss=row["loss"])
         self.telemetry.send("train", row, self.step)
@@ -210,14 +221,19 @@ class TrainingRun:
             **self._actors.buffer_counts(),
             "groups_running": self.scheduler.groups_running,
             "groups_failed": self.scheduler.groups_failed,
-            "worker_restarts": self.scheduler.worker_deaths,
+            "worker_restarts": self._actors.workers.deaths,
+            "rollout_workers": len(self._actors.workers.serving),
+            "rollout_workers_wanted": self.scaling.size.rollouts,
+            "sampler_replicas_wanted": self.scaling.size.samplers,
             "tokens_per_s": self._tokens_since_start / (now - self._started),
         }
         if self.config.cluster.address is None:
             values["memory_gib"] = self._memory.gib()
-        idle = self._sampler_idle_share()
-        if idle is not None:
-            values["sampler_idle_share"] = idle
+        samplers = self._watch.look()
+        if samplers is not None:
+            values |= {"sampler_replicas": samplers.replicas, "sampler_requests": samplers.requests}
+            if samplers.idle_share is not None:
+                values["sampler_idle_share"] = samplers.idle_share
         if newest:
             values["rollout_success"] = sum(success for success, _, _ in newest) / len(newest)
             values["rollout_invalid"] = sum(invalid for _, invalid, _ in newest) / len(newest)
@@ -230,6 +246,24 @@ class TrainingRun:
             env_steps=self._env_steps,
             note="evaluating" if self.scheduler.evaluating else "",
         )
+        self._observe_load(samplers)
+
+    def _observe_load(self, samplers: SamplerLoad | None) -> None:
+        steps, self._waited = self._waited, []
+        # An evaluation is no load to scale for, and without a learner step nothing is known of its waiting.
+        if self.scheduler.evaluating or not steps or samplers is None or samplers.idle_share is None:
+            return
+        workers = len(self._actors.workers.serving)
+        load = Load(
+            learner_waiting=sum(waited for waited, _ in steps) / sum(whole for _, whole in steps),
+            sampler_idle=samplers.idle_share,
+            requests=samplers.requests,
+            requests_room=samplers.replicas * self.config.sampler.max_num_seqs,
+            groups=self.scheduler.groups_running,
+            groups_room=workers * self.config.rollout.groups_per_worker,
+            serving=Size(workers, samplers.replicas),
+        )
+        self.scaling.observe(load, self.step)
 
     def _report(self) -> list[Row]:
         best = json.loads(self.folder.best.read_text())["version"] if self.folder.best.exists() else self.version
@@ -241,6 +275,7 @@ class TrainingRun:
                 self.scheduler.evaluate(EvaluationJob(plan, version, self.step, label=REPORT))
         while self.scheduler.evaluating:
             self.scheduler.pump(train=False, wait_s=PUMP_WAIT_S)
+            self.scaling.answer_requests(self.step)
         report = [r for r in self._tail.new_rows() if r["kind"] == REPORT]
         summary = {
             "steps": self.step,
@@ -252,19 +287,3 @@ class TrainingRun:
         write_whole(self.folder.summary, json.dumps(summary, indent=1))
         draw_learning_curve(read_rows(self.folder.metrics), self.folder.learning_curve, self.folder.root.name)
         return report
-
-    def _sampler_idle_share(self) -> float | None:
-        """Share of the time since the last call in which no request was in flight, mean over replicas."""
-        try:
-            # The outer limit is for a loop that is stuck itself.
-            replicas = self._actors.loop.run(self._actors.client.status(STATUS_TIMEOUT_S), 5 * STATUS_TIMEOUT_S)
-        except TimeoutError:
-            return None
-        seen = {r["replica"]: (float(r["busy_s"]), float(r["up_s"])) for r in replicas}
-        shares = []
-        for replica, (busy, up) in seen.items():
-            busy_before, up_before = self._server_seen.get(replica, (0.0, 0.0))
-            if replica in self._server_seen and up > up_before:
-                shares.append(1.0 - (busy - busy_before) / (up - up_before))
-        self._server_seen = seen
-        return sum(shares) / len(shares) if shares else None

@@ -9,6 +9,7 @@ from cluster.run.rollout_scheduler import (
     idle_worker_calls,
     training_seed,
 )
+from cluster.run.worker_pool import WorkerPool
 from shared.config import RunConfig
 
 
@@ -41,7 +42,7 @@ def test_a_worker_without_training_groups_runs_more_than_fill_it_and_a_full_one_
 def test_the_driver_rests_while_no_call_is_in_flight():
     admission = Admission(max_staleness=0, batch=8, group_size=8)
     scheduler = RolloutScheduler(
-        [],
+        WorkerPool(start=lambda number: None, calls=1, say=print),
         admission,
         groups_per_worker=1,
         instance_seed=lambda index: index,

@@ -1,0 +1,159 @@
+"""The rollout workers of a run: starting, in service, leaving, dead and coming back."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayError
+from ray.rllib.utils.actor_manager import CallResult, FaultTolerantActorManager
+
+from shared.errors import UserError
+
+PING_PAUSE_S = 1.0
+LAST_PING = 3
+"""Vain pings in a row after which a worker is given up. Ray says of a worker that it will restart that it is
+unavailable for now, which does not count."""
+
+
+@dataclass(eq=False)
+class _Candidate:
+    """A worker that is not in service: it starts, restarts, or finds no room on the cluster."""
+
+    worker: ray.actor.ActorHandle
+    ping: ray.ObjectRef | None = None
+    due: float = 0.0
+    refused: int = 0
+
+
+class WorkerPool:
+    """Keeps as many rollout workers as wanted, and says which of them may be given work.
+
+    A worker is in service once it has answered a ping: one that waits for room on the cluster holds back no group.
+    One that is to leave gets no more calls and is ended when its last one has returned. Ray restarts the dead
+    (``rollout.max_restarts``), elsewhere when their node is gone.
+
+    Args:
+        start: Starts a worker with a number of its own. Workers are `FaultAwareApply` actors.
+        calls: Calls of one kind that a worker may run at the same time.
+        say: Called with a line about a worker that is given up.
+
+    Attributes:
+        wanted: Workers that there are to be.
+        deaths: Workers that died in service.
+    """
+
+    def __init__(
+        self, start: Callable[[int], ray.actor.ActorHandle], *, calls: int, say: Callable[[str], None]
+    ) -> None:
+        self._start, self._say = start, say
+        self._manager = FaultTolerantActorManager(max_remote_requests_in_flight_per_actor=calls)
+        self._candidates: list[_Candidate] = []
+        self._leaving: set[int] = set()
+        self._started = 0
+        self.wanted = 0
+        self.deaths = 0
+
+    @property
+    def serving(self) -> list[int]:
+        """Ids of the workers that may be given work."""
+        return [i for i in self._manager.healthy_actor_ids() if i not in self._leaving]
+
+    @property
+    def leaving(self) -> list[int]:
+        """Ids of the workers that are to be dismissed when their calls have returned."""
+        return sorted(self._leaving)
+
+    def resize(self, wanted: int) -> None:
+        """Starts workers, or chooses some to leave: first those that are not in service, then the youngest."""
+        self.wanted = wanted
+        staying = [i for i in self._manager.actor_ids() if i not in self._leaving]
+        missing = wanted - len(staying) - len(self._candidates)
+        for back in self.leaving[: max(0, missing)]:
+            self._leaving.discard(back)
+            missing -= 1
+        for _ in range(missing):
+            self._candidates.append(_Candidate(self._start(self._started)))
+            self._started += 1
+        for _ in range(min(-missing, len(self._candidates))):
+            ray.kill(self._candidates.pop().worker)
+            missing += 1
+        for _ in range(-missing):
+            self._leaving.add(staying.pop())
+
+    def call(self, worker: int, method: str, tag: str, kwargs: Mapping[str, Any]) -> bool:
+        """Calls a worker's method without waiting; returns whether the call was made."""
+        sent: int = self._manager.foreach_actor_async(method, tag=tag, kwargs=[dict(kwargs)], remote_actor_ids=[worker])
+        return sent == 1
+
+    def results(self, wait_s: float) -> list[CallResult]:
+        """Returns the calls that have ended since, waiting at most so many seconds while any is under way."""
+        return list(self._manager.fetch_ready_async_reqs(timeout_seconds=wait_s))
+
+    def tend(self) -> list[int]:
+        """Takes started workers into service and dead ones out of it; returns the dead ones' ids, whose calls are
+        lost.
+
+        Raises:
+            UserError: The last worker has been given up.
+        """
+        dead = [i for i in self._manager.actor_ids() if not self._manager.is_actor_healthy(i)]
+        self.deaths += len(dead)
+        for i in dead:
+            if i in self._leaving:
+                self.dismiss(i)
+            else:
+                self._candidates.append(_Candidate(self._manager.remove_actor(i)))
+        self._take_in()
+        return dead
+
+    def dismiss(self, worker: int) -> None:
+        """Ends a worker."""
+        self._leaving.discard(worker)
+        ray.kill(self._manager.remove_actor(worker))
+
+    def close(self) -> None:
+        """Ends all workers."""
+        for candidate in self._candidates:
+            ray.kill(candidate.worker)
+        self._candidates.clear()
+        self._leaving.clear()
+        self._manager.clear()
+
+    def _take_in(self) -> None:
+        now = time.monotonic()
+        for candidate in self._candidates:
+            if candidate.ping is None and now >= candidate.due:
+                candidate.ping = candidate.worker.ping.remote()
+        pings = [c.ping for c in self._candidates if c.ping is not None]
+        if not pings:
+            return
+        answered = set(ray.wait(pings, num_returns=len(pings), timeout=0)[0])
+        for candidate in [c for c in self._candidates if c.ping in answered]:
+            try:
+                ray.get(candidate.ping)
+            except RayError as error:
+                candidate.ping, candidate.due = None, now + PING_PAUSE_S
+                candidate.refused = 0 if isinstance(error, ActorUnavailableError) else candidate.refused + 1
+                if candidate.refused >= LAST_PING:
+                    self._give_up(candidate, str(error))
+            else:
+                self._candidates.remove(candidate)
+                self._manager.add_actors([candidate.worker])
+
+    def _give_up(self, candidate: _Candidate, error: str) -> None:
+        self._candidates.remove(candidate)
+        ray.kill(candidate.worker)
+        reason, left = last_line(error), len(self._candidates) + self._manager.num_actors()
+        if left == 0:
+            raise UserError(
+                f"no rollout worker is left, last: {reason}; look at the workers' logs in the Ray dashboard"
+            )
+        self._say(f"a rollout worker does not come back ({reason}); {left} are left")
+
+
+def last_line(text: str) -> str:
+    """Returns the last line of an error's text: what went wrong, without where."""
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else "no reason given"
