@@ -5,21 +5,16 @@ One run is started in a process of its own; the test kills parts of it and reads
 
 import contextlib
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
-import sys
 import urllib.request
 
 import pytest
 
-from cluster.run.run_log import read_rows
-from shared.config_io import load_config
 from shared.run_folder import RunFolder
 from tests.cluster.whole_runs import (
-    ROOT,
     acknowledged,
     assert_nothing_is_left,
     assert_steps_and_versions_go_on,
@@ -82,26 +77,6 @@ def assert_it_resumes_to_its_end(folder, log, steps, before):
     after = acknowledged(folder)
     assert set(before) <= set(after)
     assert set(after.values()) == {1}
-
-
-def scale(folder, *changes):
-    """What `gflowvlm scale` answers."""
-    done = subprocess.run(
-        [sys.executable, "-m", "cluster.cli", "scale", str(folder.root), *changes],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def sizes(folder):
-    """Workers and replicas in service, snapshot by snapshot."""
-    snapshots = [row for row in read_rows(folder.metrics) if row["kind"] == "rollout"]
-    return [(row["rollout_workers"], row.get("sampler_replicas")) for row in snapshots]
 
 
 def fill(path):
@@ -189,36 +164,3 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_resumes_once_there_is_room(sm
 
     (small_disk / "filler").unlink()
     assert_it_resumes_to_its_end(folder, log, steps, before)
-
-
-def test_a_run_is_scaled_while_it_runs_without_a_failed_trajectory(tmp_path):
-    # More steps than are taken: it is stopped when it has been scaled.
-    folder, log = RunFolder(tmp_path / "run"), tmp_path / "log"
-    run = start("--run", folder.root, *settings(10_000), QUICK_ENGINE, log=log)
-    try:
-        wait_for(lambda: newest_step(folder) >= 1, "the first step", run, log)
-        assert "rollouts 2 -> 4, samplers 1 -> 2" in scale(folder, "rollouts=4", "samplers=2")
-        wait_for(lambda: sizes(folder)[-1] == (4, 2), "workers and replicas to join", run, log)
-        step = newest_step(folder)
-        wait_for(lambda: newest_step(folder) >= step + 3, "steps with more of them", run, log)
-        assert "rollouts 4 -> 2, samplers 2" in scale(folder, "rollouts=2")
-        wait_for(lambda: sizes(folder)[-1] == (2, 2), "workers to leave", run, log)
-        wait_for(lambda: len(processes_of(log, "ray::RolloutWorker")) == 2, "their processes to end", run, log)
-        step = newest_step(folder)
-        wait_for(lambda: newest_step(folder) >= step + 3, "steps with fewer of them", run, log)
-        run.send_signal(signal.SIGINT)
-        assert run.wait(timeout=180) == 130, log.read_text()[-4000:]
-    finally:
-        run.kill()
-    rows = read_rows(folder.metrics)
-    snapshots = [row for row in rows if row["kind"] == "rollout"]
-    assert {(row["groups_failed"], row["worker_restarts"]) for row in snapshots} == {(0, 0)}
-    assert [(row["rollouts"], row["samplers"]) for row in rows if row["kind"] == "scale"] == [(4, 2), (2, 2)]
-    played = acknowledged(folder)
-    assert set(played.values()) == {1}
-    # The capacity rule: what was played for a version that was not there yet, up to groups that were under way.
-    config = load_config(folder.config)
-    ahead = len(played) - config.fresh_per_step * (newest_step(folder) + 1 + config.buffer.max_staleness)
-    assert ahead <= config.rollout.group_size
-    assert_steps_and_versions_go_on(folder, newest_step(folder))
-    assert_nothing_is_left(log)
