@@ -11,7 +11,9 @@ from cluster.launch.placement import (
     STORE,
     Node,
     Part,
+    as_placed,
     lacking,
+    largest,
     matches,
     resource_plan,
 )
@@ -134,3 +136,16 @@ def test_many_processes_are_compared_at_once():
 
 def test_the_amounts_of_a_bundle_are_those_above_zero():
     assert Part("x", 1, 1, 0.0, 1.0, {"slot": 2.0}).bundle == {"GPU": 1.0, "slot": 2.0}
+
+
+def test_scaling_by_load_makes_room_for_the_most_it_may_want():
+    bounds = ("scaling.max_workers=6", "scaling.max_replicas=3")
+    assert largest(load_preset("numberline-tiny", bounds)) == load_preset("numberline-tiny", bounds)
+    wanted = resource_plan(largest(load_preset("numberline-tiny", (*bounds, "scaling.automatic=true"))))
+    assert (wanted.part(ROLLOUT).count, wanted.part(SAMPLER).count) == (6, 3)
+
+
+def test_rollout_workers_take_no_slots_of_a_run_s_own_cluster():
+    alone, far = load_preset("numberline-tiny"), load_preset("numberline-tiny", ["cluster.address=auto"])
+    assert resource_plan(as_placed(alone)).part(ROLLOUT).cpus == 0
+    assert as_placed(far) == far
