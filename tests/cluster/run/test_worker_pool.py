@@ -63,7 +63,7 @@ class Run:
             self.pool,
             self.admission,
             groups_per_worker=GROUPS_EACH,
-            run_seed=0,
+            instance_seed=lambda index: index,
             next_group=0,
             rollout_version=lambda: None,
             on_groups=self._note,
