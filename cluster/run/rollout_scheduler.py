@@ -234,14 +234,20 @@ class RolloutScheduler:
                 self._workers.dismiss(actor_id)
 
     def _dispatch(self, train: bool) -> None:
+        # One after the other gets a group, so that the few that the capacity rule may leave are spread.
+        for groups in range(self._groups_per_worker if train else 0):
+            for actor_id in self._workers.serving:
+                if self._tags(actor_id).count(ROLLOUT) == groups:
+                    self._send(actor_id, self._next_rollout())
         for actor_id in self._workers.serving:
-            tags = [call.tag for call in self._running.get(actor_id, [])]
-            for _ in range(self._groups_per_worker - tags.count(ROLLOUT)):
-                self._send(actor_id, self._next_rollout() if train else None)
+            tags = self._tags(actor_id)
             rollouts = tags.count(ROLLOUT)
             calls = 1 if train else idle_worker_calls(self._groups_per_worker, rollouts)
             for _ in range(min(calls - (len(tags) - rollouts), len(self._evaluations))):
                 self._send(actor_id, self._evaluations.popleft())
+
+    def _tags(self, actor_id: int) -> list[str]:
+        return [call.tag for call in self._running.get(actor_id, [])]
 
     def _next_rollout(self) -> _Call | None:
         version = self._rollout_version()

@@ -1,6 +1,7 @@
 """The rollout workers of a run: starting, in service, leaving, dead and coming back."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +13,27 @@ from ray.rllib.utils.actor_manager import CallResult, FaultTolerantActorManager
 from shared.errors import UserError
 
 PING_PAUSE_S = 1.0
+PING_INTERVAL_S = 5.0
+"""How often workers in service that have no work are pinged: no call of theirs fails when they die."""
+LATE_PING_S = 15.0
+"""How long such a ping may take. While Ray looks for room for a dead worker, calls of it wait without an error."""
 LAST_PING = 3
 """Vain pings in a row after which a worker is given up. Ray says of a worker that it will restart that it is
 unavailable for now, which does not count."""
 
 
+@dataclass
+class _Ping:
+    """A ping of a worker in service without work, from when it is due."""
+
+    due: float
+    answer: ray.ObjectRef | None = None
+    late: float = 0.0
+
+
 @dataclass(eq=False)
 class _Candidate:
-    """A worker that is not in service: it starts, restarts, or finds no room on the cluster."""
+    """A worker that is not in service: it starts, restarts, does not answer, or finds no room on the cluster."""
 
     worker: ray.actor.ActorHandle
     ping: ray.ObjectRef | None = None
@@ -51,6 +65,8 @@ class WorkerPool:
         self._manager = FaultTolerantActorManager(max_remote_requests_in_flight_per_actor=calls)
         self._candidates: list[_Candidate] = []
         self._leaving: set[int] = set()
+        self._calls: Counter[int] = Counter()
+        self._pings: dict[int, _Ping] = {}
         self._started = 0
         self.wanted = 0
         self.deaths = 0
@@ -85,11 +101,14 @@ class WorkerPool:
     def call(self, worker: int, method: str, tag: str, kwargs: Mapping[str, Any]) -> bool:
         """Calls a worker's method without waiting; returns whether the call was made."""
         sent: int = self._manager.foreach_actor_async(method, tag=tag, kwargs=[dict(kwargs)], remote_actor_ids=[worker])
+        self._calls[worker] += sent
         return sent == 1
 
     def results(self, wait_s: float) -> list[CallResult]:
         """Returns the calls that have ended since, waiting at most so many seconds while any is under way."""
-        return list(self._manager.fetch_ready_async_reqs(timeout_seconds=wait_s))
+        results = list(self._manager.fetch_ready_async_reqs(timeout_seconds=wait_s))
+        self._calls.subtract(result.actor_id for result in results)
+        return results
 
     def tend(self) -> list[int]:
         """Takes started workers into service and dead ones out of it; returns the dead ones' ids, whose calls are
@@ -98,20 +117,21 @@ class WorkerPool:
         Raises:
             UserError: The last worker has been given up.
         """
+        self._ping_idle()
         dead = [i for i in self._manager.actor_ids() if not self._manager.is_actor_healthy(i)]
         self.deaths += len(dead)
         for i in dead:
             if i in self._leaving:
                 self.dismiss(i)
             else:
-                self._candidates.append(_Candidate(self._manager.remove_actor(i)))
+                self._candidates.append(_Candidate(self._remove(i)))
         self._take_in()
         return dead
 
     def dismiss(self, worker: int) -> None:
         """Ends a worker."""
         self._leaving.discard(worker)
-        ray.kill(self._manager.remove_actor(worker))
+        ray.kill(self._remove(worker))
 
     def close(self) -> None:
         """Ends all workers."""
@@ -119,7 +139,38 @@ class WorkerPool:
             ray.kill(candidate.worker)
         self._candidates.clear()
         self._leaving.clear()
+        self._calls.clear()
+        self._pings.clear()
         self._manager.clear()
+
+    def _ping_idle(self) -> None:
+        """Takes workers without work that do not answer out of service, until they do."""
+        now = time.monotonic()
+        for worker in self.serving:
+            if self._calls[worker] > 0:
+                self._pings.pop(worker, None)
+            elif worker not in self._pings:
+                self._pings[worker] = _Ping(now + PING_INTERVAL_S)
+        for worker, ping in [(i, p) for i, p in self._pings.items() if i in self.serving]:
+            if ping.answer is None and now >= ping.due:
+                ping.answer, ping.late = self._manager.actors()[worker].ping.remote(), now + LATE_PING_S
+            elif ping.answer is not None and ray.wait([ping.answer], timeout=0)[0]:
+                del self._pings[worker]
+                self._note_answer(worker, ping.answer)
+            elif ping.answer is not None and now >= ping.late:
+                del self._pings[worker]
+                self._candidates.append(_Candidate(self._remove(worker), ping.answer))
+
+    def _note_answer(self, worker: int, answer: ray.ObjectRef) -> None:
+        try:
+            ray.get(answer)
+        except RayError:
+            self._manager.set_actor_state(worker, healthy=False)
+
+    def _remove(self, worker: int) -> ray.actor.ActorHandle:
+        self._calls.pop(worker, None)
+        self._pings.pop(worker, None)
+        return self._manager.remove_actor(worker)
 
     def _take_in(self) -> None:
         now = time.monotonic()

@@ -15,7 +15,7 @@ from ray import serve
 
 from actors.adapter_store import start_adapter_store
 from actors.policy_client import PolicyClient, PolicyServerError
-from actors.policy_server import deploy_policy_server, shutdown_policy_server
+from actors.policy_server import deploy_policy_server, scale_policy_server, shutdown_policy_server
 from actors.sampling import SampleResponse, UnknownVersionError
 from shared.config import RunConfig
 from shared.errors import UserError
@@ -132,6 +132,25 @@ def test_requests_survive_kill_9_of_a_replica_and_its_successor_starts_at_the_ne
         assert {r.version for r in await served.sample_all(32)} == {newest}
 
     served.run(body)
+
+
+def test_replicas_join_and_leave_while_requests_are_answered_and_the_others_stay(served: Served) -> None:
+    async def body() -> None:
+        before = {status["replica"] for status in await served.until_all_replicas(2, lambda status: True)}
+        newest = (await served.store.newest.remote())[0]
+        await asyncio.to_thread(scale_policy_server, served.name, 3)
+        joined = await served.until_all_replicas(3, lambda status: status["newest_version"] == newest)
+        assert before < {status["replica"] for status in joined}
+        asked = asyncio.create_task(served.sample_all(96, max_tokens=200))
+        await asyncio.sleep(0.2)
+        await asyncio.to_thread(scale_policy_server, served.name, 2)
+        left = await served.until_all_replicas(2, lambda status: True)
+        assert {status["replica"] for status in left} < {status["replica"] for status in joined}
+        assert {r.version for r in await asked} == {newest}
+
+    served.run(body)
+    with pytest.raises(UserError, match="cannot change its replicas now"):
+        scale_policy_server("nobody", 2)
 
 
 def test_replicas_go_on_following_a_store_that_was_killed(served: Served, policy: Path) -> None:

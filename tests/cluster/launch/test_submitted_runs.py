@@ -1,4 +1,4 @@
-"""Runs that are sent to a Ray cluster of two nodes, with token authentication, each node a process tree of its own."""
+"""Runs sent to a Ray cluster of several nodes, with token authentication, each node a process tree of its own."""
 
 import os
 import secrets
@@ -8,8 +8,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -17,11 +20,13 @@ import pytest
 
 from cluster.run.checkpoints import latest_checkpoint
 from cluster.run.run_log import read_rows
+from shared.config_io import load_config
 from shared.run_folder import RunFolder
 from tests.cluster.test_cli_errors import assert_one_line
 from tests.cluster.whole_runs import (
     MARK,
     ROOT,
+    acknowledged,
     assert_steps_and_versions_go_on,
     newest_step,
     processes_of,
@@ -41,6 +46,7 @@ SETTINGS = (
     "rollout.group_size=2",
     # Where things go: rollout workers on the second node, all else on the head's.
     "rollout.node_labels={place: second}",
+    "rollout.resources_per_worker={seats: 1}",
     "sampler.node_labels={place: '!second'}",
     "learner.resources_per_worker={learners: 1}",
     "cluster.control_resources={drivers: 0.3}",
@@ -57,6 +63,7 @@ class Cluster:
     head: subprocess.Popen
     second: subprocess.Popen
     runs: Path
+    join: Callable[[str], subprocess.Popen]
 
     def command(self, *arguments, **environment):
         """What `subprocess` needs for one of our commands against the cluster."""
@@ -126,7 +133,7 @@ def end(folder, nodes):
 def cluster():
     # A short path: sockets below it may not be longer than 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="gfray", dir="/tmp"))
-    gcs, dashboard, client, *agents = free_ports(5)
+    gcs, dashboard, client, agent = free_ports(4)
     environment = {
         **{name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")},
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -146,30 +153,37 @@ def cluster():
         "--node-ip-address=127.0.0.1",
         "--dashboard-host=127.0.0.1",
         *ports,
-        f"--dashboard-agent-listen-port={agents[0]}",
+        f"--dashboard-agent-listen-port={agent}",
         f"--temp-dir={folder / 'ray'}",
         '--resources={"learners": 1, "drivers": 1}',
         *size,
     )
     nodes = [head]
-    try:
-        wait_for(lambda: answers(dashboard), "the dashboard", head, folder / "head.log", START_S)
-        second = start_node(
+
+    def join(name):
+        """Starts a node for two rollout workers; returns once it has joined."""
+        node = start_node(
             folder,
-            "second",
+            name,
             environment,
             f"--address=127.0.0.1:{gcs}",
             "--node-ip-address=127.0.0.1",
-            f"--dashboard-agent-listen-port={agents[1]}",
+            f"--dashboard-agent-listen-port={free_ports(1)[0]}",
             # Each node unpacks the job's code for itself, over what is there.
-            f"--temp-dir={folder / 'ray2'}",
+            f"--temp-dir={folder / name}",
             "--labels=place=second",
+            '--resources={"seats": 2}',
             *size,
         )
-        nodes.append(second)
-        joined = folder / "second.log"
-        wait_for(lambda: "Ray runtime started" in joined.read_text(), "the second node", second, joined, START_S)
-        yield Cluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", environment, head, second, folder / "runs")
+        nodes.append(node)
+        joined = folder / f"{name}.log"
+        wait_for(lambda: "Ray runtime started" in joined.read_text(), f"the node {name}", node, joined, START_S)
+        return node
+
+    try:
+        wait_for(lambda: answers(dashboard), "the dashboard", head, folder / "head.log", START_S)
+        second, url = join("second"), f"http://127.0.0.1:{dashboard}"
+        yield Cluster(f"127.0.0.1:{gcs}", url, environment, head, second, folder / "runs", join)
     finally:
         end(folder, nodes)
         shutil.rmtree(folder, ignore_errors=True)
@@ -220,6 +234,51 @@ def test_a_run_is_sent_once_placed_stopped_and_resumed_to_its_end(cluster):
     listed = cluster.gflowvlm("jobs").stdout
     assert listed.index("SUCCEEDED") < listed.index("STOPPED")
     assert [r["step"] for r in read_rows(folder.metrics) if r["kind"] == "learner"] == [0, taken]
+
+
+def snapshots(folder):
+    return [row for row in read_rows(folder.metrics) if row["kind"] == "rollout"]
+
+
+@pytest.mark.slow
+def test_a_run_is_scaled_while_it_runs_uses_a_node_that_joins_and_survives_one_that_leaves(cluster):
+    folder, log = RunFolder(cluster.runs / "scaled"), cluster.runs.parent / "second.log"
+    waits = partial(wait_for, run=cluster.second, log=log, timeout_s=RUN_S)
+    # More steps than are taken; it is stopped in the end.
+    sent = cluster.gflowvlm("submit", "--detach", "--name", "scaled", *SETTINGS, "learner.steps=10000")
+    assert sent.returncode == 0, sent.stderr
+    waits(lambda: newest_step(folder) >= 1, "a step")
+    answer = cluster.gflowvlm("scale", str(folder.root), "rollouts=4", "samplers=2").stdout
+    assert "rollouts 1 -> 4, samplers 1 -> 2; no room yet for 2 of 4 rollout workers" in answer
+    waits(lambda: snapshots(folder)[-1]["rollout_workers"] == 2, "the worker that has room")
+    waits(lambda: snapshots(folder)[-1].get("sampler_replicas") == 2, "the replica")
+    third, joined = cluster.join("third"), time.monotonic()
+    waits(lambda: snapshots(folder)[-1]["rollout_workers"] == 4, "the workers on the third node")
+    # Half of it where nothing else runs.
+    assert time.monotonic() - joined < 60
+    assert len(cluster.processes("ray::RolloutWorker", third)) == 2
+    step = newest_step(folder)
+    waits(lambda: newest_step(folder) >= step + 3, "steps with four workers")
+    assert (
+        "rollouts 4 -> 3, samplers 2 -> 1"
+        in cluster.gflowvlm("scale", str(folder.root), "rollouts=3", "samplers=1").stdout
+    )
+    waits(lambda: snapshots(folder)[-1]["rollout_workers"] == 3, "a worker to leave")
+    waits(lambda: snapshots(folder)[-1].get("sampler_replicas") == 1, "the replica to leave")
+    assert {(row["groups_failed"], row["worker_restarts"]) for row in snapshots(folder)} == {(0, 0)}
+
+    third.send_signal(signal.SIGTERM)
+    third.wait(timeout=60)
+    waits(lambda: snapshots(folder)[-1]["rollout_workers"] == 2, "the loss to be noticed")
+    step = newest_step(folder)
+    waits(lambda: newest_step(folder) >= step + 3, "steps without the third node")
+    assert cluster.gflowvlm("stop", "scaled").returncode == 0
+    played, config = acknowledged(folder), load_config(folder.config)
+    assert set(played.values()) == {1}
+    # The capacity rule: at most so far ahead of the learner, up to a group that the rounding lets start.
+    ahead = len(played) - config.fresh_per_step * (newest_step(folder) + 1 + config.buffer.max_staleness)
+    assert ahead <= config.rollout.group_size
+    assert_steps_and_versions_go_on(folder, newest_step(folder))
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from actors.admission import Admission
+from cluster.run import worker_pool
 from cluster.run.rollout_scheduler import RolloutScheduler
 from cluster.run.worker_pool import WorkerPool
 from shared.errors import UserError
@@ -26,7 +27,7 @@ def _ray():
         yield
 
 
-def player(play_s=0.1, resources=None, breaks=False):
+def player(play_s=0.1, resources=None, breaks=False, max_restarts=3):
     """What starts a worker that takes so long for a group. Made here, so that its process imports next to nothing."""
 
     class Player:
@@ -47,7 +48,7 @@ def player(play_s=0.1, resources=None, breaks=False):
             time.sleep(play_s)
             return [GroupSummary(request=r, group_id=f"{r.group_index}", versions=[self.number]) for r in requests]
 
-    options = {"num_cpus": 0, "max_restarts": 3, "max_concurrency": GROUPS_EACH + 1, "resources": resources}
+    options = {"resources": resources, "num_cpus": 0, "max_restarts": max_restarts, "max_concurrency": GROUPS_EACH + 1}
     return lambda number: ray.remote(Player).options(**options).remote(number)
 
 
@@ -166,6 +167,37 @@ def test_groups_of_a_worker_that_dies_are_played_again_and_it_comes_back(runs):
     assert run.scheduler.groups_failed > 0
     run.until(run.serving(2), "its return")
     run.play(4)
+    run.end()
+
+
+def test_a_worker_without_work_that_does_not_answer_is_out_of_service_until_it_does(runs, monkeypatch):
+    monkeypatch.setattr(worker_pool, "PING_INTERVAL_S", 0.2)
+    monkeypatch.setattr(worker_pool, "LATE_PING_S", 2.0)
+    run = runs(player(), groups=1)
+    run.pool.resize(2)
+    run.until(run.serving(2), "two workers")
+    run.until(lambda: run.played.total() == 1, "the only group")
+    (_, pid) = (ray.get(w.apply.remote(lambda player: os.getpid())) for w in run.pool._manager.actors().values())
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        run.until(run.serving(1), "its silence to be noticed")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    run.until(run.serving(2), "its return")
+    assert run.pool.deaths == 0
+    run.end()
+
+
+def test_a_worker_without_work_that_dies_for_good_is_given_up(runs, monkeypatch):
+    monkeypatch.setattr(worker_pool, "PING_INTERVAL_S", 0.2)
+    run = runs(player(max_restarts=0), groups=1)
+    run.pool.resize(2)
+    run.until(run.serving(2), "two workers")
+    run.until(lambda: run.played.total() == 1, "the only group")
+    ray.kill(run.pool._manager.actors()[1])
+    run.until(lambda: run.said, "the worker to be given up")
+    assert "a rollout worker does not come back" in run.said[0]
+    assert run.pool.deaths == 1
     run.end()
 
 
