@@ -19,7 +19,6 @@ from cluster.launch.process_environment import PROCESS_ENVIRONMENT
 from shared.config import RunConfig
 from shared.errors import UserError
 
-FIRST_DASHBOARD_PORT = 8265
 # Ray's job supervisor puts the job's own runtime environment here.
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 # Room that is there is given at once; only longer waits are worth a line.
@@ -74,7 +73,8 @@ def _start_local(config: RunConfig) -> ray.runtime_context.RuntimeContext:
         num_cpus=max(os.cpu_count() or 1, math.ceil(resource_plan(largest(config)).cpus)),
         object_store_memory=cluster.object_store_mib * 2**20,
         include_dashboard=cluster.dashboard,
-        dashboard_port=cluster.dashboard_port or _first_free(FIRST_DASHBOARD_PORT),
+        # Where none is given Ray takes the first that is free from 8265 on.
+        dashboard_port=cluster.dashboard_port,
         _metrics_export_port=cluster.metrics_port,
         logging_level=logging.ERROR,
         log_to_driver=False,
@@ -178,10 +178,3 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _first_free(port: int, tries: int = 100) -> int:
-    for candidate in range(port, port + tries):
-        if _is_free(candidate):
-            return candidate
-    raise UserError(f"no free port from {port} to {port + tries} for the dashboard; set cluster.dashboard=false")

@@ -197,7 +197,7 @@ class LearnerLoop:
         if self.rank == 0 and done % settings.checkpoint_every == 0:
             # Last, because a learner that goes on from it must find the step in the log and its adapter published.
             self._checkpoint(done)
-        ray.train.report({"step": done, "loss": metrics["loss"]})
+        # No `ray.train.report`: it waits until Ray Train's controller looks again, every two seconds.
         return ended
 
     def _checkpoint(self, done: int) -> None:

@@ -51,7 +51,6 @@ def run(tmp_path, monkeypatch):
     store = AdapterStore(folder.root)
     batch = to_record_batch(make_group(0))
     monkeypatch.setattr(learner_loop.ray, "get", lambda answer, timeout: answer)
-    monkeypatch.setattr(learner_loop.ray.train, "report", lambda metrics: None)
     alone = SimpleNamespace(get_world_size=lambda: 1)
     monkeypatch.setattr(learner_loop.ray.train, "get_context", lambda: alone)
     monkeypatch.setattr(
