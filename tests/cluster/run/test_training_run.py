@@ -87,7 +87,7 @@ def fill(path):
 
 def test_a_run_goes_on_when_any_of_its_processes_is_killed(tmp_path):
     # Enough for the run to be still going when the last of its processes is killed.
-    steps = 30
+    steps = 20
     folder, log, port = RunFolder(tmp_path / "run"), tmp_path / "log", free_port()
     run = start("--run", folder.root, *settings(steps), f"cluster.metrics_port={port}", log=log)
     try:
@@ -117,7 +117,7 @@ def test_a_run_goes_on_when_any_of_its_processes_is_killed(tmp_path):
 
 
 def test_a_run_resumes_after_ctrl_c_and_after_its_driver_is_killed(tmp_path):
-    steps = 16
+    steps = 10
     folder, log = RunFolder(tmp_path / "run"), tmp_path / "log"
     run = start("--run", folder.root, *settings(steps), QUICK_ENGINE, log=log)
     try:
@@ -146,7 +146,7 @@ def test_a_run_resumes_after_ctrl_c_and_after_its_driver_is_killed(tmp_path):
 
 
 def test_a_full_disk_ends_a_run_in_one_line_and_it_resumes_once_there_is_room(small_disk, tmp_path):
-    steps = 12
+    steps = 8
     folder, log = RunFolder(small_disk / "run"), tmp_path / "log"
     run = start("--run", folder.root, *settings(steps), QUICK_ENGINE, log=log)
     try:
