@@ -42,7 +42,8 @@ def register(app: typer.Typer) -> None:
 
         Each run is a whole `gflowvlm train` with a folder of its own in --out, one after the other. The same
         command goes on where it was stopped: finished runs are kept, an unfinished one is resumed. After each
-        run `table.md` (mean ± standard deviation over seeds), `runs.csv` and `curves.png` are written anew.
+        run `table.md` (mean ± standard deviation over seeds, also after equally many environment steps), `runs.csv`
+        and `curves.png` are written anew.
 
         Examples: `gflowvlm compare`, `gflowvlm compare --losses var_tb,ppo --seeds 2 learner.steps=100`.
         """

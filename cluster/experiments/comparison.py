@@ -6,11 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from actors.sampling import BASE_VERSION
 from cluster.evaluation.figures import REPORT_SEED_OFFSET
-from cluster.experiments.sweep import Figures, SweepRun, cell, draw_curves, markdown, report_figures
+from cluster.experiments.sweep import (
+    PANELS,
+    EvaluatedAt,
+    Figures,
+    SweepRun,
+    cell,
+    draw_curves,
+    evaluations,
+    markdown,
+    report_figures,
+)
 from cluster.run.run_setup import write_whole
 from cluster.tables import csv_text
 from shared.config import RunConfig
@@ -94,16 +105,44 @@ def measure_exact(run: ComparedRun, runs: Sequence[ComparedRun], instances: int,
 def write_comparison(runs: Sequence[ComparedRun], out: Path) -> str:
     """Writes table, raw figures and curves of the finished runs into `out`; returns the table (Markdown)."""
     done = [run for run in runs if run.finished]
-    rows = [figures(run) for run in done]
-    table = markdown_table(rows)
+    evaluated = [evaluations(run.folder) for run in done]
+    budget = min((found[-1].env_steps for found in evaluated if found), default=0)
+    rows = [{**figures(run), **at_env_steps(found, budget)} for run, found in zip(done, evaluated, strict=True)]
+    table = markdown_table(rows, budget)
     write_whole(out / TABLE, table)
     write_whole(out / RAW, csv_text(rows))
-    draw_curves(done, out / CURVES)
+    draw_curves(done, out / CURVES, axis="env_steps")
     return table
 
 
-def markdown_table(rows: Sequence[Figures]) -> str:
-    """Returns a Markdown table with one line a loss, mean ± standard deviation over its seeds."""
+def at_env_steps(evaluated: Sequence[EvaluatedAt], env_steps: int) -> Figures:
+    """Returns a run's figures after so many environment steps, linear between the evaluations around.
+
+    Keys: ``at_env_steps``, and ``FIGURE_at_env_steps`` for success, diversity and total variation; None where the run
+    has no such evaluations.
+
+    Args:
+        evaluated: The run's evaluations while it trained, in their order.
+        env_steps: Not more than the last one's.
+    """
+    found: Figures = {"at_env_steps": env_steps}
+    for name in PANELS:
+        points = [e for e in evaluated if e.row[name] is not None]
+        at, values = [float(e.env_steps) for e in points], [float(e.row[name]) for e in points]
+        found[f"{name}_at_env_steps"] = float(np.interp(env_steps, at, values)) if points else None
+    return found
+
+
+def markdown_table(rows: Sequence[Figures], env_steps: int) -> str:
+    """Returns a Markdown table with one line a loss, mean ± standard deviation over its seeds.
+
+    Runs of as many learner steps do not play as many environment steps: where trajectories become shorter, they play
+    fewer. So the table also has their figures after equally many.
+
+    Args:
+        rows: A run each: `figures` and `at_env_steps`.
+        env_steps: Environment steps after which runs are compared: those of the run that played fewest.
+    """
     by_loss: dict[str, list[Figures]] = defaultdict(list)
     for row in rows:
         by_loss[str(row["loss"])].append(row)
@@ -115,6 +154,11 @@ def markdown_table(rows: Sequence[Figures]) -> str:
         "exact, sequences": "exact_sequence_total_variation",
         "out-of-distribution success": "ood_success",
         "malformed": "id_malformed_rate",
+    }
+    equal = {
+        f"success at {env_steps:,} environment steps": "success",
+        "Div@N there": "div_at_n",
+        "total variation there": "total_variation",
     }
     totals = {
         "environment steps": ("env_steps", 0),
@@ -128,6 +172,7 @@ def markdown_table(rows: Sequence[Figures]) -> str:
         for name in columns.values():
             digits = 3 if name.endswith("rate") else 2
             cells.append(" → ".join(cell(group, f"{name}_{when}", digits) for when in ("before", "after")))
+        cells += [cell(group, f"{name}_at_env_steps", 2) for name in equal.values()]
         cells += [cell(group, name, digits) for name, digits in totals.values()]
         lines.append(cells)
-    return markdown(["loss", "seeds", *(f"{name}, before → after" for name in columns), *totals], lines)
+    return markdown(["loss", "seeds", *(f"{name}, before → after" for name in columns), *equal, *totals], lines)

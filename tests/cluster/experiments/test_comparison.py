@@ -36,6 +36,8 @@ def make_run(tmp_path):
     def make(loss, seed, after=None):
         run = ComparedRun.of(RunConfig(objective={"loss": loss}, seed=seed), tmp_path)
         run.prepare()
+        if after is not None:
+            append_row(run.folder.metrics, "rollout", {"step": 10, "env_steps": 100 + 100 * seed})
         for step, success in ((0, 0.4), (10, after)):
             if success is not None:
                 append_row(run.folder.metrics, "evaluation", {"step": step, **report(step, "id", success)})
@@ -43,7 +45,6 @@ def make_run(tmp_path):
             run.folder.adapter(1).mkdir()
             run.folder.adapter(2).mkdir()
             rows = [report(v, s, x) for s in ("id", "ood") for v, x in ((0, 0.4), (2, after))]
-            append_row(run.folder.metrics, "rollout", {"step": 10, "env_steps": 100 + 100 * seed})
             summary = {"steps": 10, "version": 2, "wall_s": 60 * seed, "peak_memory_gib": None, "report": rows}
             run.folder.summary.write_text(json.dumps(summary))
         return run
@@ -73,6 +74,16 @@ def test_the_table_has_mean_and_deviation_over_the_seeds_of_finished_runs(make_r
     assert (tmp_path / CURVES).read_bytes().startswith(b"\x89PNG")
 
 
+def test_runs_that_played_differently_much_are_compared_after_equally_many_environment_steps(make_run, tmp_path):
+    # They are evaluated at 0.4 before and at 0.8 after 100 and 200 environment steps.
+    table = write_comparison([make_run("var_tb", 0, 0.8), make_run("subtb", 1, 0.8)], tmp_path)
+    head, _, *lines = [line.split(" | ") for line in table.splitlines()]
+    at = head.index("success at 100 environment steps")
+    assert [line[at] for line in lines] == ["0.80", "0.60"]
+    assert [line[at + 1] for line in lines] == ["2.80", "2.60"]
+    assert [line[at + 2] for line in lines] == ["0.20", "0.40"]
+
+
 def test_a_run_made_with_other_settings_is_not_taken_for_one_of_the_comparison(make_run, tmp_path):
     make_run("var_tb", 0, 0.8)
     ComparedRun.of(RunConfig(), tmp_path).prepare()
@@ -89,7 +100,7 @@ def test_a_damaged_summary_is_named(make_run):
 
 
 def test_a_figure_that_no_run_has_is_left_blank():
-    table = markdown_table([{"loss": "db", "seed": 0, "id_success_before": None}])
+    table = markdown_table([{"loss": "db", "seed": 0, "id_success_before": None}], 0)
     assert table.splitlines()[2].startswith("| db | 1 | - → - |")
 
 
