@@ -64,11 +64,20 @@ def _names(losses: str) -> list[str]:
 
 
 def _compare(console: Console, configs: list[RunConfig], out: Path, exact_instances: int) -> None:
-    from cluster.experiments.comparison import CURVES, RAW, TABLE, ComparedRun, measure_exact, write_comparison
+    from cluster.experiments.comparison import (
+        CURVES,
+        RAW,
+        TABLE,
+        ComparedRun,
+        exact_check,
+        measure_exact,
+        write_comparison,
+    )
 
     runs = [ComparedRun.of(config, out) for config in configs]
     for run in runs:
         run.prepare()
+    check = None
     for number, run in enumerate(runs, start=1):
         if run.finished and (run.exact.exists() or exact_instances == 0):
             continue
@@ -82,7 +91,9 @@ def _compare(console: Console, configs: list[RunConfig], out: Path, exact_instan
                 f"{run.folder.root}: the run ended with status {status}, see above; the same command goes on"
             )
         if exact_instances > 0:
-            measure_exact(run, runs, exact_instances, console)
+            if check is None:
+                check = exact_check(run.config, exact_instances, console)
+            measure_exact(run, check)
         write_comparison(runs, out)
     console.rule("comparison")
     console.print(write_comparison(runs, out), highlight=False, soft_wrap=True)

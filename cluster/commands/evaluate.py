@@ -45,12 +45,13 @@ def register(app: typer.Typer) -> None:
         variation its noise floor: no policy can be expected to do better than those.
 
         With --exact the policy's distribution over action sequences is computed, before and after training,
-        and compared with the target; nothing is sampled there. It takes about a minute an instance with the
-        default task and policy, and works where all action sequences can be enumerated.
+        and compared with the target R^beta / Z and with what training aims at, the distribution where the
+        losses have their minimum (`aim_…`; it also depends on how the chains of thought are weighted). Nothing
+        is sampled there. It takes some minutes an instance with the default task and policy, and works
+        where all action sequences can be enumerated.
         """
-        from actors.sampling import BASE_VERSION
         from cluster.evaluation.figures import EvaluationPlan
-        from cluster.evaluation.run_evaluation import evaluate_run, exact_figures
+        from cluster.evaluation.run_evaluation import evaluate_run
 
         if split not in SPLITS:
             raise UserError(f"--split {split!r}: there is no such split; use {' or '.join(SPLITS)}")
@@ -65,23 +66,28 @@ def register(app: typer.Typer) -> None:
                 table.add_row(name, "-" if value is None else f"{value:.4g}")
         console.print(table)
         if exact:
-            chosen = int(figures["version"])
-            exact_by_version = exact_figures(
-                run,
-                split=split,
-                seed=seed,
-                instances=exact_instances,
-                versions=sorted({BASE_VERSION, chosen}),
-                console=console,
-            )
-            figures["exact"] = (
-                None
-                if exact_by_version is None
-                else {"base": exact_by_version[BASE_VERSION], "version": exact_by_version[chosen]}
+            figures["exact"] = _exact_figures(
+                run, int(figures["version"]), split=split, seed=seed, instances=exact_instances, console=console
             )
             _show_exact(console, figures, exact_instances)
         if json_file is not None:
             write_json_file(figures, json_file)
+
+
+def _exact_figures(
+    run: Path, version: int, *, split: str, seed: int, instances: int, console: Console
+) -> dict[str, dict[str, float | None]] | None:
+    """Returns the exact match of the base model and of a version; None where a tree is too large."""
+    from actors.sampling import BASE_VERSION
+    from cluster.evaluation.exact_check import ExactCheck
+    from cluster.run.run_setup import open_run
+
+    folder, config = open_run(run)
+    check = ExactCheck(config, split=split, seed=seed, instances=instances, console=console)
+    if check.base is None:
+        return None
+    match = check.base if version == BASE_VERSION else check.measure(folder.adapter(version))
+    return {"base": check.base.as_dict(), "version": match.as_dict()}
 
 
 def _flat(figures: dict[str, Any]) -> dict[str, Any]:
@@ -105,5 +111,6 @@ def _show_exact(console: Console, figures: dict[str, Any], instances: int) -> No
         "exact", "base", f"version {figures['version']}", title=f"every action sequence, {instances} instances"
     )
     for name, before in figures["exact"]["base"].items():
-        table.add_row(name, f"{before:.4g}", f"{figures['exact']['version'][name]:.4g}")
+        after = figures["exact"]["version"][name]
+        table.add_row(name, *("-" if value is None else f"{value:.4g}" for value in (before, after)))
     console.print(table)

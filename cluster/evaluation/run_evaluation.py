@@ -1,7 +1,6 @@
 """Evaluating a run's policy in this process, without Ray."""
 
 import asyncio
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,11 @@ from actors.episode import PlayedGroup, play_group
 from actors.groups import GroupRequest, PlaySettings
 from actors.samplers import make_sampler
 from actors.sampling import BASE_VERSION, PolicySampler
-from cluster.evaluation.exact import (
-    LEFT_OUT,
-    MAX_STATES,
-    action_probabilities,
-    exact_match,
-    expand_tree,
-    mean_match,
-    tree_size,
-)
 from cluster.evaluation.figures import EvaluationPlan, evaluate_trajectories
 from cluster.models import resolve_model
 from cluster.playing import best_version
 from cluster.run.run_setup import open_run
 from envs.registry import make_env
-from learner.model import default_device, load_adapted
-from learner.scoring import Scorer
 from shared.config import RunConfig
 from shared.errors import UserError
 from shared.policy_inputs import PolicyInputs
@@ -55,7 +43,7 @@ def evaluate_run(
     """
     folder, config = open_run(directory)
     version = best_version(folder) if version is None else version
-    _check_version(folder, version)
+    check_version(folder, version)
     model = resolve_model(config.policy.model)
     engine = config.sampler.engine if engine is None else engine
 
@@ -79,58 +67,8 @@ def evaluate_run(
     ).as_dict()
 
 
-def exact_figures(
-    directory: Path, *, split: str, seed: int, instances: int, versions: Sequence[int], console: Console
-) -> dict[int, dict[str, float]] | None:
-    """Returns the exact match of policy versions to the target, by version and figure.
-
-    Args:
-        directory: The run's folder.
-        split: ``id`` or ``ood``.
-        seed: Seed of the first instance.
-        instances: Instances to expand; figures are means over them.
-        versions: Adapter versions; 0 is the base model.
-        console: Where progress is shown.
-
-    Returns:
-        The figures of `ExactMatch` by version; None where the tree of an instance is too large.
-
-    Raises:
-        UserError: There is no such run or version.
-    """
-    folder, config = open_run(directory)
-    for version in versions:
-        _check_version(folder, version)
-    env = make_env(config.task)
-    trees = []
-    for instance in range(instances):
-        env.reset(seed=seed + instance, options={"split": split})
-        if tree_size(env) > MAX_STATES:
-            return None
-        trees.append(expand_tree(env))
-    model = resolve_model(config.policy.model)
-    inputs = PolicyInputs.load(model)
-    result = {}
-    with Progress(console=console, transient=True) as progress:
-        for version in versions:
-            adapter = folder.adapter(version) if version != BASE_VERSION else None
-            policy = load_adapted(model, config.policy.dtype, adapter)
-            scorer = Scorer(policy, inputs, default_device(), config.learner.token_budget)
-            task = progress.add_task(f"following every action sequence, version {version}", total=float(instances))
-            advance = partial(progress.advance, task)
-            matches = [
-                exact_match(
-                    tree,
-                    action_probabilities(tree, scorer, inputs, advance, LEFT_OUT),
-                    config.target.reward_exponent,
-                )
-                for tree in trees
-            ]
-            result[version] = mean_match(matches).as_dict()
-    return result
-
-
-def _check_version(folder: RunFolder, version: int) -> None:
+def check_version(folder: RunFolder, version: int) -> None:
+    """Raises `UserError` where a run has no such adapter version; 0 is the base model."""
     if version != BASE_VERSION and not folder.adapter(version).is_dir():
         raise UserError(f"{folder.root}: there is no adapter version {version}; `ls {folder.adapters}` shows them")
 

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -27,12 +28,21 @@ from cluster.tables import csv_text
 from shared.config import RunConfig
 from shared.errors import UserError
 
+if TYPE_CHECKING:
+    from cluster.evaluation.exact_check import ExactCheck
+
 TABLE, RAW, CURVES = "table.md", "runs.csv", "curves.png"
 
 EXACT = "exact.json"
 """In a run's folder: its exact match to the target, before and after training."""
 
-EXACT_COMPARED = ("total_variation", "sequence_total_variation", "uncovered")
+EXACT_COMPARED = (
+    "total_variation",
+    "sequence_total_variation",
+    "aim_total_variation",
+    "aim_sequence_total_variation",
+    "uncovered",
+)
 """Figures of the exact match that are compared."""
 
 
@@ -70,36 +80,29 @@ def figures(run: ComparedRun) -> Figures:
     return row
 
 
-def measure_exact(run: ComparedRun, runs: Sequence[ComparedRun], instances: int, console: Console) -> None:
-    """Writes a finished run's exact match to the target into its folder; nothing where its tree is too large.
+def exact_check(config: RunConfig, instances: int, console: Console) -> "ExactCheck":
+    """Returns what measures the runs of a comparison: the first instances of their final reports."""
+    # Brings torch, which the comparison does without otherwise.
+    from cluster.evaluation.exact_check import ExactCheck
 
-    Before training all runs of a comparison have the same policy, so that part is taken over from any of them.
+    seed = config.evaluation.seed + REPORT_SEED_OFFSET
+    return ExactCheck(config, split="id", seed=seed, instances=instances, console=console)
+
+
+def measure_exact(run: ComparedRun, check: "ExactCheck") -> None:
+    """Writes a finished run's exact match to the target into its folder; nothing where its tree is too large.
 
     Args:
         run: The run.
-        runs: All runs of the comparison.
-        instances: Instances to expand: the first of the final report.
-        console: Where progress is shown.
+        check: The instances, and the base model that all runs of a comparison start from.
     """
-    # Brings torch, which the comparison does without otherwise.
-    from cluster.evaluation.run_evaluation import exact_figures
-
-    known = [json.loads(other.exact.read_text(encoding="utf-8")) for other in runs if other.exact.exists()]
-    before = next((made["before"] for made in known if made["instances"] == instances), None)
-    best = int(json.loads(run.folder.summary.read_text(encoding="utf-8"))["version"])
-    found = exact_figures(
-        run.folder.root,
-        split="id",
-        seed=run.config.evaluation.seed + REPORT_SEED_OFFSET,
-        instances=instances,
-        versions=[best] if before is not None else sorted({BASE_VERSION, best}),
-        console=console,
-    )
-    if found is None:
+    if check.base is None:
         return
-    before = found[BASE_VERSION] if before is None else before
-    figures_of_both = {"instances": instances, "version": best, "before": before, "after": found[best]}
-    write_whole(run.exact, json.dumps(figures_of_both, indent=1))
+    best = int(json.loads(run.folder.summary.read_text(encoding="utf-8"))["version"])
+    match = check.base if best == BASE_VERSION else check.measure(run.folder.adapter(best))
+    before_and_after = {"before": check.base.as_dict(), "after": match.as_dict()}
+    measured = {"instances": check.instances, "version": best, **before_and_after}
+    write_whole(run.exact, json.dumps(measured, indent=1))
 
 
 def write_comparison(runs: Sequence[ComparedRun], out: Path) -> str:
@@ -152,6 +155,8 @@ def markdown_table(rows: Sequence[Figures], env_steps: int) -> str:
         "total variation": "id_total_variation",
         "exact, outcomes": "exact_total_variation",
         "exact, sequences": "exact_sequence_total_variation",
+        "exact, outcomes, to the aim": "exact_aim_total_variation",
+        "exact, sequences, to the aim": "exact_aim_sequence_total_variation",
         "out-of-distribution success": "ood_success",
         "malformed": "id_malformed_rate",
     }

@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from cluster.evaluation.exact import (
     action_probabilities,
     exact_match,
     expand_tree,
+    log_thought_factors,
     mean_match,
     tree_size,
 )
 from envs.base import TaskEnv
 from envs.registry import make_env
+from learner.losses import LOSSES
 from learner.model import load_base_model
 from learner.scoring import ScoredStep, Scorer
 from learner.tiny_policy import build_tiny_policy
@@ -75,7 +78,7 @@ def test_the_tree_holds_every_action_sequence_once_with_what_stopping_there_give
 
 def test_a_perfect_policy_matches_the_target_of_the_environment(env):
     states = expand_tree(env)
-    match = exact_match(states, perfect(states), BETA)
+    match = exact_match(states, perfect(states), BETA, None)
     for distance in ("total_variation", "jensen_shannon", "sequence_total_variation", "sequence_jensen_shannon"):
         assert getattr(match, distance) == pytest.approx(0.0, abs=1e-12)
     env.reset(seed=3)
@@ -90,7 +93,7 @@ def test_the_trees_of_other_tasks_are_small_and_match_their_target(settings):
         states = expand_tree(env)
         assert len(states) == tree_size(env) < 100
         assert any(s.forced for s in states)
-        match = exact_match(states, perfect(states), BETA)
+        match = exact_match(states, perfect(states), BETA, None)
         assert match.total_variation == pytest.approx(0.0, abs=1e-12)
         assert match.success == pytest.approx(env.target_success(BETA))
 
@@ -116,7 +119,7 @@ def test_mass_that_gets_lost_counts_as_distance(env):
         None if p is None else ActionProbabilities({a: 0.9 * q for a, q in p.of.items()}, uncovered=0.1)
         for p in perfect(states)
     ]
-    match = exact_match(states, leaky, BETA)
+    match = exact_match(states, leaky, BETA, None)
     stops_at_once = perfect(states)[0].of[DONE_TOKEN]
     assert 0.1 <= match.uncovered < 1
     assert match.uncovered > 0.1 + 0.09 * (1 - stops_at_once) - 1e-12
@@ -171,13 +174,122 @@ def test_what_is_left_out_are_the_rarest_states_and_no_more_mass_than_was_allowe
     for given, expected in zip(part, whole, strict=True):
         if given is not None and given.of:
             assert given.of == pytest.approx(expected.of, rel=1e-4)
-    exact, bounded = (exact_match(states, found, BETA) for found in (whole, part))
+    exact, bounded = (exact_match(states, found, BETA, None) for found in (whole, part))
     assert bounded.uncovered <= exact.uncovered + allowed + 1e-9
     assert abs(bounded.total_variation - exact.total_variation) <= allowed + 1e-9
 
 
 def test_figures_of_several_instances_are_averaged(env):
     states = expand_tree(env)
-    match = exact_match(states, perfect(states), BETA)
-    other = exact_match(states, perfect(states), BETA + 1)
+    match = exact_match(states, perfect(states), BETA, None)
+    other = exact_match(states, perfect(states), BETA + 1, None)
     assert mean_match([match, other]).total_variation == pytest.approx(other.total_variation / 2)
+
+
+GAMMA, ALPHA = 0.4, 1.0
+
+
+@dataclass
+class Thinking:
+    """A policy with chains of thought on a tree, at the minimum of the losses for a random reference policy."""
+
+    log_reference: dict
+    log_thought: dict
+    log_action: dict
+
+
+def at_the_minimum(states, thoughts, seed):
+    draw = torch.Generator().manual_seed(seed)
+    flow, best = {}, Thinking({}, {}, {})
+    for state in reversed(states):
+        reward = BETA * state.log_reward
+        if state.forced:
+            flow[state.actions] = reward
+            continue
+        reference = torch.rand(thoughts, generator=draw, dtype=torch.float64).log_softmax(0)
+        below = {a: flow[(*state.actions, a)] for a in state.responses} | {DONE_TOKEN: reward}
+        total = torch.logsumexp(torch.tensor(list(below.values()), dtype=torch.float64), 0)
+        best.log_reference[state.actions] = reference
+        best.log_action[state.actions] = {a: f - float(total) for a, f in below.items()}
+        thought = (ALPHA * reference + total) / GAMMA
+        flow[state.actions] = float(GAMMA * thought.logsumexp(0))
+        best.log_thought[state.actions] = thought.log_softmax(0)
+    return best, flow[()]
+
+
+def every_trajectory(states, policy, thoughts):
+    """The losses' inputs for every sequence of thoughts and actions."""
+    rewards = {s.actions: BETA * s.log_reward for s in states}
+    length, paths, stops, log_rewards = [], [], [], []
+    most = max(len(s.actions) for s in states)
+    for state in states:
+        n = len(state.actions)
+        visited = [state.actions[:k] for k in range(n + 1)]
+        for thought in itertools.product(range(thoughts), repeat=n + (not state.forced)):
+            said = [
+                GAMMA * policy.log_thought[z][c] - ALPHA * policy.log_reference[z][c]
+                for z, c in zip(visited, thought, strict=False)
+            ]
+            path = [x + policy.log_action[z][a] for x, z, a in zip(said, visited, state.actions, strict=False)]
+            stop = [x + policy.log_action[z][DONE_TOKEN] for x, z in zip(said, visited, strict=False)]
+            length.append(n)
+            paths.append(path + [math.nan] * (most - n))
+            stops.append(stop + [0.0] * state.forced + [math.nan] * (most - n))
+            log_rewards.append([rewards[z] for z in visited] + [math.nan] * (most - n))
+    return {
+        "log_pf": torch.tensor(paths, dtype=torch.float64),
+        "log_p_stop": torch.tensor(stops, dtype=torch.float64),
+        "log_reward": torch.tensor(log_rewards, dtype=torch.float64),
+        "length": torch.tensor(length),
+        "stopped": torch.ones(len(length), dtype=torch.bool),
+        "instance": torch.zeros(len(length), dtype=torch.int64),
+    }
+
+
+def test_what_training_aims_at_is_where_every_loss_is_zero():
+    env = make_env(NumberLineSettings(max_steps=3))
+    env.reset(seed=3)
+    states = expand_tree(env)
+    policy, log_z = at_the_minimum(states, thoughts=2, seed=0)
+    inputs = every_trajectory(states, policy, thoughts=2)
+    for name in ("var_tb", "db", "subtb", "tb"):
+        given = {"log_z": torch.full((len(inputs["length"]),), log_z, dtype=torch.float64)} if name == "tb" else {}
+        assert float(LOSSES[name](**inputs, **given).loss) == pytest.approx(0.0, abs=1e-18), name
+
+    def probabilities(log_thought):
+        return [
+            None
+            if s.forced
+            else ActionProbabilities(
+                {a: math.exp(x) for a, x in policy.log_action[s.actions].items()},
+                uncovered=0.0,
+                thoughts=log_thought[s.actions].exp().tolist(),
+            )
+            for s in states
+        ]
+
+    factors = log_thought_factors(probabilities(policy.log_reference), ALPHA, GAMMA)
+    match = exact_match(states, probabilities(policy.log_thought), BETA, factors)
+    assert match.aim_total_variation == pytest.approx(0.0, abs=1e-12)
+    assert match.aim_sequence_total_variation == pytest.approx(0.0, abs=1e-12)
+    # Longer walks cost more than in R^beta / Z, which a policy that matches that one shows too.
+    assert match.sequence_total_variation > 0.01
+    assert exact_match(states, perfect(states), BETA, factors).aim_sequence_total_variation == pytest.approx(
+        match.sequence_total_variation
+    )
+
+
+def test_equal_weights_of_policy_and_reference_aim_at_the_target_itself(env):
+    states = expand_tree(env)
+    factors = log_thought_factors(perfect(states), 0.4, 0.4)
+    match = exact_match(states, perfect(states), BETA, factors)
+    assert match.aim_sequence_total_variation == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.2, 0.4), (0.0, 0.4), (1.0, 0.0)])
+def test_what_training_aims_at_is_not_known_where_undemonstrated_thoughts_decide_it(env, alpha, gamma):
+    states = expand_tree(env)
+    assert log_thought_factors(perfect(states), alpha, gamma) is None
+    match = exact_match(states, perfect(states), BETA, None)
+    assert match.aim_total_variation is None
+    assert mean_match([match, match]).aim_total_variation is None

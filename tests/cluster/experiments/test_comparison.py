@@ -1,9 +1,10 @@
 import csv
+import dataclasses
 import json
 
 import pytest
-from rich.console import Console
 
+from cluster.evaluation.exact import ExactMatch
 from cluster.experiments.comparison import (
     CURVES,
     EXACT_COMPARED,
@@ -114,17 +115,38 @@ def test_exact_figures_stand_in_the_table_once_they_are_measured(make_run, tmp_p
     assert cells["exact, sequences, before → after"] == "0.25 → 0.25"
 
 
-def test_the_policy_before_training_is_measured_once_for_all_runs(make_run, tmp_path, monkeypatch):
-    asked = []
+class KnownCheck:
+    """Answers as an `ExactCheck`, from the number of the adapter version."""
 
-    def exact_figures(directory, *, versions, **settings):
-        asked.append((directory.name, versions, settings["instances"]))
-        return {version: dict.fromkeys(EXACT_COMPARED, 0.1 * (version + 1)) for version in versions}
+    instances = 3
 
-    monkeypatch.setattr("cluster.evaluation.run_evaluation.exact_figures", exact_figures)
+    def __init__(self):
+        self.base = self._match(0)
+        self.measured = []
+
+    def measure(self, adapter):
+        version = int(adapter.name.removeprefix("v"))
+        self.measured.append((adapter.parents[1].name, version))
+        return self._match(version)
+
+    def _match(self, version):
+        return ExactMatch(**{field.name: 0.1 * (version + 1) for field in dataclasses.fields(ExactMatch)})
+
+
+def test_a_runs_best_adapter_is_measured_and_set_beside_the_base_model(make_run):
+    check = KnownCheck()
     runs = [make_run("var_tb", 0, 0.8), make_run("subtb", 0, 0.9)]
     for run in runs:
-        measure_exact(run, runs, 3, Console())
-    assert asked == [("var_tb-0", [0, 2], 3), ("subtb-0", [2], 3)]
+        measure_exact(run, check)
+    assert check.measured == [("var_tb-0", 2), ("subtb-0", 2)]
     assert figures(runs[1])["exact_total_variation_before"] == pytest.approx(0.1)
-    assert figures(runs[1])["exact_total_variation_after"] == pytest.approx(0.3)
+    assert figures(runs[1])["exact_aim_total_variation_after"] == pytest.approx(0.3)
+
+
+def test_nothing_is_written_where_the_trees_are_too_large(make_run):
+    check = KnownCheck()
+    check.base = None
+    run = make_run("var_tb", 0, 0.8)
+    measure_exact(run, check)
+    assert check.measured == []
+    assert not run.exact.exists()
