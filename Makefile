@@ -9,6 +9,8 @@ BIN := .venv/bin
 STAMP := .venv/.set-up-$(ENGINE)
 ALFWORLD_STAMP := .venv/.set-up-alfworld
 DOCS_STAMP := .venv/.set-up-docs
+# A file's tests stay together, in the order in which tests/conftest.py has put them.
+TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
 SOURCES := shared envs actors learner cluster tests scripts
 
 .DEFAULT_GOAL := help
@@ -38,10 +40,10 @@ train: setup ## set up, then run the main job on its default preset
 
 # Half of the tests' time is waiting for processes to start, so two files run at a time.
 test: setup ## set up, then run all tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest $(TWO_FILES) $(ARGS)
 
 test-fast: setup ## the tests that take at most a few seconds each
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest $(TWO_FILES) -m 'not slow' $(ARGS)
 
 lint: setup ## ruff (rules and format) and mypy
 	$(BIN)/ruff check $(SOURCES)

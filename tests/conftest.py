@@ -17,23 +17,22 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-WHOLE_SYSTEM = (
-    "test_baseline_runs.py",
-    "test_doctor.py",
-    "test_experiment_command.py",
-    "test_scale.py",
-    "test_serve_command.py",
-    "test_submitted_runs.py",
+LONGEST_FIRST = (
     "test_training_run.py",
+    "test_submitted_runs.py",
+    "test_baseline_runs.py",
+    "test_experiment_command.py",
+    "test_policy_server.py",
+    "test_bench.py",
+    "test_serve_command.py",
+    "test_scale.py",
+    "test_sharding.py",
 )
-"""Files that start Ray with its dashboard: they wait a lot, and need the machine for one of them at a time."""
+"""Files that take minutes. `make test` runs two files at a time; none of these is to be left alone at the end."""
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under pytest-xdist a file's tests stay together, and those of `WHOLE_SYSTEM` in one process."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        group = "whole system" if item.path.name in WHOLE_SYSTEM else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests of the longest files first."""
+    order = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))

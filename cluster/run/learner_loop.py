@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -86,7 +87,8 @@ def learner_loop(job_values: dict[str, Any]) -> None:
     """Runs one data-parallel learner to the last step; `job_values` are the fields of a `LearnerJob`.
 
     A `UserError` ends the loop with a ``fatal`` row in the run's log instead of an exception, so that
-    Ray Train does not restart what cannot succeed.
+    Ray Train does not restart what cannot succeed. Where a full disk refuses that row too, the driver meets
+    the same disk and says so.
     """
     job = LearnerJob(**job_values)
     folder = RunFolder(Path(job.run_dir))
@@ -98,7 +100,10 @@ def learner_loop(job_values: dict[str, Any]) -> None:
         learner = Learner(config, job.model_path, rank=rank, world_size=context.get_world_size())
         LearnerLoop(job, folder, rank, learner).run()
     except UserError as error:
-        append_row(folder.metrics, "fatal", {"error": str(error)})
+        try:
+            append_row(folder.metrics, "fatal", {"error": str(error)})
+        except UserError as unwritten:
+            print(error, unwritten, sep="\n", file=sys.stderr)
 
 
 class LearnerLoop:

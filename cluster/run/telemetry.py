@@ -1,5 +1,6 @@
 """The run's figures on their way out: Prometheus through Ray, and TensorBoard."""
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,14 @@ class Telemetry:
     Args:
         directory: Where TensorBoard's event files go.
         run_name: Value of the ``run`` tag in Prometheus.
+
+    Raises:
+        OSError: TensorBoard's files cannot be written; from `send` and `close`.
     """
 
     def __init__(self, directory: Path, run_name: str) -> None:
+        self._shown = threading.excepthook
+        threading.excepthook = self._show
         self._writer = SummaryWriter(str(directory))
         self._tags = {"run": run_name, "split": ""}
         self._gauges = {
@@ -42,4 +48,12 @@ class Telemetry:
 
     def close(self) -> None:
         """Writes what is pending to disk."""
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            threading.excepthook = self._shown
+
+    def _show(self, failed: threading.ExceptHookArgs) -> None:
+        """Leaves out what TensorBoard's writing thread keeps and raises again in `send`, where it is handled."""
+        if failed.exc_value is None or getattr(failed.thread, "exception", None) is not failed.exc_value:
+            self._shown(failed)

@@ -1,6 +1,7 @@
 """The driver: puts a run together and keeps it going until the last learner step."""
 
 import json
+import math
 import time
 from collections import deque
 from typing import Any
@@ -143,6 +144,9 @@ class TrainingRun:
                 f"resume with `gflowvlm train --resume {self.folder.root}`"
             )
         if self.step < self.config.learner.steps:
+            # A full disk keeps the learner's reason out of the log; writing there says it.
+            self._snapshot_at = -math.inf
+            self._snapshot()
             raise UserError(
                 f"the learner ended at step {self.step} of {self.config.learner.steps}; "
                 f"resume with `gflowvlm train --resume {self.folder.root}`"

@@ -16,9 +16,10 @@ SETTINGS = [
     f"evaluation.every={STEPS}",
     "evaluation.instances=1",
     "evaluation.samples=2",
-    "rollout.workers=2",
+    "rollout.workers=1",
     "rollout.group_size=2",
     "sampler.engine=transformers",
+    "cluster.dashboard=false",
     "evaluation.at_start=false",
 ]
 

@@ -13,6 +13,7 @@ from cluster.run.checkpoints import checkpoint_steps
 from cluster.run.learner_loop import LearnerJob, LearnerLoop
 from cluster.run.run_log import RowTail, read_rows
 from cluster.run.run_setup import new_run
+from shared.config import RunConfig
 from shared.run_folder import RunFolder
 from shared.trajectory import to_record_batch
 from tests.actors.made_trajectories import make_group
@@ -109,3 +110,16 @@ def test_what_a_checkpoint_takes_counts_as_time_of_the_next_step(run, monkeypatc
     learn(run)
     times = [row["step_s"] for row in read_rows(run.metrics) if row["kind"] == "step"]
     assert times == [0.0, 5.0, 5.0, 5.0]
+
+
+def test_a_learner_whose_reason_cannot_be_written_still_ends_and_is_not_started_again(tmp_path, monkeypatch, capfd):
+    alone = SimpleNamespace(get_world_size=lambda: 1, get_world_rank=lambda: 0)
+    monkeypatch.setattr(learner_loop.ray.train, "get_context", lambda: alone)
+    # The log is a folder: no row can be appended. The model is not there either.
+    folder = RunFolder(tmp_path)
+    folder.metrics.mkdir()
+    job = LearnerJob(RunConfig().model_dump(mode="json"), "/no/such/model", str(tmp_path), "store", "buffer", "server")
+    learner_loop.learner_loop(vars(job))
+    said = capfd.readouterr().err
+    assert "/no/such/model" in said
+    assert "cannot be written" in said
