@@ -1,4 +1,4 @@
-"""`gflowvlm experiment` with whole runs: through real Ray Tune, each trial with a Ray of its own."""
+"""`gflowvlm experiment` with a whole run: through real Ray Tune, the trial with a Ray of its own."""
 
 import csv
 import os
@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster.experiments.catalog import EXPERIMENTS
 from cluster.experiments.results import CURVES, PICTURE, RAW, TABLE
 from shared.run_folder import RunFolder
+from tests.cluster.experiments.test_experiments import finish, select
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = [
@@ -41,12 +43,16 @@ def experiment(out):
 @pytest.mark.timeout(1900)
 def test_failed_trials_are_tried_again_and_finished_ones_never(tmp_path):
     out = tmp_path / "out"
+    chosen = select(out, EXPERIMENTS["motivating"], seeds=1, only=("gflownet-var-tb",), overrides=SETTINGS)
+    (there,) = chosen.trials().chosen
+    finish(there, 0.8)
     # What the evaluation at the other temperature writes cannot be written.
     obstacle = out / "sft-0" / "evaluation-id-temperature-1.2.partial"
     obstacle.mkdir(parents=True)
     result = experiment(out)
     assert result.returncode == 2, result.stdout + result.stderr
     assert "failed: sft-0: gflowvlm: --json" in result.stdout
+    assert "runs to do: 1, done: 1;" in result.stdout
     assert result.stdout.count("tried again") == 1
     assert result.stdout.count("given up") == 1
     assert "sft-0 failed" in result.stderr

@@ -8,7 +8,15 @@ import pytest
 from cluster.run.run_log import read_rows
 from shared.run_folder import RunFolder
 from shared.trajectory import from_arrow, read_parquet
-from tests.cluster.whole_runs import assert_steps_and_versions_go_on, finish, newest_step, start, wait_for
+from tests.cluster.whole_runs import (
+    acknowledged,
+    assert_nothing_is_left,
+    assert_steps_and_versions_go_on,
+    finish,
+    newest_step,
+    start,
+    wait_for,
+)
 
 STEPS = 8
 SETTINGS = [
@@ -33,22 +41,27 @@ def recorded(folder):
     return [t for path in sorted(folder.trajectories.glob("*.parquet")) for t in from_arrow(read_parquet(path))]
 
 
-def test_ppo_learns_each_trajectory_once_from_the_policy_that_made_it_over_a_resume_too(tmp_path):
+def test_ppo_learns_each_trajectory_once_from_the_policy_that_made_it_over_ctrl_c_and_resume_too(tmp_path):
     folder, log = RunFolder(tmp_path / "run"), tmp_path / "log"
     run = start("--run", folder.root, *SETTINGS, "objective.loss=ppo", log=log)
     try:
         wait_for(lambda: newest_step(folder) >= 3, "the third step", run, log)
-        # As Kubernetes and batch systems ask a process to end.
-        run.send_signal(signal.SIGTERM)
+        run.send_signal(signal.SIGINT)
         assert run.wait(timeout=180) == 130, log.read_text()[-4000:]
     finally:
         run.kill()
+    assert "--resume" in log.read_text()
+    assert_nothing_is_left(log)
+    before = acknowledged(folder)
     finish(start("--resume", folder.root, log=log), log)
 
     assert_steps_and_versions_go_on(folder, STEPS)
     steps = [r for r in read_rows(folder.metrics) if r["kind"] == "step"]
     assert [r["trajectories"] for r in steps] == [4.0] * STEPS
     assert all(r["updated"] == 1.0 for r in steps)
+    after = acknowledged(folder)
+    assert set(before) <= set(after)
+    assert set(after.values()) == {1}
     trajectories = recorded(folder)
     assert not any(t.expert for t in trajectories)
     # Each step's trajectories were made by one version. What an interruption left unlearned is the newest still

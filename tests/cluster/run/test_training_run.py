@@ -6,7 +6,6 @@ One run is started in a process of its own; the test kills parts of it and reads
 import contextlib
 import json
 import re
-import signal
 import socket
 import subprocess
 import urllib.request
@@ -110,29 +109,18 @@ def test_a_run_goes_on_when_any_of_its_processes_is_killed(tmp_path):
     assert_nothing_is_left(log)
 
 
-def test_a_run_resumes_after_ctrl_c_after_its_driver_is_killed_and_after_a_full_disk(small_disk, tmp_path):
-    steps = 16
+def test_a_run_resumes_after_its_driver_is_killed_and_after_a_full_disk(small_disk, tmp_path):
+    steps = 12
     folder, log = RunFolder((tmp_path if small_disk is None else small_disk) / "run"), tmp_path / "log"
     run = start("--run", folder.root, *settings(steps), *QUICK, log=log)
     try:
         wait_for(lambda: newest_step(folder) >= 2, "the second step", run, log)
-        run.send_signal(signal.SIGINT)
-        assert run.wait(timeout=180) == 130, log.read_text()[-4000:]
-    finally:
-        run.kill()
-    assert "--resume" in log.read_text()
-    assert_nothing_is_left(log)
-    interrupted_at = newest_step(folder)
-    before = acknowledged(folder)
-
-    run = start("--resume", folder.root, log=log)
-    try:
-        wait_for(lambda: newest_step(folder) >= interrupted_at + 2, "two steps after resuming", run, log)
     finally:
         run.kill()
         run.wait(timeout=30)
     killed_at = newest_step(folder)
-    assert interrupted_at < killed_at
+    assert_nothing_is_left(log)
+    before = acknowledged(folder)
 
     if small_disk is not None:
         run = start("--resume", folder.root, log=log)
@@ -147,6 +135,7 @@ def test_a_run_resumes_after_ctrl_c_after_its_driver_is_killed_and_after_a_full_
         assert "No space left" in said[0]
         assert "Traceback" not in log.read_text()
         assert_nothing_is_left(log)
+        assert set(before) <= set(acknowledged(folder))
         before = acknowledged(folder)
         (small_disk / "filler").unlink()
 
