@@ -1,14 +1,15 @@
 """The policy's exact distribution over action sequences, against R^beta / Z and against what training aims at.
 
 The tree of action sequences is expanded and scored by the policy. At each state the probabilities of the
-actions are marginalised over the chains of thought that the task's demonstrations use:
+actions are marginalised over chains of thought: those that the task's demonstrations use, and where these leave
+much out, those that the policy says in `THOUGHT_SAMPLES` responses sampled there.
 
     P(a | z) = Σ_c P_CoT(c | z) P_Act(a | c, z)
 
-What those chains of thought leave out (1 − Σ_c P_CoT) is *uncovered*: other words for the same, misreadings,
-malformed text. So are states that are hardly ever come to, where only the others are scored. Uncovered mass is
-followed to no end, counts as missing in the distances, and is reported beside them, so that a distance is known
-to within it. Nothing is sampled, so there is no sampling error.
+Each chain of thought counts once and with its exact probability, wherever it is from. What they leave out
+(1 − Σ_c P_CoT) is *uncovered*: rare other words for the same, misreadings, malformed text. So are states that are
+hardly ever come to, where only the others are scored. Uncovered mass is followed to no end, counts as missing in
+the distances, and is reported beside them: a distance is known to within it, and there is no other sampling error.
 
 What training aims at
 ---------------------
@@ -27,51 +28,32 @@ demonstrated, and is not known here.
 """
 
 import math
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from envs.base import TaskEnv
+from cluster.evaluation.action_tree import TreeState
 from learner.scoring import LOG_STOP, ScoredStep, Scorer
 from shared.policy_inputs import PolicyInputs
 from shared.response import DONE_TOKEN, parse_response, token_spans
 
-MAX_STATES = 20_000
-"""Largest tree that is expanded: states of one instance."""
-
 LEFT_OUT = 0.01
 """Probability that an evaluation does not follow to its end: the rarest of thousands of states."""
 
+THOUGHT_SAMPLES = 16
+"""Responses that are sampled at a state whose demonstrations leave much out."""
+
+MUCH = 1e-3
+"""Uncovered probability, on the way to a state and there, from which on its thoughts are sampled."""
+
+ThoughtSampler = Callable[[Sequence[TreeState]], Sequence[Sequence[str]]]
+"""Samples responses at states: `THOUGHT_SAMPLES` of each."""
+
 _STATES_AT_ONCE = 32
 _INVALID = "invalid"
-
-
-@dataclass(frozen=True)
-class TreeState:
-    """One state z of the tree: what the policy sees there, and what stopping there is worth.
-
-    Attributes:
-        actions: The actions that lead to it.
-        prompt: The task's prompt.
-        image: The encoded picture.
-        responses: For every admissible action but the stop, the demonstrated responses that take it.
-        log_reward: log R of stopping here, nats, before the exponent.
-        outcome: Name of the outcome of stopping here.
-        solved: Whether stopping here solves the task.
-        forced: Whether stopping is the only move (the step limit).
-    """
-
-    actions: tuple[str, ...]
-    prompt: str
-    image: bytes
-    responses: Mapping[str, Sequence[str]]
-    log_reward: float
-    outcome: str
-    solved: bool
-    forced: bool
 
 
 @dataclass(frozen=True)
@@ -123,51 +105,13 @@ class ExactMatch:
         return asdict(self)
 
 
-def tree_size(env: TaskEnv) -> int:
-    """Returns how many states the tree of an instance has; counting ends beyond `MAX_STATES`.
-
-    Where the task itself has no target distribution, its tree cannot be walked and counts as too large. `env` must
-    have been reset to the instance.
-    """
-    if env.target_distribution(1.0) is None:
-        return MAX_STATES + 1
-    states, waiting = 0, [env]
-    while len(waiting) > 0 and states <= MAX_STATES:
-        states += 1
-        waiting += _children(waiting.pop()).values()
-    return states
-
-
-def expand_tree(env: TaskEnv) -> list[TreeState]:
-    """Returns all states of the tree of an instance, parents before children.
-
-    Args:
-        env: The environment, reset to the instance.
-    """
-    states: list[TreeState] = []
-    waiting = deque([env])
-    while waiting:
-        here = waiting.popleft()
-        forced = here.end is not None
-        children = _children(here)
-        waiting.extend(children.values())
-        prompt, image = here.prompt(), here.image_png()
-        responses = {action: here.demonstrations(action) for action in children}
-        log_reward, outcome = here.log_reward, here.outcome
-        if not forced:
-            here = here.branch()
-            here.advance(DONE_TOKEN)
-        actions = tuple(here.past_actions)
-        states.append(TreeState(actions, prompt, image, responses, log_reward, outcome, here.success, forced))
-    return states
-
-
 def action_probabilities(
     states: Sequence[TreeState],
     scorer: Scorer,
     inputs: PolicyInputs,
     advance: Callable[[float], None],
     left_out: float = 0.0,
+    sample_thoughts: ThoughtSampler | None = None,
 ) -> list[ActionProbabilities | None]:
     """Returns P(a | z) of every state, None where stopping is forced.
 
@@ -180,6 +124,7 @@ def action_probabilities(
         inputs: The policy's processor.
         advance: Called with the probability that was followed to its end since the last call, 1 in all.
         left_out: Probability that may be left.
+        sample_thoughts: Samples more chains of thought where the demonstrations leave much out.
     """
     by_actions = {state.actions: number for number, state in enumerate(states)}
     found: list[ActionProbabilities | None] = [
@@ -190,7 +135,8 @@ def action_probabilities(
     while sum(waiting.values()) > left_out:
         chosen = sorted(waiting, key=lambda actions: -waiting[actions])[:_STATES_AT_ONCE]
         some = [states[by_actions[actions]] for actions in chosen]
-        for state, given in zip(some, _scored(some, scorer, inputs), strict=True):
+        covered = state_probabilities(some, [waiting[actions] for actions in chosen], scorer, inputs, sample_thoughts)
+        for state, given in zip(some, covered, strict=True):
             found[by_actions[state.actions]] = given
             here = waiting.pop(state.actions)
             for action in state.responses:
@@ -302,30 +248,72 @@ def mean_match(matches: Sequence[ExactMatch]) -> ExactMatch:
     return ExactMatch(**means)
 
 
-def _children(env: TaskEnv) -> dict[str, TaskEnv]:
-    """Returns copies of an environment after each of its moves, by move; none where stopping is forced."""
-    children = {}
-    if env.end is None:
-        for action in env.admissible_actions:
-            if action != DONE_TOKEN:
-                children[action] = env.branch()
-                children[action].advance(action)
-    return children
-
-
 def _scored_step(state: TreeState, response: str, inputs: PolicyInputs) -> ScoredStep:
     ids = inputs.encode_response(response)
     spans = token_spans(ids, parse_response(response).action_chars, inputs.decode)
     return ScoredStep(state.prompt, state.image, ids, spans.cot_end, spans.action_end)
 
 
-def _scored(states: Sequence[TreeState], scorer: Scorer, inputs: PolicyInputs) -> list[ActionProbabilities]:
-    """Sums over the chains of thought of each state."""
+def state_probabilities(
+    states: Sequence[TreeState],
+    reach: Sequence[float],
+    scorer: Scorer,
+    inputs: PolicyInputs,
+    sample_thoughts: ThoughtSampler | None,
+) -> list[ActionProbabilities]:
+    """Returns P(a | z) of each state: over its demonstrated chains of thought, and over sampled ones where those
+    leave much out.
+
+    Args:
+        states: The states.
+        reach: How probable it is to come to each of them.
+        scorer: Scorer of the policy.
+        inputs: The policy's processor.
+        sample_thoughts: Samples responses; None for none.
+    """
+    found = _scored(states, [state.responses for state in states], scorer, inputs)
+    unsure = [n for n, given in enumerate(found) if reach[n] * given.uncovered > MUCH]
+    if sample_thoughts is not None and unsure:
+        some = [states[n] for n in unsure]
+        sampled = zip(some, sample_thoughts(some), strict=True)
+        more = [_other_responses(state, texts, inputs) for state, texts in sampled]
+        for n, given in zip(unsure, _scored(some, more, scorer, inputs), strict=True):
+            found[n] = _together(found[n], given)
+    return found
+
+
+def _other_responses(state: TreeState, texts: Sequence[str], inputs: PolicyInputs) -> dict[str, list[str]]:
+    """Returns responses with each action behind each chain of thought of `texts` that is not demonstrated."""
+    found: dict[str, list[str]] = {action: [] for action in state.responses}
+    known = {_parts(response)[0] for response in next(iter(state.responses.values()))}
+    for text in texts:
+        thought, rest = _parts(text)
+        # Text that comes back otherwise from its tokens has no probability of its own.
+        if rest and thought not in known and inputs.decode(inputs.encode_response(text)) == text:
+            known.add(thought)
+            for action, responses in found.items():
+                responses.append(thought + action + rest)
+    return found
+
+
+def _parts(response: str) -> tuple[str, str]:
+    """Returns what stands before a response's action and what behind it; nothing behind it where there is none."""
+    chars = parse_response(response).action_chars
+    return (response, "") if chars is None else (response[: chars[0]], response[chars[1] :])
+
+
+def _scored(
+    states: Sequence[TreeState],
+    responses: Sequence[Mapping[str, Sequence[str]]],
+    scorer: Scorer,
+    inputs: PolicyInputs,
+) -> list[ActionProbabilities]:
+    """Sums over chains of thought; each of a state's has one response for every action."""
     steps, owners = [], []
-    for number, state in enumerate(states):
-        for action, responses in state.responses.items():
-            for response in responses:
-                steps.append(_scored_step(state, response, inputs))
+    for number, (state, by_action) in enumerate(zip(states, responses, strict=True)):
+        for action, texts in by_action.items():
+            for text in texts:
+                steps.append(_scored_step(state, text, inputs))
                 owners.append((number, action))
     scores = torch.zeros(len(steps), LOG_STOP + 1)
     with torch.no_grad():
@@ -335,15 +323,21 @@ def _scored(states: Sequence[TreeState], scorer: Scorer, inputs: PolicyInputs) -
     thoughts: list[list[float]] = [[] for _ in states]
     for (number, action), (act, cot, stop) in zip(owners, scores.double().exp().tolist(), strict=True):
         of[number][action] += cot * act
-        # Every chain of thought is there once for each action, and says the same about stopping each time.
-        share = 1.0 / len(states[number].responses)
-        of[number][DONE_TOKEN] += share * cot * stop
-        if action == next(iter(states[number].responses)):
+        # A chain of thought says the same about stopping each time.
+        of[number][DONE_TOKEN] += cot * stop / len(responses[number])
+        if action == next(iter(responses[number])):
             thoughts[number].append(cot)
-    return [
-        ActionProbabilities(dict(p), max(0.0, 1.0 - math.fsum(said)), tuple(said))
-        for p, said in zip(of, thoughts, strict=True)
-    ]
+    return [ActionProbabilities(dict(p), _left(said), tuple(said)) for p, said in zip(of, thoughts, strict=True)]
+
+
+def _together(one: ActionProbabilities, other: ActionProbabilities) -> ActionProbabilities:
+    thoughts = (*one.thoughts, *other.thoughts)
+    of = {action: one.of.get(action, 0.0) + other.of.get(action, 0.0) for action in {*one.of, *other.of}}
+    return ActionProbabilities(of, _left(thoughts), thoughts)
+
+
+def _left(thoughts: Sequence[float]) -> float:
+    return max(0.0, 1.0 - math.fsum(thoughts))
 
 
 def _summed(probabilities: Mapping[tuple[str, ...], float], name_of: Mapping[tuple[str, ...], str]) -> dict[Any, float]:

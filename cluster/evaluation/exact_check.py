@@ -1,22 +1,28 @@
 """Policies of one task and base model, measured exactly on the same instances."""
 
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
+from actors.event_loop import EventLoopThread
+from actors.sampling import BASE_VERSION, SampleRequest
+from actors.transformers_sampler import TransformersSampler
+from cluster.evaluation.action_tree import MAX_STATES, TreeState, expand_tree, tree_size
 from cluster.evaluation.exact import (
     LEFT_OUT,
-    MAX_STATES,
+    THOUGHT_SAMPLES,
     ActionProbabilities,
     ExactMatch,
+    ThoughtSampler,
     action_probabilities,
     exact_match,
-    expand_tree,
     log_thought_factors,
     mean_match,
-    tree_size,
 )
 from cluster.models import resolve_model
 from envs.registry import make_env
@@ -24,6 +30,9 @@ from learner.model import default_device, load_adapted
 from learner.scoring import Scorer
 from shared.config import RunConfig
 from shared.policy_inputs import PolicyInputs
+
+SAMPLING_TIMEOUT_S = 1800.0
+"""Longest that the thoughts of some states may take to be sampled."""
 
 
 class ExactCheck:
@@ -82,12 +91,49 @@ class ExactCheck:
     ) -> list[list[ActionProbabilities | None]]:
         policy = load_adapted(self._model, self._config.policy.dtype, adapter)
         scorer = Scorer(policy, self._inputs, default_device(), self._config.learner.token_budget)
-        with Progress(console=self._console, transient=True) as progress:
+        with (
+            _thoughts(self._config, self._model, adapter) as sample_thoughts,
+            Progress(console=self._console, transient=True) as progress,
+        ):
             task = progress.add_task(f"following every action sequence, {name}", total=float(len(self._trees)))
             advance = partial(progress.advance, task)
-            return [action_probabilities(tree, scorer, self._inputs, advance, left_out) for tree in self._trees]
+            return [
+                action_probabilities(tree, scorer, self._inputs, advance, left_out, sample_thoughts)
+                for tree in self._trees
+            ]
 
     def _match(self, probabilities: list[list[ActionProbabilities | None]]) -> ExactMatch:
         beta = self._config.target.reward_exponent
         measured = zip(self._trees, probabilities, self._log_factors, strict=True)
         return mean_match([exact_match(tree, given, beta, factors) for tree, given, factors in measured])
+
+
+@contextmanager
+def _thoughts(config: RunConfig, model: str, adapter: Path | None) -> Iterator[ThoughtSampler]:
+    """Yields what samples responses of the base model or of it with an adapter, at temperature 1."""
+    loop, sampler = EventLoopThread("thoughts"), TransformersSampler(config, model)
+    version = BASE_VERSION if adapter is None else BASE_VERSION + 1
+
+    async def draw(states: Sequence[TreeState]) -> list[str]:
+        length = config.policy.max_response_tokens
+        requests = [
+            SampleRequest(state.prompt, state.image, length, temperature=1.0, version=version, seed=seed)
+            for state in states
+            for seed in range(THOUGHT_SAMPLES)
+        ]
+        return [response.text for response in await asyncio.gather(*map(sampler.sample, requests))]
+
+    def sample_thoughts(states: Sequence[TreeState]) -> list[list[str]]:
+        texts = loop.run(draw(states), SAMPLING_TIMEOUT_S)
+        return [texts[i : i + THOUGHT_SAMPLES] for i in range(0, len(texts), THOUGHT_SAMPLES)]
+
+    async def stop() -> None:
+        sampler.shutdown()
+
+    try:
+        if adapter is not None:
+            loop.run(sampler.load(version, adapter), SAMPLING_TIMEOUT_S)
+        yield sample_thoughts
+    finally:
+        loop.run(stop(), SAMPLING_TIMEOUT_S)
+        loop.close()

@@ -1,19 +1,18 @@
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
+from cluster.evaluation.action_tree import MAX_STATES, expand_tree, tree_size
 from cluster.evaluation.exact import (
-    MAX_STATES,
     ActionProbabilities,
     action_probabilities,
     exact_match,
-    expand_tree,
     log_thought_factors,
     mean_match,
-    tree_size,
+    state_probabilities,
 )
 from envs.base import TaskEnv
 from envs.registry import make_env
@@ -22,7 +21,7 @@ from learner.model import load_base_model
 from learner.scoring import ScoredStep, Scorer
 from learner.tiny_policy import build_tiny_policy
 from shared.policy_inputs import PolicyInputs
-from shared.response import DONE_TOKEN, parse_response, token_spans
+from shared.response import DONE_TOKEN, format_response, parse_response, token_spans
 from shared.task_settings import BlackjackSettings, NumberLineSettings, NumberSequenceSettings
 
 BETA = 3.0
@@ -150,6 +149,40 @@ def test_probabilities_of_actions_are_sums_over_the_chains_of_thought(env, tiny)
             covered += float(scores.log_cot.double().exp())
         assert given.of["+"] == pytest.approx(total, rel=1e-4)
         assert given.uncovered == pytest.approx(1 - covered, abs=1e-6)
+
+
+def test_sampled_thoughts_count_once_with_their_own_probability_where_demonstrations_leave_much_out(env, tiny):
+    inputs = PolicyInputs.load(tiny)
+    scorer = Scorer(load_base_model(tiny, "float32").eval(), inputs, torch.device("cpu"), token_budget=4000)
+    root = expand_tree(env)[0]
+    root = replace(root, responses={action: responses[:1] for action, responses in root.responses.items()})
+    odd = format_response("-", "odd")
+    asked = []
+
+    def sample_thoughts(some):
+        asked.append([state.actions for state in some])
+        return [[odd, odd.replace('"-"', '"+"'), root.responses["+"][0], "no response", odd] for _ in some]
+
+    def score(response):
+        ids = inputs.encode_response(response)
+        spans = token_spans(ids, parse_response(response).action_chars, inputs.decode)
+        with torch.no_grad():
+            step = ScoredStep(root.prompt, root.image, ids, spans.cot_end, spans.action_end)
+            scores = scorer.score_steps(scorer.pack([step])[0])
+        return float(scores.log_cot.double().exp()), float(scores.log_act.double().exp())
+
+    (plain,), (more,) = (
+        state_probabilities([root], [1.0], scorer, inputs, sampler) for sampler in (None, sample_thoughts)
+    )
+    assert asked == [[()]]
+    cot, act = score(odd)
+    assert len(more.thoughts) == len(plain.thoughts) + 1 == 2
+    assert more.thoughts[-1] == pytest.approx(cot, rel=1e-4)
+    assert more.of["-"] - plain.of["-"] == pytest.approx(cot * act, rel=1e-4)
+    assert plain.uncovered - more.uncovered == pytest.approx(cot, rel=1e-3, abs=1e-12)
+    # Nothing is sampled at a state that is hardly ever come to.
+    assert state_probabilities([root], [1e-6], scorer, inputs, sample_thoughts) == [plain]
+    assert len(asked) == 1
 
 
 def test_what_is_left_out_are_the_rarest_states_and_no_more_mass_than_was_allowed(env, tiny, monkeypatch):
