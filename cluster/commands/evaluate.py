@@ -46,9 +46,10 @@ def register(app: typer.Typer) -> None:
 
         With --exact the policy's distribution over action sequences is computed, before and after training,
         and compared with the target R^beta / Z and with what training aims at, the distribution where the
-        losses have their minimum (`aim_…`; it also depends on how the chains of thought are weighted). Nothing
-        is sampled there. It takes some minutes an instance with the default task and policy, and works
-        where all action sequences can be enumerated.
+        losses have their minimum (`aim_…`; it also depends on how the chains of thought are weighted). Action
+        probabilities are sums over the demonstrated chains of thought, and over sampled ones where those leave
+        much out; what is still left out is `uncovered`. It takes some minutes with the default task and
+        policy, and works where all action sequences can be enumerated.
         """
         from cluster.evaluation.figures import EvaluationPlan
         from cluster.evaluation.run_evaluation import evaluate_run
