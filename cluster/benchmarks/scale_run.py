@@ -280,10 +280,7 @@ class SimulatedRun(TrainingRun):
             self.reported.update(summary.trajectory_ids)
 
     def _snapshot(self) -> None:
-        before = self._snapshot_at
         super()._snapshot()
-        if self._snapshot_at == before:
-            return
         times = self._driver.cpu_times()
         processes: dict[str, float] = {}
         if time.monotonic() - self._processes_at >= PROCESS_INTERVAL_S:

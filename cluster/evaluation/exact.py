@@ -162,10 +162,11 @@ def log_thought_factors(
     if reference_weight < cot_weight or cot_weight == 0:
         return None
     power = reference_weight / cot_weight
-    return [
-        0.0 if given is None or power == 1 else cot_weight * math.log(math.fsum(p**power for p in given.thoughts))
-        for given in reference
-    ]
+    if power == 1:
+        return [0.0] * len(reference)
+    sums = [1.0 if given is None else math.fsum(p**power for p in given.thoughts) for given in reference]
+    # A reference policy that hardly ever says what is demonstrated says nothing here of what it does say.
+    return None if min(sums) == 0 else [cot_weight * math.log(total) for total in sums]
 
 
 def exact_match(

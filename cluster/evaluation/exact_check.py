@@ -2,8 +2,8 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from pathlib import Path
 
 from rich.console import Console
@@ -46,7 +46,7 @@ class ExactCheck:
     """
 
     def __init__(self, config: RunConfig, *, split: str, seed: int, instances: int, console: Console) -> None:
-        """Expands the trees and scores the base model; about two minutes an instance with the default preset.
+        """Expands the trees and scores the base model; about a minute an instance with the default preset.
 
         Args:
             config: A run's configuration: task, base model and target.
@@ -110,11 +110,26 @@ class ExactCheck:
 
 @contextmanager
 def _thoughts(config: RunConfig, model: str, adapter: Path | None) -> Iterator[ThoughtSampler]:
-    """Yields what samples responses of the base model or of it with an adapter, at temperature 1."""
-    loop, sampler = EventLoopThread("thoughts"), TransformersSampler(config, model)
+    """Yields what samples responses of the base model or of it with an adapter, at temperature 1.
+
+    The sampler's own copy of the model is loaded once it is needed.
+    """
     version = BASE_VERSION if adapter is None else BASE_VERSION + 1
 
-    async def draw(states: Sequence[TreeState]) -> list[str]:
+    @cache
+    def started() -> tuple[EventLoopThread, TransformersSampler]:
+        loop, sampler = EventLoopThread("thoughts"), TransformersSampler(config, model)
+
+        async def stop() -> None:
+            sampler.shutdown()
+
+        stack.callback(loop.close)
+        stack.callback(lambda: loop.run(stop(), SAMPLING_TIMEOUT_S))
+        if adapter is not None:
+            loop.run(sampler.load(version, adapter), SAMPLING_TIMEOUT_S)
+        return loop, sampler
+
+    async def draw(sampler: TransformersSampler, states: Sequence[TreeState]) -> list[str]:
         length = config.policy.max_response_tokens
         requests = [
             SampleRequest(state.prompt, state.image, length, temperature=1.0, version=version, seed=seed)
@@ -124,16 +139,9 @@ def _thoughts(config: RunConfig, model: str, adapter: Path | None) -> Iterator[T
         return [response.text for response in await asyncio.gather(*map(sampler.sample, requests))]
 
     def sample_thoughts(states: Sequence[TreeState]) -> list[list[str]]:
-        texts = loop.run(draw(states), SAMPLING_TIMEOUT_S)
+        loop, sampler = started()
+        texts = loop.run(draw(sampler, states), SAMPLING_TIMEOUT_S)
         return [texts[i : i + THOUGHT_SAMPLES] for i in range(0, len(texts), THOUGHT_SAMPLES)]
 
-    async def stop() -> None:
-        sampler.shutdown()
-
-    try:
-        if adapter is not None:
-            loop.run(sampler.load(version, adapter), SAMPLING_TIMEOUT_S)
+    with ExitStack() as stack:
         yield sample_thoughts
-    finally:
-        loop.run(stop(), SAMPLING_TIMEOUT_S)
-        loop.close()

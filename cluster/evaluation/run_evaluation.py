@@ -43,7 +43,7 @@ def evaluate_run(
     """
     folder, config = open_run(directory)
     version = best_version(folder) if version is None else version
-    check_version(folder, version)
+    _check_version(folder, version)
     model = resolve_model(config.policy.model)
     engine = config.sampler.engine if engine is None else engine
 
@@ -67,8 +67,7 @@ def evaluate_run(
     ).as_dict()
 
 
-def check_version(folder: RunFolder, version: int) -> None:
-    """Raises `UserError` where a run has no such adapter version; 0 is the base model."""
+def _check_version(folder: RunFolder, version: int) -> None:
     if version != BASE_VERSION and not folder.adapter(version).is_dir():
         raise UserError(f"{folder.root}: there is no adapter version {version}; `ls {folder.adapters}` shows them")
 

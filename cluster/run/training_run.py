@@ -1,7 +1,6 @@
 """The driver: puts a run together and keeps it going until the last learner step."""
 
 import json
-import math
 import time
 from collections import deque
 from typing import Any
@@ -135,7 +134,8 @@ class TrainingRun:
             self.scheduler.pump(train=self._rollouts_wanted(), wait_s=PUMP_WAIT_S)
             self._follow_log()
             self.scaling.answer_requests(self.step)
-            self._snapshot()
+            if time.monotonic() - self._snapshot_at >= SNAPSHOT_INTERVAL_S:
+                self._snapshot()
         self._follow_log()
         if self._actors.learner_error is not None:
             raise UserError(
@@ -145,7 +145,6 @@ class TrainingRun:
             )
         if self.step < self.config.learner.steps:
             # A full disk keeps the learner's reason out of the log; writing there says it.
-            self._snapshot_at = -math.inf
             self._snapshot()
             raise UserError(
                 f"the learner ended at step {self.step} of {self.config.learner.steps}; "
@@ -214,10 +213,7 @@ class TrainingRun:
         draw_learning_curve(read_rows(self.folder.metrics), self.folder.learning_curve, self.folder.root.name)
 
     def _snapshot(self) -> None:
-        now = time.monotonic()
-        if now - self._snapshot_at < SNAPSHOT_INTERVAL_S:
-            return
-        self._snapshot_at = now
+        self._snapshot_at = now = time.monotonic()
         newest = list(self._newest)
         values: dict[str, Any] = {
             "env_steps": self._env_steps,

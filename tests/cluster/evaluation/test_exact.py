@@ -326,3 +326,9 @@ def test_what_training_aims_at_is_not_known_where_undemonstrated_thoughts_decide
     match = exact_match(states, perfect(states), BETA, None)
     assert match.aim_total_variation is None
     assert mean_match([match, match]).aim_total_variation is None
+
+
+def test_what_training_aims_at_is_not_known_where_the_reference_says_nothing_that_is_demonstrated(env):
+    states = expand_tree(env)
+    never = [None if given is None else ActionProbabilities({}, uncovered=1.0) for given in perfect(states)]
+    assert log_thought_factors(never, 1.0, 0.4) is None

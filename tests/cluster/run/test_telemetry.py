@@ -1,5 +1,4 @@
 import contextlib
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -8,6 +7,7 @@ import pytest
 
 from cluster.run.telemetry import Telemetry
 from shared.metrics import ALL_METRICS
+from tests.small_disks import small_disk
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
 
@@ -20,13 +20,10 @@ def test_every_metric_is_documented_and_named_once():
 
 @pytest.fixture
 def full_disk(tmp_path):
-    folder = tmp_path / "full"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(folder)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
-        pytest.skip("needs the right to mount a small file system")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with small_disk(tmp_path / "full", "4k") as folder:
+        if folder is None:
+            pytest.skip("needs the right to mount a small file system")
+        yield folder
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import contextlib
 import json
 import re
 import socket
-import subprocess
 import urllib.request
 
 import pytest
@@ -23,6 +22,7 @@ from tests.cluster.whole_runs import (
     start,
     wait_for,
 )
+from tests.small_disks import small_disk
 
 
 def settings(steps):
@@ -60,16 +60,10 @@ def prometheus(port, name):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def disk(tmp_path):
     """A folder on a file system of its own that can be filled; None without the right to mount one."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
-        yield None
-        return
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with small_disk(tmp_path / "small", "64m") as folder:
+        yield folder
 
 
 def fill(path):
@@ -109,9 +103,9 @@ def test_a_run_goes_on_when_any_of_its_processes_is_killed(tmp_path):
     assert_nothing_is_left(log)
 
 
-def test_a_run_resumes_after_its_driver_is_killed_and_after_a_full_disk(small_disk, tmp_path):
+def test_a_run_resumes_after_its_driver_is_killed_and_after_a_full_disk(disk, tmp_path):
     steps = 12
-    folder, log = RunFolder((tmp_path if small_disk is None else small_disk) / "run"), tmp_path / "log"
+    folder, log = RunFolder((tmp_path if disk is None else disk) / "run"), tmp_path / "log"
     run = start("--run", folder.root, *settings(steps), *QUICK, log=log)
     try:
         wait_for(lambda: newest_step(folder) >= 2, "the second step", run, log)
@@ -122,11 +116,11 @@ def test_a_run_resumes_after_its_driver_is_killed_and_after_a_full_disk(small_di
     assert_nothing_is_left(log)
     before = acknowledged(folder)
 
-    if small_disk is not None:
+    if disk is not None:
         run = start("--resume", folder.root, log=log)
         try:
             wait_for(lambda: newest_step(folder) >= killed_at + 1, "a step after the killed driver", run, log)
-            fill(small_disk / "filler")
+            fill(disk / "filler")
             assert run.wait(timeout=180) == 2, log.read_text()[-4000:]
         finally:
             run.kill()
@@ -137,7 +131,7 @@ def test_a_run_resumes_after_its_driver_is_killed_and_after_a_full_disk(small_di
         assert_nothing_is_left(log)
         assert set(before) <= set(acknowledged(folder))
         before = acknowledged(folder)
-        (small_disk / "filler").unlink()
+        (disk / "filler").unlink()
 
     finish(start("--resume", folder.root, log=log), log, timeout_s=500)
     assert_steps_and_versions_go_on(folder, steps)
@@ -145,5 +139,5 @@ def test_a_run_resumes_after_its_driver_is_killed_and_after_a_full_disk(small_di
     assert set(before) <= set(after)
     assert set(after.values()) == {1}
     assert_nothing_is_left(log)
-    if small_disk is None:
+    if disk is None:
         pytest.skip("the full disk needs the right to mount a small file system; the rest passed")
