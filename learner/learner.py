@@ -17,8 +17,9 @@ from learner.mismatch import Mismatch, compare
 from learner.model import adapter_parameters, default_device, load_policy
 from learner.objectives import ScoredBatch, make_objective
 from learner.optimization import Optimization
+from learner.packing import MicroBatch, steps_of
 from learner.reference import ReferenceScores
-from learner.scoring import MicroBatch, Scorer, StepScores, steps_of
+from learner.scoring import Scorer, StepScores
 from learner.sharding import load_sharded_policy
 from shared.config import RunConfig
 from shared.policy_inputs import PolicyInputs

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from learner.model import reference_policy
-from learner.scoring import MicroBatch, Scorer, steps_of
+from learner.packing import MicroBatch, steps_of
+from learner.scoring import Scorer
 from shared.trajectory import Trajectory
 
 

@@ -1,74 +1,39 @@
 """Log-probabilities of the sampler's exact response tokens: log P_Act, log P_CoT and log P(⊤).
 
-One forward pass gives all of them (GFlowVLM eq. 2-5). Steps are packed by length into micro-batches of a
-bounded number of padded tokens; a micro-batch is the left-padded prompts followed by the right-padded
-responses, so that all responses start in the same column and only their logits are computed. The column before
-is the last prompt token: its last hidden state, which the output layer is given anyway, stands for the state z_t.
+One forward pass gives all of them (GFlowVLM eq. 2-5). A micro-batch (`learner.packing`) is left-padded prompts
+followed by right-padded responses, so that all responses start in the same column and only their logits are
+computed. The column before is the last prompt token: its last hidden state, which the output layer is given anyway,
+stands for the state z_t.
+
+A group's trajectories meet in the same states, the first one at least. Where the model allows it, such a prompt and
+picture are passed once, and the responses continue from the keys and values that it left.
 """
 
 from __future__ import annotations
 
 import inspect
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from learner.distributed import Ranks
+from learner.packing import MicroBatch, Packer, ScoredStep
 from shared.errors import UserError
 from shared.policy_inputs import PolicyInputs
-from shared.trajectory import Step, Trajectory
 
 LOG_ACT, LOG_COT, LOG_STOP, LOG_REST = range(4)
 """Columns of `StepScores.stacked`."""
 
 FILLER_IMAGE = (64, 64)
 """Size of a filler's picture, pixels; a processor scales it to what its model takes."""
-
-
-@dataclass(frozen=True)
-class ScoredStep:
-    """One response to score.
-
-    Attributes:
-        prompt: The task's prompt, before the chat template.
-        image: The encoded image.
-        response_ids: The exact response tokens.
-        cot_end: Tokens ``[0, cot_end)`` are chain of thought.
-        action_end: Tokens ``[cot_end, action_end)`` are the action; empty when malformed.
-    """
-
-    prompt: str
-    image: bytes
-    response_ids: Sequence[int]
-    cot_end: int
-    action_end: int
-
-
-@dataclass
-class MicroBatch:
-    """Steps that are scored together.
-
-    Attributes:
-        index: Where the steps stand in the list that was packed; empty for a filler (`Scorer.in_step`).
-        steps: The steps.
-        encoded: Model inputs of prompts and images, made at the first use (the processor is called once,
-            however many passes follow).
-    """
-
-    index: list[int]
-    steps: list[ScoredStep]
-    encoded: dict[str, Tensor] | None = field(default=None, repr=False)
-
-    @property
-    def is_filler(self) -> bool:
-        """Whether it is passed only because other ranks pass one, and its scores mean nothing."""
-        return len(self.index) == 0
 
 
 @dataclass(frozen=True)
@@ -97,17 +62,6 @@ class StepScores:
         return torch.stack([self.log_act, self.log_cot, self.log_stop, self.log_rest], dim=1)
 
 
-def steps_of(trajectories: Iterable[Trajectory]) -> list[ScoredStep]:
-    """Returns the steps of all trajectories, one after the other."""
-    return [scored_step(t, step) for t in trajectories for step in t.steps]
-
-
-def scored_step(trajectory: Trajectory, step: Step) -> ScoredStep:
-    """Returns what is needed to score a step of a trajectory."""
-    image = trajectory.images[step.image]
-    return ScoredStep(step.prompt, image, step.response_ids, step.cot_end, step.action_end)
-
-
 class Scorer:
     """Scores steps under a policy.
 
@@ -130,34 +84,22 @@ class Scorer:
         self._policy = policy
         self._inputs = inputs
         self._device = device
-        self._budget = token_budget
         self._sharded_over = sharded_over
-        self._image_tokens: dict[tuple[int, int], int] = {}
         base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
         self._keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
         self._output_layer = base.get_output_embeddings()
         # Models with multi-axis rotary positions (Qwen-VL) derive them from ids and mask themselves.
         core = getattr(base, "model", base)
         self._takes_positions = not hasattr(core, "get_rope_index")
+        # Sharded, all ranks must make as many passes, whatever their steps have in common.
+        shares = self._takes_positions and sharded_over is None and _keeps_all_keys(base)
+        self._packer = Packer(inputs, token_budget, shares_prompts=shares)
         pad = inputs.tokenizer.pad_token_id
         self._pad_id = inputs.end_id if pad is None else int(pad)
 
     def pack(self, steps: Sequence[ScoredStep]) -> list[MicroBatch]:
-        """Returns the steps in micro-batches: similar lengths together, the longest first."""
-        prompts = self._prompt_lengths(steps)
-        responses = [max(1, len(step.response_ids)) for step in steps]
-        order = sorted(range(len(steps)), key=lambda i: (prompts[i] + responses[i], responses[i], i), reverse=True)
-        groups: list[list[int]] = []
-        widest_prompt = widest_response = 0
-        for i in order:
-            prompt, response = max(widest_prompt, prompts[i]), max(widest_response, responses[i])
-            if groups and (len(groups[-1]) + 1) * (prompt + response) <= self._budget:
-                groups[-1].append(i)
-                widest_prompt, widest_response = prompt, response
-            else:
-                groups.append([i])
-                widest_prompt, widest_response = prompts[i], responses[i]
-        return [MicroBatch(group, [steps[i] for i in group]) for group in groups]
+        """Returns the steps in micro-batches; see `Packer.pack`."""
+        return self._packer.pack(steps)
 
     def in_step(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Returns the micro-batches that this rank must pass so that every rank makes as many passes.
@@ -192,13 +134,11 @@ class Scorer:
             batch: The steps.
             with_hidden: Whether to give the hidden states of the prompts' last tokens too (`hidden_size`).
         """
-        inputs, responses, mask = self._model_inputs(batch)
+        responses, mask = self._responses(batch)
         width = responses.shape[1]
-        kept = {"logits_to_keep": width + 1} if self._keeps_logits else {}
-        with self._captured_hidden(-(width + 1), with_hidden) as captured:
-            logits = self._policy(**inputs, use_cache=False, **kept).logits[:, -(width + 1) :]
-        # The column before a token predicts it, so the last column predicts nothing we have.
-        logits = logits[:, :-1].float()
+        pass_through = self._continued if len(batch.states) < len(batch.steps) else self._whole
+        logits, hidden = pass_through(batch, responses, mask, with_hidden)
+        logits = logits.float()
         log_norm = logits.logsumexp(dim=-1)
         tokens = logits.gather(2, responses[:, :, None]).squeeze(2) - log_norm
         tokens = torch.where(mask, tokens, 0.0)
@@ -217,15 +157,68 @@ class Scorer:
             log_stop=torch.where(action_end > cot_end, stop, 0.0),
             log_rest=torch.where(column >= action_end[:, None], tokens, 0.0).sum(dim=1),
             token_log_probs=tokens.detach(),
-            hidden=captured[-1] if with_hidden else None,
+            hidden=hidden,
         )
+
+    def _whole(
+        self, batch: MicroBatch, responses: Tensor, mask: Tensor, with_hidden: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Passes every prompt with its response: logits (N, R, vocabulary) of the response's tokens, hidden states."""
+        inputs, width = self._prompts(batch), responses.shape[1]
+        shape = inputs["input_ids"].shape
+        for name, tensor in inputs.items():
+            if name == "input_ids":
+                inputs[name] = torch.cat([tensor, responses], dim=1)
+            elif name == "attention_mask":
+                inputs[name] = torch.cat([tensor, mask.to(tensor.dtype)], dim=1)
+            elif tensor.shape == shape:
+                # Further per-token inputs (token types): a response is plain text, type 0.
+                inputs[name] = torch.cat([tensor, tensor.new_zeros(responses.shape)], dim=1)
+        if self._takes_positions:
+            inputs["position_ids"] = _positions(inputs["attention_mask"])
+        logits, hidden = self._passed(inputs, width + 1, with_hidden, use_cache=False)
+        # The column before a token predicts it, so the last column predicts nothing we have.
+        return logits[:, :-1], hidden
+
+    def _continued(
+        self, batch: MicroBatch, responses: Tensor, mask: Tensor, with_hidden: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same as `_whole`; each state is passed once, and its responses continue it."""
+        state_of = torch.tensor(batch.state_of, device=self._device)
+        inputs = self._prompts(batch)
+        prompt_mask = inputs["attention_mask"]
+        cache = DynamicCache()
+        inputs |= {"position_ids": _positions(prompt_mask), "past_key_values": cache}
+        first, hidden = self._passed(inputs, 1, with_hidden, use_cache=True)
+        first, hidden = first[state_of], None if hidden is None else hidden[state_of]
+        if responses.shape[1] == 1:
+            return first, hidden
+        cache.batch_select_indices(state_of)
+        attention = torch.cat([prompt_mask[state_of], mask[:, :-1].to(prompt_mask.dtype)], dim=1)
+        later = self._policy(
+            input_ids=responses[:, :-1],
+            attention_mask=attention,
+            position_ids=_positions(attention)[:, prompt_mask.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        return torch.cat([first, later], dim=1), hidden
+
+    def _passed(
+        self, inputs: dict[str, Any], columns: int, with_hidden: bool, use_cache: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the logits of the last columns, and the last hidden states in the first of them where asked for."""
+        kept = {"logits_to_keep": columns} if self._keeps_logits else {}
+        with self._captured_hidden(-columns, with_hidden) as captured:
+            logits = self._policy(**inputs, use_cache=use_cache, **kept).logits[:, -columns:]
+        return logits, captured[-1] if with_hidden else None
 
     def _filler(self) -> MicroBatch:
         """Returns a micro-batch of one short step of no trajectory."""
         picture = io.BytesIO()
         Image.new("RGB", FILLER_IMAGE).save(picture, "PNG")
         step = ScoredStep("", picture.getvalue(), [self._inputs.end_id], cot_end=0, action_end=1)
-        return MicroBatch([], [step])
+        return MicroBatch([], [step], [step], [0])
 
     @contextmanager
     def _captured_hidden(self, column: int, active: bool) -> Iterator[list[Tensor]]:
@@ -244,56 +237,35 @@ class Scorer:
         finally:
             hook.remove()
 
-    def _model_inputs(self, batch: MicroBatch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Returns the model's inputs, the padded responses (N, R) and their mask (N, R)."""
-        if batch.encoded is None:
-            encoded = self._inputs.encode([s.prompt for s in batch.steps], [s.image for s in batch.steps])
-            batch.encoded = dict(encoded)
+    def _responses(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Returns the padded responses (N, R) and their mask (N, R)."""
         width = max(1, *(len(step.response_ids) for step in batch.steps))
         responses = torch.full((len(batch.steps), width), self._pad_id)
         for row, step in enumerate(batch.steps):
             responses[row, : len(step.response_ids)] = torch.tensor(step.response_ids, dtype=torch.long)
         lengths = torch.tensor([len(step.response_ids) for step in batch.steps])
-        mask = torch.arange(width) < lengths[:, None]
+        return responses.to(self._device), (torch.arange(width) < lengths[:, None]).to(self._device)
 
-        prompt_shape = batch.encoded["input_ids"].shape
-        inputs = {}
-        for name, tensor in batch.encoded.items():
-            if name == "input_ids":
-                tensor = torch.cat([tensor, responses], dim=1)
-            elif name == "attention_mask":
-                tensor = torch.cat([tensor, mask.to(tensor.dtype)], dim=1)
-            elif tensor.shape == prompt_shape:
-                # Further per-token inputs (token types): a response is plain text, type 0.
-                tensor = torch.cat([tensor, tensor.new_zeros(responses.shape)], dim=1)
-            elif tensor.is_floating_point():
-                tensor = tensor.to(self._policy.dtype)
-            inputs[name] = tensor.to(self._device)
-        if self._takes_positions:
-            # As in the sampler, which has no padding: the first real token stands at position 0.
-            inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(dim=1) - 1).clamp(min=0)
-        return inputs, responses.to(self._device), mask.to(self._device)
-
-    def _prompt_lengths(self, steps: Sequence[ScoredStep]) -> list[int]:
-        """Returns the prompts' lengths in tokens, without processing every image.
-
-        The placeholder of an image expands to a number of tokens that depends on its size only; it is
-        measured once per size. (A processor for which that were wrong would only make a micro-batch larger.)
-        """
-        if len(steps) == 0:
-            return []
-        texts = [self._inputs.render(step.prompt) for step in steps]
-        lengths = [len(ids) for ids in self._inputs.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        for i, step in enumerate(steps):
-            size = image_size(step.image)
-            if size not in self._image_tokens:
-                full = self._inputs.encode([step.prompt], [step.image])["input_ids"].shape[1]
-                self._image_tokens[size] = int(full) - lengths[i]
-            lengths[i] += self._image_tokens[size]
-        return lengths
+    def _prompts(self, batch: MicroBatch) -> dict[str, Any]:
+        """Returns the model's inputs for the states' prompts and images."""
+        if batch.encoded is None:
+            encoded = self._inputs.encode([s.prompt for s in batch.states], [s.image for s in batch.states])
+            batch.encoded = dict(encoded)
+        return {
+            name: (tensor.to(self._policy.dtype) if tensor.is_floating_point() else tensor).to(self._device)
+            for name, tensor in batch.encoded.items()
+        }
 
 
-def image_size(image: bytes) -> tuple[int, int]:
-    """Returns width and height of an encoded image, pixels, without decoding it."""
-    with Image.open(io.BytesIO(image)) as opened:
-        return opened.size
+def _keeps_all_keys(model: Any) -> bool:
+    """Whether a pass leaves the keys and values of all its tokens behind, for others to continue from.
+
+    Not with gradient checkpointing, for which transformers leaves them out, and not with sliding windows or states.
+    """
+    layers = DynamicCache(config=model.config).layers
+    return not model.is_gradient_checkpointing and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def _positions(attention_mask: Tensor) -> Tensor:
+    """Returns positions as in the sampler, which has no padding: the first real token stands at 0."""
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)

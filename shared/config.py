@@ -176,7 +176,9 @@ class LearnerSettings(Settings):
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean of the gradients.")
     adam_beta2: float = Field(0.98, ge=0, lt=1, description="AdamW's decay of the mean of their squares.")
     grad_clip: float = Field(1.0, gt=0, le=1e6, description="Largest gradient norm, of adapter and head each.")
-    token_budget: int = Field(16_384, ge=64, description="Padded tokens in one forward pass.")
+    token_budget: int = Field(
+        16_384, ge=64, description="Padded tokens in one forward pass; a prompt that responses share counts once."
+    )
     publish_every: int = Field(1, ge=1, description="Learner steps per published adapter version.")
     checkpoint_every: int = Field(1, ge=1, description="Learner steps per checkpoint.")
     keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints that stay on disk.")

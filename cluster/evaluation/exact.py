@@ -36,7 +36,8 @@ from typing import Any
 import torch
 
 from cluster.evaluation.action_tree import TreeState
-from learner.scoring import LOG_STOP, ScoredStep, Scorer
+from learner.packing import ScoredStep
+from learner.scoring import LOG_STOP, Scorer
 from shared.policy_inputs import PolicyInputs
 from shared.response import DONE_TOKEN, parse_response, token_spans
 

@@ -2,6 +2,7 @@
 
 import io
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -84,7 +85,8 @@ class TrajectoryMaker:
         rewards = list(log_rewards) or [*rng.uniform(2.0, 4.6, size=n + 1)]
         if not log_rewards and end is EndReason.INVALID:
             rewards[-1] = 0.0
-        images = [png(rng) for _ in range(max(1, len(actions)))]
+        # As in a run: trajectories of an instance that have done the same see the same.
+        images = [picture(instance, actions[:i]) for i in range(max(1, len(actions)))]
         return Trajectory(
             trajectory_id=f"t{self.made}",
             group_id=f"g{instance}",
@@ -115,8 +117,9 @@ class TrajectoryMaker:
         return made
 
 
-def png(rng: np.random.Generator) -> bytes:
-    """Returns a random picture."""
+def picture(instance: int, history: Sequence[str | None]) -> bytes:
+    """Returns a picture of noise that is the same for the same history."""
+    rng = np.random.default_rng(zlib.crc32(repr((instance, list(history))).encode()))
     buffer = io.BytesIO()
     Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()

@@ -8,7 +8,7 @@ from learner.heads import HEAD_OF_LOSS, HeadKind, StateHead
 from learner.learner import Learner
 from learner.losses import LOSSES
 from learner.model import adapter_parameters
-from learner.scoring import steps_of
+from learner.packing import steps_of
 from shared.trajectory import EndReason
 
 WITH_HEAD = sorted(HEAD_OF_LOSS)

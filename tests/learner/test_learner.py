@@ -9,7 +9,7 @@ from learner.losses import LOSSES
 from learner.mismatch import compare
 from learner.model import adapter_parameters
 from learner.optimization import MAX_SKIPPED_IN_A_ROW, learning_rate
-from learner.scoring import steps_of
+from learner.packing import steps_of
 from shared.config import LearnerSettings
 from shared.errors import UserError
 from shared.trajectory import EndReason
@@ -28,7 +28,7 @@ def parameters(learner):
 def test_gradients_do_not_depend_on_the_token_budget(tiny_model, make_config, make_trajectory, loss):
     batch = make_trajectory.batch()
     results, metrics = [], []
-    for budget in (100_000, 200):
+    for budget in (100_000, 150):
         objective = {"loss": loss, "residual_clip": None}
         config = make_config(objective=objective, learner={"token_budget": budget, "grad_clip": 1e6})
         learner = Learner(config, tiny_model)
@@ -161,7 +161,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_model, make_config
         hook.remove()
         results.append((gradients(learner), len(recomputed)))
     torch.testing.assert_close(results[1][0], results[0][0])
-    assert results[1][1] == results[0][1] + 1
+    # Reference and policy, states and responses apart. With checkpointing together, once more for the gradient.
+    assert [passes for _, passes in results] == [4, 3]
 
 
 @pytest.mark.parametrize("loss", ["subtb", "fl_subtb"])

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from learner.model import adapter_parameters, load_policy
-from learner.scoring import Scorer, steps_of
+from learner.packing import Packer, steps_of
+from learner.scoring import Scorer
 from shared.config import PolicySettings
 from shared.errors import UserError
 from shared.trajectory import EndReason
@@ -40,6 +41,7 @@ def test_padded_scores_equal_those_of_unpadded_sequences(policy, tiny_inputs, st
     scorer = Scorer(policy, tiny_inputs, CPU, token_budget=100_000)
     (batch,) = scorer.pack(steps)
     assert len({len(step.response_ids) for step in batch.steps}) > 2
+    assert 1 < len(batch.states) < len(batch.steps)
     with torch.no_grad():
         scores = scorer.score_steps(batch)
     for row, step in enumerate(batch.steps):
@@ -55,6 +57,44 @@ def test_padded_scores_equal_those_of_unpadded_sequences(policy, tiny_inputs, st
         n = len(step.response_ids)
         torch.testing.assert_close(scores.token_log_probs[row, :n], tokens, atol=2e-5, rtol=1e-5)
         assert bool((scores.token_log_probs[row, n:] == 0).all())
+
+
+def test_a_state_that_is_passed_once_has_the_scores_and_gradients_of_one_passed_for_each_response(
+    policy, tiny_inputs, steps
+):
+    shared, separate = (Scorer(policy, tiny_inputs, CPU, token_budget=100_000) for _ in range(2))
+    separate._packer = Packer(tiny_inputs, 100_000, shares_prompts=False)
+    passed = []
+    hook = (
+        policy.get_base_model()
+        .get_input_embeddings()
+        .register_forward_hook(lambda _, args, __: passed.append(args[0].numel()))
+    )
+    found = []
+    for scorer in (shared, separate):
+        (batch,) = scorer.pack(steps)
+        passed.clear()
+        scores = scorer.score_steps(batch, with_hidden=True)
+        tokens = sum(passed)
+        ordered = torch.argsort(torch.tensor(batch.index))
+        stacked, hidden = scores.stacked()[ordered], scores.hidden[ordered]
+        policy.zero_grad()
+        weights = torch.arange(stacked.numel()).reshape(stacked.shape).cos()
+        ((stacked * weights).sum() + hidden.square().sum()).backward()
+        found.append((stacked, hidden, [p.grad.clone() for _, p in adapter_parameters(policy)], tokens))
+    hook.remove()
+    policy.zero_grad()
+    torch.testing.assert_close(found[0][:3], found[1][:3], atol=1e-3, rtol=1e-4)
+    assert found[0][3] < 0.7 * found[1][3]
+
+
+def test_prompts_are_not_shared_where_a_pass_does_not_leave_all_keys_behind(tiny_model, tiny_inputs, steps):
+    checkpointed = load_policy(PolicySettings(gradient_checkpointing=True), tiny_model, seed=0, device=CPU)
+    sliding = load_policy(PolicySettings(), tiny_model, seed=0, device=CPU)
+    sliding.get_base_model().config.get_text_config().sliding_window = 16
+    for policy in (checkpointed, sliding):
+        (batch,) = Scorer(policy, tiny_inputs, CPU, token_budget=100_000).pack(steps)
+        assert batch.states == batch.steps
 
 
 def test_choosing_to_stop_scores_the_same_as_the_stop_probability(policy, tiny_inputs, make_trajectory):
@@ -84,9 +124,9 @@ def test_packing_keeps_the_budget_and_every_step_once(policy, tiny_inputs, steps
     assert sorted(i for batch in batches for i in batch.index) == list(range(len(steps)))
     assert len(batches) < len(steps)
     for batch in batches:
-        inputs, responses, _ = scorer._model_inputs(batch)
-        assert inputs["input_ids"].numel() <= 400
-        assert inputs["input_ids"].shape[1] > responses.shape[1]
+        prompts, responses = scorer._prompts(batch)["input_ids"], scorer._responses(batch)[0]
+        assert prompts.shape[0] == len(batch.states) == len({(step.prompt, step.image) for step in batch.steps})
+        assert prompts.numel() + responses.numel() <= 400
     assert scorer.pack([]) == []
 
 

@@ -18,7 +18,8 @@ from envs.base import TaskEnv
 from envs.registry import make_env
 from learner.losses import LOSSES
 from learner.model import load_base_model
-from learner.scoring import ScoredStep, Scorer
+from learner.packing import ScoredStep
+from learner.scoring import Scorer
 from learner.tiny_policy import build_tiny_policy
 from shared.policy_inputs import PolicyInputs
 from shared.response import DONE_TOKEN, format_response, parse_response, token_spans
