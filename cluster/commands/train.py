@@ -83,7 +83,7 @@ def _reopened(directory: Path) -> tuple[RunFolder, RunConfig]:
 def _train(console: Console, folder: RunFolder | None, config: RunConfig, directory: Path | None) -> None:
     # Imported here so that --help and wrong arguments answer at once.
     from actors.demonstration_set import DemonstrationSet
-    from cluster.launch.ray_runtime import ray_cluster, wait_for_room
+    from cluster.launch.ray_runtime import dashboard_line, ray_cluster, wait_for_room
     from cluster.models import resolve_model
     from cluster.run.run_setup import new_run, run_lock
     from cluster.run.training_run import TrainingRun
@@ -99,7 +99,7 @@ def _train(console: Console, folder: RunFolder | None, config: RunConfig, direct
             if config.cluster.address is not None:
                 wait_for_room(config, lambda line: console.print(line, highlight=False, soft_wrap=True))
             if config.cluster.dashboard:
-                console.print(f"Ray dashboard: http://{dashboard}", highlight=False)
+                console.print(dashboard_line(dashboard), highlight=False)
             report = TrainingRun(folder, config, console).run()
     except KeyboardInterrupt:
         console.print(f"\ninterrupted; go on with: gflowvlm train --resume {_shown(folder)}", highlight=False)

@@ -46,6 +46,12 @@ def ray_cluster(config: RunConfig) -> Iterator[str]:
         ray.shutdown()
 
 
+def dashboard_line(address: str) -> str:
+    """Returns what tells a user where the dashboard is, and how to get in where Ray asks for its token."""
+    asks = os.environ.get("RAY_AUTH_MODE") != "disabled"
+    return f"Ray dashboard: http://{address}" + (" (the token it asks for: ray get-auth-token)" if asks else "")
+
+
 def _connect(address: str) -> ray.runtime_context.RuntimeContext:
     try:
         return ray.init(

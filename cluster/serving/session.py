@@ -15,7 +15,7 @@ from rich.console import Console
 
 from actors.policy_server import quiet_logging, shutdown_policy_server, wait_until_running
 from cluster.interruption import sigterm_as_interrupt
-from cluster.launch.ray_runtime import ray_cluster
+from cluster.launch.ray_runtime import dashboard_line, ray_cluster
 from cluster.serving.application import DEPLOYMENT, application
 from cluster.serving.served_policy import API_KEY_VARIABLE, ServedPolicy
 from shared.config import LearnerSettings, RolloutSettings, RunConfig
@@ -92,7 +92,7 @@ def serve_until_stopped(policy: ServedPolicy, address: Address, console: Console
             try:
                 _start(policy, address)
                 if policy.config.cluster.dashboard:
-                    console.print(f"Ray dashboard: http://{dashboard}", highlight=False)
+                    console.print(dashboard_line(dashboard), highlight=False)
                 _say_where(policy, address, console)
                 _watch(console)
             finally:

@@ -118,22 +118,6 @@ def test_malformed_response_is_all_chain_of_thought(policy, tiny_inputs, make_tr
     assert float(scores.log_cot) == pytest.approx(float(scores.token_log_probs.sum()), abs=1e-3)
 
 
-def test_packing_keeps_the_budget_and_every_step_once(policy, tiny_inputs, steps):
-    scorer = Scorer(policy, tiny_inputs, CPU, token_budget=400)
-    batches = scorer.pack(steps)
-    assert sorted(i for batch in batches for i in batch.index) == list(range(len(steps)))
-    assert len(batches) < len(steps)
-    for batch in batches:
-        prompts, responses = scorer._prompts(batch)["input_ids"], scorer._responses(batch)[0]
-        assert prompts.shape[0] == len(batch.states) == len({(step.prompt, step.image) for step in batch.steps})
-        assert prompts.numel() + responses.numel() <= 400
-    assert scorer.pack([]) == []
-
-
-def test_a_step_beyond_the_budget_is_a_micro_batch_of_its_own(policy, tiny_inputs, steps):
-    assert all(len(batch.index) == 1 for batch in Scorer(policy, tiny_inputs, CPU, token_budget=64).pack(steps))
-
-
 def test_models_that_cannot_leave_logits_out_score_the_same(policy, tiny_inputs, steps):
     scorer = Scorer(policy, tiny_inputs, CPU, token_budget=100_000)
     (batch,) = scorer.pack(steps)

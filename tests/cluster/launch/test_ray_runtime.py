@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cluster.launch.process_environment import PROCESS_ENVIRONMENT
-from cluster.launch.ray_runtime import connection_environment, ray_cluster
+from cluster.launch.ray_runtime import connection_environment, dashboard_line, ray_cluster
 from cluster.preset_library import load_preset
 from shared.errors import UserError
 
@@ -20,6 +20,15 @@ def test_a_local_run_cannot_ask_for_labels_or_custom_resources(setting, asked):
         ray_cluster(load_preset("numberline-tiny", [setting])),
     ):
         pass
+
+
+def test_a_user_is_told_how_to_get_into_the_dashboard(monkeypatch):
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    assert dashboard_line("127.0.0.1:8265").endswith(
+        "http://127.0.0.1:8265 (the token it asks for: ray get-auth-token)"
+    )
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert dashboard_line("127.0.0.1:8265").endswith("http://127.0.0.1:8265")
 
 
 def test_processes_on_a_cluster_get_the_environment_that_they_need(monkeypatch):
