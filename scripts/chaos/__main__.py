@@ -5,15 +5,17 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from chaos.killing import JobFiles, run_job
+from chaos.network import Network
 from chaos.nodes import LocalCluster
 from chaos.proof import prove, same_success
 from chaos.records import Records, read_records
 from chaos.report import as_json, as_text
-from chaos.schedule import ENGINE, PARTS, Kill, schedule
+from chaos.schedule import ENGINE, NETWORK, PARTS, Kill, schedule
 from cluster.interruption import INTERRUPTED, sigterm_as_interrupt
 from cluster.json_file import write_json_file
 from cluster.launch.placement import resource_plan
@@ -40,6 +42,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the kills; the run has its own, seed=N (0)")
     parser.add_argument("--nodes", type=_positive, default=2, help="worker nodes beside the head (2)")
     parser.add_argument(
+        "--network", action="store_true", help="give nodes network addresses of their own, and cut them off too (root)"
+    )
+    parser.add_argument(
         "--undisturbed", action="store_true", help="run the same without kills first (unless --out has it), and compare"
     )
     parser.add_argument("--out", type=Path, help="folder for runs and results (runs/chaos-DATE-TIME)")
@@ -63,18 +68,20 @@ def configure(options: argparse.Namespace) -> RunConfig:
 
 
 def run(
-    config: RunConfig, out: Path, name: str, plan: Sequence[Kill], nodes: int, patience_s: float
+    config: RunConfig, out: Path, name: str, plan: Sequence[Kill], options: argparse.Namespace
 ) -> tuple[int, Records]:
     """Runs a job on a cluster of its own; returns its exit status and its records."""
-    files = JobFiles.under(out, name)
+    files, nodes = JobFiles.under(out, name), options.nodes
     # Every worker node can hold all parts: a run outlives the loss of all but one.
     cpus = math.ceil(resource_plan(config).cpus)
     say(f"{name}: starting a head and {nodes} worker nodes of {cpus} CPU slots")
-    with LocalCluster(out, name, nodes, cpus) as cluster:
+    with ExitStack() as opened:
+        network = opened.enter_context(Network()) if options.network else None
+        cluster = opened.enter_context(LocalCluster(out, name, nodes, cpus, network))
         address = {"address": cluster.address}
         new_run(config.model_copy(update={"cluster": config.cluster.model_copy(update=address)}), files.run.root)
         say(f"{name}: {config.learner.steps} learner steps; output in {files.output}")
-        status = run_job(files, cluster, plan, patience_s, say)
+        status = run_job(files, cluster, plan, options.patience, say)
     say(f"{name}: ended with exit status {status}")
     return status, read_records(files)
 
@@ -82,7 +89,9 @@ def run(
 def chaos(options: argparse.Namespace) -> int:
     """Runs it all; returns 1 where a proof fails, else 0."""
     config = configure(options)
-    parts = PARTS if config.sampler.engine == "vllm" else tuple(part for part in PARTS if part != ENGINE)
+    parts = (*PARTS, NETWORK) if options.network else PARTS
+    if config.sampler.engine != "vllm":
+        parts = tuple(part for part in parts if part != ENGINE)
     if config.learner.steps < 3:
         raise UserError("learner.steps: a run of fewer than 3 leaves no time for kills")
     plan = schedule(options.seed, options.kills, config.learner.steps, parts)
@@ -96,8 +105,8 @@ def chaos(options: argparse.Namespace) -> int:
             say(f"undisturbed: taken from {before.run.root}")
             other = read_records(before)
         else:
-            _, other = run(config, out, UNDISTURBED, [], options.nodes, options.patience)
-    status, records = run(config, out, DISTURBED, plan, options.nodes, options.patience)
+            _, other = run(config, out, UNDISTURBED, [], options)
+    status, records = run(config, out, DISTURBED, plan, options)
     checks = prove(records, options.kills, status)
     if other is not None:
         checks.append(same_success(records, other))

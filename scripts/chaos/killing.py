@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from chaos.nodes import END_S, LocalCluster
-from chaos.schedule import NODE, Kill
+from chaos.schedule import NETWORK, NODE, Kill
 from cluster.run.run_log import RowTail, append_row
 from shared.errors import UserError
 from shared.run_folder import RunFolder
@@ -55,7 +55,7 @@ class Job:
         self.step = 0
         with files.output.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "chaos.job", str(files.run.root), str(files.ledger)],
+                [*cluster.driver_prefix, sys.executable, "-m", "chaos.job", str(files.run.root), str(files.ledger)],
                 env={**cluster.environment, "COLUMNS": "200"},
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -115,7 +115,7 @@ def run_job(
                 break
             append_row(files.kills, KILL, {"number": number, **row})
             say(f"kill {number} of {len(plan)}: {kill.part.name} (process {row['pid']}) after step {row['step']}")
-            if kill.part == NODE:
+            if kill.part in (NODE, NETWORK):
                 cluster.add_worker()
                 say("another worker node has joined")
         while not job.ended:
@@ -158,7 +158,8 @@ def _kill(kill: Kill, job: Job, cluster: LocalCluster, patience_s: float) -> dic
 
 
 def _kill_node(kill: Kill, cluster: LocalCluster) -> int:
-    return cluster.kill_worker(cluster.workers[int(kill.pick * len(cluster.workers))])
+    node = cluster.workers[int(kill.pick * len(cluster.workers))]
+    return cluster.cut_off(node) if kill.part == NETWORK else cluster.kill_worker(node)
 
 
 def kill_one(victims: Sequence[psutil.Process], kill: Kill) -> int | None:

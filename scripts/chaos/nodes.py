@@ -17,6 +17,7 @@ from types import TracebackType
 
 import psutil
 
+from chaos.network import Cable, Network
 from shared.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,8 +27,12 @@ MARK = "GFLOWVLM_CHAOS"
 HOST = "127.0.0.1"
 START_S = 180.0
 END_S = 30.0
+CUT_OFF_S = 90.0
+"""How long a node is cut off: longer than Ray waits before it gives a node up."""
+
 _STORE_MIB = 128
 _LEAVE_S = 10.0
+_REJOIN_S = 60.0
 _LOOK_S = 0.2
 
 
@@ -39,11 +44,13 @@ class Node:
         name: Its name among the cluster's.
         process: `ray start --block`, the root of its processes.
         log: What it says.
+        cable: Its connection, where it has a network address of its own.
     """
 
     name: str
     process: "subprocess.Popen[bytes]"
     log: Path
+    cable: Cable | None = None
 
     def processes(self, title: str) -> list[psutil.Process]:
         """Returns its processes whose title begins so, oldest first."""
@@ -77,31 +84,29 @@ class LocalCluster:
         name: How the names of the logs begin.
         workers: Number of worker nodes.
         cpus: CPU slots of a worker node.
+        network: What gives every node an address of its own; without it all have this machine's.
 
     Attributes:
         folder: Ray's files; removed at the end.
         environment: What processes need to find cluster and code.
-        address: Where drivers connect.
         head: The head.
         workers: The worker nodes.
     """
 
-    def __init__(self, logs: Path, name: str, workers: int, cpus: int) -> None:
-        self._logs, self._name, self._count, self._cpus = logs, name, workers, cpus
+    def __init__(self, logs: Path, name: str, workers: int, cpus: int, network: Network | None = None) -> None:
+        self._logs, self._name, self._count, self._cpus, self._network = logs, name, workers, cpus, network
         # A short path: sockets below it may not be longer than 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="gfchaos", dir="/tmp"))
         self._started = 0
         self.workers: list[Node] = []
-        port, client = free_ports(2)
-        self.address = f"{HOST}:{port}"
-        self._client_port = client
+        self._port, self._client_port = free_ports(2)
         self.environment = node_environment(os.environ, self.folder)
 
     def __enter__(self) -> "LocalCluster":
         try:
             self.head = self._start(
                 "--head",
-                f"--port={self.address.rpartition(':')[2]}",
+                f"--port={self._port}",
                 f"--ray-client-server-port={self._client_port}",
                 "--include-dashboard=false",
                 "--num-cpus=0",
@@ -117,6 +122,16 @@ class LocalCluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._end()
+
+    @property
+    def address(self) -> str:
+        """Where drivers connect, from the head's place in the network."""
+        return f"{HOST if self.head.cable is None else self.head.cable.address}:{self._port}"
+
+    @property
+    def driver_prefix(self) -> list[str]:
+        """How a driver's command begins: drivers run beside the head."""
+        return [] if self.head.cable is None else self.head.cable.prefix
 
     @property
     def nodes(self) -> list[Node]:
@@ -154,6 +169,32 @@ class LocalCluster:
         node.process.wait(timeout=END_S)
         return int(raylet.pid)
 
+    def cut_off(self, node: Node) -> int:
+        """Cuts a worker node off from the others, and connects it again once they have given it up.
+
+        Ray ends a node that comes back from the dead.
+
+        Returns:
+            The raylet's process id.
+
+        Raises:
+            UserError: It has none, no address of its own, or goes on although it was given up.
+        """
+        raylet = node.raylet()
+        if raylet is None or node.cable is None:
+            raise UserError(f"node {node.name}: no raylet, or no cable to pull; see {node.log}")
+        family = node.family()
+        self.workers.remove(node)
+        node.cable.pull()
+        time.sleep(CUT_OFF_S)
+        node.cable.plug()
+        _, left = psutil.wait_procs([raylet], timeout=_REJOIN_S)
+        end_processes(family, _LEAVE_S)
+        node.process.wait(timeout=END_S)
+        if left:
+            raise UserError(f"node {node.name}: goes on {_REJOIN_S:g} s after it was back; see {node.log}")
+        return int(raylet.pid)
+
     def _start(self, *arguments: str) -> Node:
         """Starts a node, once more each time that Ray gives one up: on a busy machine it has no time to spare."""
         deadline = time.monotonic() + START_S
@@ -174,13 +215,15 @@ class LocalCluster:
         name = f"node-{self._started}"
         self._started += 1
         log = self._logs / f"{self._name}.{name}.log"
+        cable = None if self._network is None else self._network.connect()
         (agent,) = free_ports(1)
         command = [
+            *([] if cable is None else cable.prefix),
             str(Path(sys.executable).parent / "ray"),
             "start",
             "--block",
             "--disable-usage-stats",
-            f"--node-ip-address={HOST}",
+            f"--node-ip-address={HOST if cable is None else cable.address}",
             f"--dashboard-agent-listen-port={agent}",
             f"--object-store-memory={_STORE_MIB * 2**20}",
             f"--temp-dir={self.folder / name}",
@@ -196,7 +239,7 @@ class LocalCluster:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        return Node(name, process, log)
+        return Node(name, process, log, cable)
 
     def _end(self) -> None:
         started = [node for node in (getattr(self, "head", None), *self.workers) if node is not None]

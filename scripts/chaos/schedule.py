@@ -13,7 +13,7 @@ class Part:
 
     Attributes:
         name: What it is.
-        title: How the titles of its processes begin; None for a worker node.
+        title: How the titles of its processes begin; None for a worker node and its network.
     """
 
     name: str
@@ -22,7 +22,10 @@ class Part:
 
 ENGINE = Part("vLLM engine", "VLLM::EngineCore")
 NODE = Part("worker node", None)
-PARTS = (
+NETWORK = Part("worker node's network", None)
+"""Only where nodes have network addresses of their own."""
+
+PARTS: tuple[Part, ...] = (
     Part("rollout worker", "ray::RolloutWorker"),
     Part("policy server replica", "ray::ServeReplica"),
     ENGINE,

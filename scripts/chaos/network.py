@@ -1,0 +1,109 @@
+"""Network addresses of their own for the nodes of a cluster on one machine: a bridge and a namespace for each node.
+
+Needs Linux, root, and `ip` (iproute2). A node's cable can be pulled, which is how a network partition looks from both
+of its sides: nothing is refused, nothing answers.
+"""
+
+import os
+import secrets
+import shutil
+import subprocess
+from contextlib import suppress
+from ipaddress import IPv4Network
+from types import TracebackType
+
+from shared.errors import UserError
+
+_COMMAND_S = 20.0
+
+
+class Cable:
+    """A node's connection to the others.
+
+    Attributes:
+        namespace: The node's network namespace.
+        address: The node's address in it.
+    """
+
+    def __init__(self, namespace: str, address: str) -> None:
+        self.namespace, self.address = namespace, address
+
+    @property
+    def prefix(self) -> list[str]:
+        """How a command begins that runs in the namespace."""
+        return ["ip", "netns", "exec", self.namespace]
+
+    def pull(self) -> None:
+        """Cuts the node off."""
+        _ip("link", "set", self.namespace, "down")
+
+    def plug(self) -> None:
+        """Connects it again."""
+        _ip("link", "set", self.namespace, "up")
+
+
+class Network:
+    """A bridge that nodes are connected to. A context manager; at its end nothing is left of it.
+
+    Raises:
+        UserError: This machine does not allow it.
+    """
+
+    def __init__(self) -> None:
+        # Names of network devices have at most 15 characters.
+        self._name = f"gf{secrets.token_hex(3)}"
+        self._addresses = IPv4Network(f"10.{secrets.randbelow(200) + 20}.{secrets.randbelow(256)}.0/24").hosts()
+        self._namespaces: list[str] = []
+
+    def __enter__(self) -> "Network":
+        if os.geteuid() != 0 or shutil.which("ip") is None:
+            raise UserError("network namespaces need root and `ip` (Debian: iproute2)")
+        try:
+            _ip("link", "add", self._name, "type", "bridge")
+            _ip("link", "set", self._name, "up")
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def connect(self) -> Cable:
+        """Returns the connection of another node."""
+        cable = Cable(f"{self._name}n{len(self._namespaces)}", str(next(self._addresses)))
+        _ip("netns", "add", cable.namespace)
+        self._namespaces.append(cable.namespace)
+        inside = ["-n", cable.namespace]
+        _ip("link", "add", cable.namespace, "type", "veth", "peer", "name", "eth0", "netns", cable.namespace)
+        _ip("link", "set", cable.namespace, "master", self._name)
+        _ip("link", "set", cable.namespace, "up")
+        _ip(*inside, "address", "add", f"{cable.address}/24", "dev", "eth0")
+        _ip(*inside, "link", "set", "eth0", "up")
+        _ip(*inside, "link", "set", "lo", "up")
+        # Ray looks for its own address on the way to the internet.
+        _ip(*inside, "route", "add", "default", "dev", "eth0")
+        return cable
+
+    def _end(self) -> None:
+        for namespace in self._namespaces:
+            with suppress(UserError):
+                _ip("netns", "delete", namespace)
+        with suppress(UserError):
+            _ip("link", "delete", self._name)
+
+
+def _ip(*arguments: str) -> None:
+    """Runs `ip`.
+
+    Raises:
+        UserError: It failed.
+    """
+    command = ["ip", *arguments]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=_COMMAND_S)
+    if done.returncode != 0:
+        raise UserError(
+            f"{' '.join(command)}: {done.stderr.strip() or done.returncode}; --network needs to be allowed it"
+        )
