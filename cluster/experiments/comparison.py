@@ -46,6 +46,38 @@ EXACT_COMPARED = (
 """Figures of the exact match that are compared."""
 
 
+BEFORE = "before training"
+"""The line of a table that is of the runs' start."""
+
+_REACHED = {
+    "success": "id_success",
+    "Div@N": "id_div_at_n",
+    "out-of-distribution success": "ood_success",
+    "malformed": "id_malformed_rate",
+    "total variation": "id_total_variation",
+    "exact: outcomes": "exact_total_variation",
+    "exact: sequences": "exact_sequence_total_variation",
+    "exact: outcomes, to the aim": "exact_aim_total_variation",
+    "exact: sequences, to the aim": "exact_aim_sequence_total_variation",
+    "exact: left uncovered": "exact_uncovered",
+}
+"""Columns of the first table; each has a figure before and one after training."""
+
+_TOOK = {
+    "success": "success_at_env_steps",
+    "Div@N": "div_at_n_at_env_steps",
+    "total variation": "total_variation_at_env_steps",
+    "environment steps in all": "env_steps",
+    "versions": "versions",
+    "minutes": "minutes",
+    "peak GiB": "peak_memory_gib",
+}
+"""Columns of the second table."""
+
+_DIGITS = {"id_malformed_rate": 3, "env_steps": 0, "versions": 0, "minutes": 1, "peak_memory_gib": 1}
+"""Digits after the point, where they are not two."""
+
+
 @dataclass(frozen=True)
 class ComparedRun(SweepRun):
     """One run of a comparison; its variant is its loss."""
@@ -137,10 +169,11 @@ def at_env_steps(evaluated: Sequence[EvaluatedAt], env_steps: int) -> Figures:
 
 
 def markdown_table(rows: Sequence[Figures], env_steps: int) -> str:
-    """Returns a Markdown table with one line a loss, mean ± standard deviation over its seeds.
+    """Returns two Markdown tables with one line a loss, mean ± standard deviation over its seeds.
 
-    Runs of as many learner steps do not play as many environment steps: where trajectories become shorter, they play
-    fewer. So the table also has their figures after equally many.
+    The first is of the final reports, and begins with the policies before training. Runs of as many learner steps
+    do not play as many environment steps: where trajectories become shorter, they play fewer. So the second has
+    their figures after equally many, with what the runs took.
 
     Args:
         rows: A run each: `figures` and `at_env_steps`.
@@ -149,35 +182,16 @@ def markdown_table(rows: Sequence[Figures], env_steps: int) -> str:
     by_loss: dict[str, list[Figures]] = defaultdict(list)
     for row in rows:
         by_loss[str(row["loss"])].append(row)
-    columns = {
-        "success": "id_success",
-        "Div@N": "id_div_at_n",
-        "total variation": "id_total_variation",
-        "exact, outcomes": "exact_total_variation",
-        "exact, sequences": "exact_sequence_total_variation",
-        "exact, outcomes, to the aim": "exact_aim_total_variation",
-        "exact, sequences, to the aim": "exact_aim_sequence_total_variation",
-        "out-of-distribution success": "ood_success",
-        "malformed": "id_malformed_rate",
-    }
-    equal = {
-        f"success at {env_steps:,} environment steps": "success",
-        "Div@N there": "div_at_n",
-        "total variation there": "total_variation",
-    }
-    totals = {
-        "environment steps": ("env_steps", 0),
-        "versions": ("versions", 0),
-        "minutes": ("minutes", 1),
-        "peak GiB": ("peak_memory_gib", 1),
-    }
-    lines = []
-    for loss, group in by_loss.items():
-        cells = [loss, str(len(group))]
-        for name in columns.values():
-            digits = 3 if name.endswith("rate") else 2
-            cells.append(" → ".join(cell(group, f"{name}_{when}", digits) for when in ("before", "after")))
-        cells += [cell(group, f"{name}_at_env_steps", 2) for name in equal.values()]
-        cells += [cell(group, name, digits) for name, digits in totals.values()]
-        lines.append(cells)
-    return markdown(["loss", "seeds", *(f"{name}, before → after" for name in columns), *equal, *totals], lines)
+    heads = ["loss", "seeds"]
+    reached = [[BEFORE, str(len(rows)), *(_cell(rows, f"{name}_before") for name in _REACHED.values())]]
+    reached += [
+        [loss, str(len(of)), *(_cell(of, f"{name}_after") for name in _REACHED.values())]
+        for loss, of in by_loss.items()
+    ]
+    took = [[loss, str(len(of)), *(_cell(of, name) for name in _TOOK.values())] for loss, of in by_loss.items()]
+    first, second = markdown([*heads, *_REACHED], reached), markdown([*heads, *_TOOK], took)
+    return f"{first}\nAfter {env_steps:,} environment steps, and in all:\n\n{second}"
+
+
+def _cell(rows: Sequence[Figures], name: str) -> str:
+    return cell(rows, name, _DIGITS.get(name.removesuffix("_after").removesuffix("_before"), 2))

@@ -53,18 +53,29 @@ def make_run(tmp_path):
     return make
 
 
+def tables(text):
+    """The tables of a Markdown text, each a line's cells by its first and the column's name."""
+    found = []
+    for part in text.split("\n\n"):
+        if part.startswith("|"):
+            head, _, *lines = [line.strip("| ").split(" | ") for line in part.splitlines()]
+            found.append({line[0]: dict(zip(head, line, strict=True)) for line in lines})
+    return found
+
+
 def test_the_table_has_mean_and_deviation_over_the_seeds_of_finished_runs(make_run, tmp_path):
     runs = [make_run("var_tb", 0, 0.8), make_run("var_tb", 1, 0.9), make_run("subtb", 0, 0.95), make_run("subtb", 1)]
     table = write_comparison(runs, tmp_path)
-    head, _, var_tb, subtb = table.splitlines()
-    cells = dict(zip(head.split(" | "), var_tb.split(" | "), strict=True))
-    assert cells["success, before → after"] == "0.40 ± 0.00 → 0.85 ± 0.07"
-    assert cells["Div@N, before → after"] == "2.40 ± 0.00 → 2.85 ± 0.07"
-    assert cells["minutes"] == "0.5 ± 0.7"
-    assert cells["environment steps"] == "150"
-    assert cells["exact, outcomes, before → after"] == "- → -"
-    assert cells["versions"] == "2"
-    assert subtb.startswith("| subtb | 1 | 0.40 → 0.95 |")
+    reached, took = tables(table)
+    assert reached["before training"]["success"] == "0.40 ± 0.00"
+    assert reached["before training"]["seeds"] == "3"
+    assert reached["var_tb"]["success"] == "0.85 ± 0.07"
+    assert reached["var_tb"]["Div@N"] == "2.85 ± 0.07"
+    assert reached["var_tb"]["exact: outcomes"] == "-"
+    assert reached["subtb"]["success"] == "0.95"
+    assert took["var_tb"]["minutes"] == "0.5 ± 0.7"
+    assert took["var_tb"]["environment steps in all"] == "150"
+    assert took["var_tb"]["versions"] == "2"
     assert (tmp_path / TABLE).read_text() == table
     rows = list(csv.DictReader((tmp_path / RAW).open()))
     assert [(r["loss"], r["seed"], r["ood_success_after"]) for r in rows] == [
@@ -78,11 +89,11 @@ def test_the_table_has_mean_and_deviation_over_the_seeds_of_finished_runs(make_r
 def test_runs_that_played_differently_much_are_compared_after_equally_many_environment_steps(make_run, tmp_path):
     # They are evaluated at 0.4 before and at 0.8 after 100 and 200 environment steps.
     table = write_comparison([make_run("var_tb", 0, 0.8), make_run("subtb", 1, 0.8)], tmp_path)
-    head, _, *lines = [line.split(" | ") for line in table.splitlines()]
-    at = head.index("success at 100 environment steps")
-    assert [line[at] for line in lines] == ["0.80", "0.60"]
-    assert [line[at + 1] for line in lines] == ["2.80", "2.60"]
-    assert [line[at + 2] for line in lines] == ["0.20", "0.40"]
+    assert "After 100 environment steps" in table
+    _, at = tables(table)
+    assert [at[loss]["success"] for loss in ("var_tb", "subtb")] == ["0.80", "0.60"]
+    assert [at[loss]["Div@N"] for loss in ("var_tb", "subtb")] == ["2.80", "2.60"]
+    assert [at[loss]["total variation"] for loss in ("var_tb", "subtb")] == ["0.20", "0.40"]
 
 
 def test_a_run_made_with_other_settings_is_not_taken_for_one_of_the_comparison(make_run, tmp_path):
@@ -101,18 +112,16 @@ def test_a_damaged_summary_is_named(make_run):
 
 
 def test_a_figure_that_no_run_has_is_left_blank():
-    table = markdown_table([{"loss": "db", "seed": 0, "id_success_before": None}], 0)
-    assert table.splitlines()[2].startswith("| db | 1 | - → - |")
+    reached, took = tables(markdown_table([{"loss": "db", "seed": 0, "id_success_before": None}], 0))
+    assert reached["before training"]["success"] == reached["db"]["success"] == took["db"]["success"] == "-"
 
 
 def test_exact_figures_stand_in_the_table_once_they_are_measured(make_run, tmp_path):
     run = make_run("var_tb", 0, 0.8)
     exact = dict.fromkeys(EXACT_COMPARED, 0.25)
     run.exact.write_text(json.dumps({"instances": 1, "version": 2, "before": exact, "after": exact}))
-    table = write_comparison([run], tmp_path)
-    head, _, line = table.splitlines()
-    cells = dict(zip(head.split(" | "), line.split(" | "), strict=True))
-    assert cells["exact, sequences, before → after"] == "0.25 → 0.25"
+    reached, _ = tables(write_comparison([run], tmp_path))
+    assert [reached[loss]["exact: sequences"] for loss in ("before training", "var_tb")] == ["0.25", "0.25"]
 
 
 class KnownCheck:
