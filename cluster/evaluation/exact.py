@@ -1,4 +1,4 @@
-"""The policy's exact distribution over action sequences, against R^beta / Z and against what training aims at.
+"""The policy's exact probabilities of actions, at every state of the tree of action sequences.
 
 The tree of action sequences is expanded and scored by the policy. At each state the probabilities of the
 actions are marginalised over chains of thought: those that the task's demonstrations use, and where these leave
@@ -10,28 +10,12 @@ Each chain of thought counts once and with its exact probability, wherever it is
 (1 − Σ_c P_CoT) is *uncovered*: rare other words for the same, misreadings, malformed text. So are states that are
 hardly ever come to, where only the others are scored. Uncovered mass is followed to no end, counts as missing in
 the distances, and is reported beside them: a distance is known to within it, and there is no other sampling error.
-
-What training aims at
----------------------
-With γ = `cot_weight` on log P_CoT and α = `reference_weight` on log P_ref, R^beta / Z is not where the losses have
-their minimum. Every one of them (learner/targets.py) balances
-
-    F(z) P_CoT(c | z)^γ P_Act(a | c, z) = P_ref(c | z)^α F(z'),   and R^beta in place of F(z') at the stop.
-
-Summed over a, with G(z) = R(z⊤)^beta + Σ_a F(z'_a): F(z) P_CoT(c | z)^γ = P_ref(c | z)^α G(z). P_CoT is normalised, so
-
-    F(z) = κ(z) G(z),   κ(z) = (Σ_c P_ref(c | z)^(α/γ))^γ,
-
-and the policy at the minimum ends at a state z_n with probability ∝ R^beta Π_k κ(z_k) over the states it answered at.
-α = γ gives κ = 1. With α > γ each further state costs −log κ nats. With α < γ the sum is over texts that nobody
-demonstrated, and is not known here.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -54,7 +38,6 @@ ThoughtSampler = Callable[[Sequence[TreeState]], Sequence[Sequence[str]]]
 """Samples responses at states: `THOUGHT_SAMPLES` of each."""
 
 _STATES_AT_ONCE = 32
-_INVALID = "invalid"
 
 
 @dataclass(frozen=True)
@@ -70,40 +53,6 @@ class ActionProbabilities:
     of: Mapping[str, float]
     uncovered: float
     thoughts: Sequence[float] = ()
-
-
-@dataclass(frozen=True)
-class ExactMatch:
-    """Distances of the policy's exact distribution to R^beta / Z and to what training aims at.
-
-    Those of one instance, or the mean over several.
-
-    Attributes:
-        states: States of the tree.
-        success: Probability of a successful end.
-        total_variation: Over outcomes; in [0, 1].
-        jensen_shannon: Over outcomes, nats; at most ln 2.
-        sequence_total_variation: Over action sequences, the terminal objects of the tree.
-        sequence_jensen_shannon: Over action sequences, nats.
-        aim_total_variation: To what training aims at, over outcomes; None where that is not known.
-        aim_sequence_total_variation: The same over action sequences.
-        uncovered: Probability that a chain of thought outside the demonstrations, or a state that was left
-            out, comes up on the way.
-    """
-
-    states: float
-    success: float
-    total_variation: float
-    jensen_shannon: float
-    sequence_total_variation: float
-    sequence_jensen_shannon: float
-    aim_total_variation: float | None
-    aim_sequence_total_variation: float | None
-    uncovered: float
-
-    def as_dict(self) -> dict[str, float | None]:
-        """Returns the figures by name."""
-        return asdict(self)
 
 
 def action_probabilities(
@@ -148,106 +97,6 @@ def action_probabilities(
         left = sum(waiting.values())
     advance(left)
     return found
-
-
-def log_thought_factors(
-    reference: Sequence[ActionProbabilities | None], reference_weight: float, cot_weight: float
-) -> list[float] | None:
-    """Returns log κ(z) of every state, nats, 0 where stopping is forced; None where it is not known.
-
-    Args:
-        reference: The reference policy's probabilities, of every state of a tree.
-        reference_weight: α.
-        cot_weight: γ.
-    """
-    if reference_weight < cot_weight or cot_weight == 0:
-        return None
-    power = reference_weight / cot_weight
-    if power == 1:
-        return [0.0] * len(reference)
-    sums = [1.0 if given is None else math.fsum(p**power for p in given.thoughts) for given in reference]
-    # A reference policy that hardly ever says what is demonstrated says nothing here of what it does say.
-    return None if min(sums) == 0 else [cot_weight * math.log(total) for total in sums]
-
-
-def exact_match(
-    states: Sequence[TreeState],
-    probabilities: Sequence[ActionProbabilities | None],
-    reward_exponent: float,
-    log_factors: Sequence[float] | None,
-) -> ExactMatch:
-    """Returns the distances between the policy's distribution and R^beta / Z.
-
-    Terminal objects are action sequences (P_B = 1). Mass that the policy loses on the way, uncovered or
-    inadmissible, is an outcome of its own, to which the target gives nothing.
-
-    Args:
-        states: The states of a tree, parents before children.
-        probabilities: The policy's, of every state.
-        reward_exponent: β.
-        log_factors: log κ of every state; None where it is not known.
-    """
-    policy, uncovered = _policy_ends(states, probabilities)
-    log_target = [reward_exponent * state.log_reward for state in states]
-    outcomes, sequences = _distances(states, policy, log_target)
-    aim_outcomes = aim_sequences = None
-    if log_factors is not None:
-        on_the_way: dict[tuple[str, ...], float] = {}
-        for state, log_factor in zip(states, log_factors, strict=True):
-            on_the_way[state.actions] = on_the_way.get(state.actions[:-1], 0.0) + log_factor
-        log_aim = [r + on_the_way[s.actions] for r, s in zip(log_target, states, strict=True)]
-        aim_outcomes, aim_sequences = (distances[0] for distances in _distances(states, policy, log_aim))
-    return ExactMatch(
-        states=len(states),
-        success=sum(policy[state.actions] for state in states if state.solved),
-        total_variation=outcomes[0],
-        jensen_shannon=outcomes[1],
-        sequence_total_variation=sequences[0],
-        sequence_jensen_shannon=sequences[1],
-        aim_total_variation=aim_outcomes,
-        aim_sequence_total_variation=aim_sequences,
-        uncovered=uncovered,
-    )
-
-
-def _policy_ends(
-    states: Sequence[TreeState], probabilities: Sequence[ActionProbabilities | None]
-) -> tuple[dict[tuple[str, ...], float], float]:
-    """Returns the probability of ending at each state, and the uncovered mass."""
-    reach: dict[tuple[str, ...], float] = {(): 1.0}
-    policy: dict[tuple[str, ...], float] = {}
-    uncovered = 0.0
-    for state, given in zip(states, probabilities, strict=True):
-        here = reach[state.actions]
-        if given is None:
-            policy[state.actions] = here
-        else:
-            policy[state.actions] = here * given.of.get(DONE_TOKEN, 0.0)
-            uncovered += here * given.uncovered
-            for action in state.responses:
-                reach[(*state.actions, action)] = here * given.of.get(action, 0.0)
-    return policy, uncovered
-
-
-def _distances(
-    states: Sequence[TreeState], policy: Mapping[tuple[str, ...], float], log_weights: Sequence[float]
-) -> list[tuple[float, float]]:
-    """Returns total variation and Jensen–Shannon divergence to exp(log_weights), over outcomes and over sequences."""
-    weights = torch.tensor(log_weights, dtype=torch.float64).softmax(dim=0).tolist()
-    target = {s.actions: p for s, p in zip(states, weights, strict=True)}
-    ends = {s.actions: s.outcome for s in states}
-    pairs = [(_summed(policy, ends), _summed(target, ends)), (policy, target)]
-    return [(_total_variation(p, q), _jensen_shannon(p, q)) for p, q in pairs]
-
-
-def mean_match(matches: Sequence[ExactMatch]) -> ExactMatch:
-    """Returns the mean of each figure over instances."""
-    rows = [match.as_dict() for match in matches]
-    means: dict[str, Any] = {}
-    for name in rows[0]:
-        known = [value for row in rows if (value := row[name]) is not None]
-        means[name] = sum(known) / len(rows) if len(known) == len(rows) else None
-    return ExactMatch(**means)
 
 
 def _scored_step(state: TreeState, response: str, inputs: PolicyInputs) -> ScoredStep:
@@ -340,28 +189,3 @@ def _together(one: ActionProbabilities, other: ActionProbabilities) -> ActionPro
 
 def _left(thoughts: Sequence[float]) -> float:
     return max(0.0, 1.0 - math.fsum(thoughts))
-
-
-def _summed(probabilities: Mapping[tuple[str, ...], float], name_of: Mapping[tuple[str, ...], str]) -> dict[Any, float]:
-    summed: dict[Any, float] = defaultdict(float)
-    for key, probability in probabilities.items():
-        summed[name_of[key]] += probability
-    return summed
-
-
-def _with_missing(p: Mapping[Any, float]) -> dict[Any, float]:
-    return {**p, _INVALID: p.get(_INVALID, 0.0) + max(0.0, 1.0 - sum(p.values()))}
-
-
-def _total_variation(p: Mapping[Any, float], q: Mapping[Any, float]) -> float:
-    p, q = _with_missing(p), _with_missing(q)
-    return 0.5 * sum(abs(p.get(x, 0.0) - q.get(x, 0.0)) for x in {*p, *q})
-
-
-def _jensen_shannon(p: Mapping[Any, float], q: Mapping[Any, float]) -> float:
-    p, q = _with_missing(p), _with_missing(q)
-
-    def to_middle(a: Mapping[Any, float], b: Mapping[Any, float]) -> float:
-        return sum(v * math.log(2 * v / (v + b.get(x, 0.0))) for x, v in a.items() if v > 0)
-
-    return 0.5 * to_middle(p, q) + 0.5 * to_middle(q, p)

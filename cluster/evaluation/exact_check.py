@@ -17,13 +17,10 @@ from cluster.evaluation.exact import (
     LEFT_OUT,
     THOUGHT_SAMPLES,
     ActionProbabilities,
-    ExactMatch,
     ThoughtSampler,
     action_probabilities,
-    exact_match,
-    log_thought_factors,
-    mean_match,
 )
+from cluster.evaluation.exact_match import ExactMatch, exact_match, log_thought_factors, mean_match
 from cluster.models import resolve_model
 from envs.registry import make_env
 from learner.model import default_device, load_adapted
@@ -103,9 +100,9 @@ class ExactCheck:
             ]
 
     def _match(self, probabilities: list[list[ActionProbabilities | None]]) -> ExactMatch:
-        beta = self._config.target.reward_exponent
+        beta, samples = self._config.target.reward_exponent, self._config.evaluation.samples
         measured = zip(self._trees, probabilities, self._log_factors, strict=True)
-        return mean_match([exact_match(tree, given, beta, factors) for tree, given, factors in measured])
+        return mean_match([exact_match(tree, given, beta, factors, samples) for tree, given, factors in measured])
 
 
 @contextmanager

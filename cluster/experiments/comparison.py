@@ -37,6 +37,9 @@ EXACT = "exact.json"
 """In a run's folder: its exact match to the target, before and after training."""
 
 EXACT_COMPARED = (
+    "div_at_n",
+    "target_div_at_n",
+    "aim_div_at_n",
     "total_variation",
     "sequence_total_variation",
     "aim_total_variation",
@@ -46,8 +49,8 @@ EXACT_COMPARED = (
 """Figures of the exact match that are compared."""
 
 
-BEFORE = "before training"
-"""The line of a table that is of the runs' start."""
+BEFORE, TARGET, AIM = "before training", "R^β / Z", "what training aims at"
+"""Lines of a table that are of the runs' start and of what they are measured against."""
 
 _REACHED = {
     "success": "id_success",
@@ -55,6 +58,7 @@ _REACHED = {
     "out-of-distribution success": "ood_success",
     "malformed": "id_malformed_rate",
     "total variation": "id_total_variation",
+    "exact: Div@N": "exact_div_at_n",
     "exact: outcomes": "exact_total_variation",
     "exact: sequences": "exact_sequence_total_variation",
     "exact: outcomes, to the aim": "exact_aim_total_variation",
@@ -183,14 +187,23 @@ def markdown_table(rows: Sequence[Figures], env_steps: int) -> str:
     for row in rows:
         by_loss[str(row["loss"])].append(row)
     heads = ["loss", "seeds"]
-    reached = [[BEFORE, str(len(rows)), *(_cell(rows, f"{name}_before") for name in _REACHED.values())]]
-    reached += [
-        [loss, str(len(of)), *(_cell(of, f"{name}_after") for name in _REACHED.values())]
-        for loss, of in by_loss.items()
+    reached = [
+        [BEFORE, str(len(rows)), *(_cell(rows, f"{name}_before") for name in _REACHED.values())],
+        *(_measured_against(rows, name, key) for name, key in ((TARGET, "target"), (AIM, "aim"))),
+        *(
+            [loss, str(len(of)), *(_cell(of, f"{name}_after") for name in _REACHED.values())]
+            for loss, of in by_loss.items()
+        ),
     ]
     took = [[loss, str(len(of)), *(_cell(of, name) for name in _TOOK.values())] for loss, of in by_loss.items()]
     first, second = markdown([*heads, *_REACHED], reached), markdown([*heads, *_TOOK], took)
     return f"{first}\nAfter {env_steps:,} environment steps, and in all:\n\n{second}"
+
+
+def _measured_against(rows: Sequence[Figures], name: str, key: str) -> list[str]:
+    """Returns the line of a distribution that policies are compared with: how diverse it is itself."""
+    diversity = _REACHED["exact: Div@N"].replace("div_at_n", f"{key}_div_at_n_before")
+    return [name, "-", *(_cell(rows, diversity) if column == "exact: Div@N" else "-" for column in _REACHED)]
 
 
 def _cell(rows: Sequence[Figures], name: str) -> str:

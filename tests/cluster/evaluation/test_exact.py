@@ -9,11 +9,9 @@ from cluster.evaluation.action_tree import MAX_STATES, expand_tree, tree_size
 from cluster.evaluation.exact import (
     ActionProbabilities,
     action_probabilities,
-    exact_match,
-    log_thought_factors,
-    mean_match,
     state_probabilities,
 )
+from cluster.evaluation.exact_match import exact_match, log_thought_factors, mean_match
 from envs.base import TaskEnv
 from envs.registry import make_env
 from learner.losses import LOSSES
@@ -26,6 +24,7 @@ from shared.response import DONE_TOKEN, format_response, parse_response, token_s
 from shared.task_settings import BlackjackSettings, NumberLineSettings, NumberSequenceSettings
 
 BETA = 3.0
+SAMPLES = 2
 
 
 @pytest.fixture
@@ -78,11 +77,33 @@ def test_the_tree_holds_every_action_sequence_once_with_what_stopping_there_give
 
 def test_a_perfect_policy_matches_the_target_of_the_environment(env):
     states = expand_tree(env)
-    match = exact_match(states, perfect(states), BETA, None)
+    match = exact_match(states, perfect(states), BETA, None, SAMPLES)
     for distance in ("total_variation", "jensen_shannon", "sequence_total_variation", "sequence_jensen_shannon"):
         assert getattr(match, distance) == pytest.approx(0.0, abs=1e-12)
     env.reset(seed=3)
     assert match.success == pytest.approx(env.target_success(BETA))
+
+
+def test_div_at_n_is_that_of_all_that_can_be_sampled(env):
+    """Brute force: every pair of sequences, with its probability."""
+    states = expand_tree(env)
+    uniform = [
+        None if s.forced else ActionProbabilities(dict.fromkeys((DONE_TOKEN, *s.responses), 1 / 3), uncovered=0.0)
+        for s in states
+    ]
+    match = exact_match(states, uniform, BETA, None, SAMPLES)
+    # A walk has a third for each of its actions and for its stop, which at the step limit is forced.
+    chance = {s.actions: 3.0 ** -(len(s.actions) + (not s.forced)) for s in states}
+    solved = {s.actions for s in states if s.solved}
+    different = some = 0.0
+    for pair in itertools.product(chance, repeat=SAMPLES):
+        found = len(solved & set(pair))
+        different += found * math.prod(chance[actions] for actions in pair)
+        some += (found > 0) * math.prod(chance[actions] for actions in pair)
+    assert match.div_at_n == pytest.approx(different / some)
+    assert exact_match(states, perfect(states), BETA, None, SAMPLES).div_at_n == pytest.approx(match.target_div_at_n)
+    nowhere = [None if p is None else ActionProbabilities({}, uncovered=1.0) for p in uniform]
+    assert exact_match(states, nowhere, BETA, None, SAMPLES).div_at_n == 0.0
 
 
 @pytest.mark.parametrize("settings", [BlackjackSettings(), NumberSequenceSettings(continuation=2)])
@@ -93,7 +114,7 @@ def test_the_trees_of_other_tasks_are_small_and_match_their_target(settings):
         states = expand_tree(env)
         assert len(states) == tree_size(env) < 100
         assert any(s.forced for s in states)
-        match = exact_match(states, perfect(states), BETA, None)
+        match = exact_match(states, perfect(states), BETA, None, SAMPLES)
         assert match.total_variation == pytest.approx(0.0, abs=1e-12)
         assert match.success == pytest.approx(env.target_success(BETA))
 
@@ -119,7 +140,7 @@ def test_mass_that_gets_lost_counts_as_distance(env):
         None if p is None else ActionProbabilities({a: 0.9 * q for a, q in p.of.items()}, uncovered=0.1)
         for p in perfect(states)
     ]
-    match = exact_match(states, leaky, BETA, None)
+    match = exact_match(states, leaky, BETA, None, SAMPLES)
     stops_at_once = perfect(states)[0].of[DONE_TOKEN]
     assert 0.1 <= match.uncovered < 1
     assert match.uncovered > 0.1 + 0.09 * (1 - stops_at_once) - 1e-12
@@ -208,15 +229,15 @@ def test_what_is_left_out_are_the_rarest_states_and_no_more_mass_than_was_allowe
     for given, expected in zip(part, whole, strict=True):
         if given is not None and given.of:
             assert given.of == pytest.approx(expected.of, rel=1e-4)
-    exact, bounded = (exact_match(states, found, BETA, None) for found in (whole, part))
+    exact, bounded = (exact_match(states, found, BETA, None, SAMPLES) for found in (whole, part))
     assert bounded.uncovered <= exact.uncovered + allowed + 1e-9
     assert abs(bounded.total_variation - exact.total_variation) <= allowed + 1e-9
 
 
 def test_figures_of_several_instances_are_averaged(env):
     states = expand_tree(env)
-    match = exact_match(states, perfect(states), BETA, None)
-    other = exact_match(states, perfect(states), BETA + 1, None)
+    match = exact_match(states, perfect(states), BETA, None, SAMPLES)
+    other = exact_match(states, perfect(states), BETA + 1, None, SAMPLES)
     assert mean_match([match, other]).total_variation == pytest.approx(other.total_variation / 2)
 
 
@@ -303,12 +324,13 @@ def test_what_training_aims_at_is_where_every_loss_is_zero():
         ]
 
     factors = log_thought_factors(probabilities(policy.log_reference), ALPHA, GAMMA)
-    match = exact_match(states, probabilities(policy.log_thought), BETA, factors)
+    match = exact_match(states, probabilities(policy.log_thought), BETA, factors, SAMPLES)
     assert match.aim_total_variation == pytest.approx(0.0, abs=1e-12)
     assert match.aim_sequence_total_variation == pytest.approx(0.0, abs=1e-12)
+    assert match.aim_div_at_n == pytest.approx(match.div_at_n)
     # Longer walks cost more than in R^beta / Z, which a policy that matches that one shows too.
     assert match.sequence_total_variation > 0.01
-    assert exact_match(states, perfect(states), BETA, factors).aim_sequence_total_variation == pytest.approx(
+    assert exact_match(states, perfect(states), BETA, factors, SAMPLES).aim_sequence_total_variation == pytest.approx(
         match.sequence_total_variation
     )
 
@@ -316,7 +338,7 @@ def test_what_training_aims_at_is_where_every_loss_is_zero():
 def test_equal_weights_of_policy_and_reference_aim_at_the_target_itself(env):
     states = expand_tree(env)
     factors = log_thought_factors(perfect(states), 0.4, 0.4)
-    match = exact_match(states, perfect(states), BETA, factors)
+    match = exact_match(states, perfect(states), BETA, factors, SAMPLES)
     assert match.aim_sequence_total_variation == pytest.approx(0.0, abs=1e-12)
 
 
@@ -324,7 +346,7 @@ def test_equal_weights_of_policy_and_reference_aim_at_the_target_itself(env):
 def test_what_training_aims_at_is_not_known_where_undemonstrated_thoughts_decide_it(env, alpha, gamma):
     states = expand_tree(env)
     assert log_thought_factors(perfect(states), alpha, gamma) is None
-    match = exact_match(states, perfect(states), BETA, None)
+    match = exact_match(states, perfect(states), BETA, None, SAMPLES)
     assert match.aim_total_variation is None
     assert mean_match([match, match]).aim_total_variation is None
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cluster.evaluation.exact import ExactMatch
+from cluster.evaluation.exact_match import ExactMatch
 from cluster.experiments.comparison import (
     CURVES,
     EXACT_COMPARED,
