@@ -43,7 +43,7 @@ class ExactCheck:
     """
 
     def __init__(self, config: RunConfig, *, split: str, seed: int, instances: int, console: Console) -> None:
-        """Expands the trees and scores the base model; about a minute an instance with the default preset.
+        """Expands the trees and scores the base model; about 15 seconds an instance with the default preset.
 
         Args:
             config: A run's configuration: task, base model and target.
