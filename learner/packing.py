@@ -85,9 +85,11 @@ class Packer:
 
     def pack(self, steps: Sequence[ScoredStep]) -> list[MicroBatch]:
         """Returns the steps in micro-batches: similar lengths together, the longest first."""
-        prompts = self._prompt_lengths(steps)
-        responses = [max(1, len(step.response_ids)) for step in steps]
         states = self._states(steps)
+        different = list(dict.fromkeys(states))
+        length_of = dict(zip(different, self._prompt_lengths([steps[i] for i in different]), strict=True))
+        prompts = [length_of[state] for state in states]
+        responses = [max(1, len(step.response_ids)) for step in steps]
         longest = dict.fromkeys(states, 0)
         for i, state in enumerate(states):
             longest[state] = max(longest[state], prompts[i] + responses[i])
@@ -97,7 +99,8 @@ class Packer:
         widest_prompt = widest_response = 0
         for i in order:
             prompt, response = max(widest_prompt, prompts[i]), max(widest_response, responses[i])
-            padded = len(inside | {states[i]}) * prompt + (len(groups[-1]) + 1) * response if groups else 0
+            more = states[i] not in inside
+            padded = (len(inside) + more) * prompt + (len(groups[-1]) + 1) * response if groups else 0
             if groups and padded <= self._budget:
                 groups[-1].append(i)
                 inside.add(states[i])
@@ -123,17 +126,14 @@ class Packer:
         """
         if len(steps) == 0:
             return []
-        different = list(dict.fromkeys(step.prompt for step in steps))
-        texts = [self._inputs.render(prompt) for prompt in different]
-        ids = self._inputs.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        length_of = dict(zip(different, map(len, ids), strict=True))
-        lengths = []
-        for step in steps:
+        texts = [self._inputs.render(step.prompt) for step in steps]
+        lengths = [len(ids) for ids in self._inputs.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        for i, step in enumerate(steps):
             size = image_size(step.image)
             if size not in self._image_tokens:
                 full = self._inputs.encode([step.prompt], [step.image])["input_ids"].shape[1]
-                self._image_tokens[size] = int(full) - length_of[step.prompt]
-            lengths.append(length_of[step.prompt] + self._image_tokens[size])
+                self._image_tokens[size] = int(full) - lengths[i]
+            lengths[i] += self._image_tokens[size]
         return lengths
 
 

@@ -128,7 +128,7 @@ class Scorer:
         return int(weight.shape[-1])
 
     def score_steps(self, batch: MicroBatch, with_hidden: bool = False) -> StepScores:
-        """Scores a micro-batch in one forward pass; differentiable where gradients are enabled.
+        """Scores a micro-batch, each state passed once; differentiable where gradients are enabled.
 
         Args:
             batch: The steps.

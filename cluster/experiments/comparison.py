@@ -202,8 +202,8 @@ def markdown_table(rows: Sequence[Figures], env_steps: int) -> str:
 
 def _measured_against(rows: Sequence[Figures], name: str, key: str) -> list[str]:
     """Returns the line of a distribution that policies are compared with: how diverse it is itself."""
-    diversity = _REACHED["exact: Div@N"].replace("div_at_n", f"{key}_div_at_n_before")
-    return [name, "-", *(_cell(rows, diversity) if column == "exact: Div@N" else "-" for column in _REACHED)]
+    known = {"exact: Div@N": _cell(rows, f"exact_{key}_div_at_n_before")}
+    return [name, "-", *(known.get(column, "-") for column in _REACHED)]
 
 
 def _cell(rows: Sequence[Figures], name: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos.killing import JobFiles, run_job
-from chaos.network import Network
+from chaos.network import own_network
 from chaos.nodes import LocalCluster
 from chaos.proof import prove, same_success
 from chaos.records import Records, read_records
@@ -76,7 +76,7 @@ def run(
     cpus = math.ceil(resource_plan(config).cpus)
     say(f"{name}: starting a head and {nodes} worker nodes of {cpus} CPU slots")
     with ExitStack() as opened:
-        network = opened.enter_context(Network()) if options.network else None
+        network = opened.enter_context(own_network()) if options.network else None
         cluster = opened.enter_context(LocalCluster(out, name, nodes, cpus, network))
         address = {"address": cluster.address}
         new_run(config.model_copy(update={"cluster": config.cluster.model_copy(update=address)}), files.run.root)

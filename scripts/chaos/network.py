@@ -8,9 +8,9 @@ import os
 import secrets
 import shutil
 import subprocess
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from ipaddress import IPv4Network
-from types import TracebackType
 
 from shared.errors import UserError
 
@@ -42,12 +42,25 @@ class Cable:
         _ip("link", "set", self.namespace, "up")
 
 
-class Network:
-    """A bridge that nodes are connected to. A context manager; at its end nothing is left of it.
+@contextmanager
+def own_network() -> Iterator["Network"]:
+    """Yields a network for the nodes of a cluster; nothing is left of it afterwards.
 
     Raises:
         UserError: This machine does not allow it.
     """
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        raise UserError("network namespaces need root and `ip` (Debian: iproute2)")
+    network = Network()
+    try:
+        network.begin()
+        yield network
+    finally:
+        network.end()
+
+
+class Network:
+    """A bridge that nodes are connected to; see `own_network`."""
 
     def __init__(self) -> None:
         # Names of network devices have at most 15 characters.
@@ -55,21 +68,10 @@ class Network:
         self._addresses = IPv4Network(f"10.{secrets.randbelow(200) + 20}.{secrets.randbelow(256)}.0/24").hosts()
         self._namespaces: list[str] = []
 
-    def __enter__(self) -> "Network":
-        if os.geteuid() != 0 or shutil.which("ip") is None:
-            raise UserError("network namespaces need root and `ip` (Debian: iproute2)")
-        try:
-            _ip("link", "add", self._name, "type", "bridge")
-            _ip("link", "set", self._name, "up")
-        except BaseException:
-            self._end()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()
+    def begin(self) -> None:
+        """Makes the bridge."""
+        _ip("link", "add", self._name, "type", "bridge")
+        _ip("link", "set", self._name, "up")
 
     def connect(self) -> Cable:
         """Returns the connection of another node."""
@@ -87,7 +89,8 @@ class Network:
         _ip(*inside, "route", "add", "default", "dev", "eth0")
         return cable
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Takes everything down that is there."""
         for namespace in self._namespaces:
             with suppress(UserError):
                 _ip("netns", "delete", namespace)

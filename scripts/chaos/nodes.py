@@ -159,11 +159,7 @@ class LocalCluster:
         Raises:
             UserError: It has none.
         """
-        raylet = node.raylet()
-        if raylet is None:
-            raise UserError(f"node {node.name}: no raylet to kill; see {node.log}")
-        family = node.family()
-        self.workers.remove(node)
+        raylet, family = self._given_up(node)
         raylet.kill()
         end_processes(family, END_S)
         node.process.wait(timeout=END_S)
@@ -180,11 +176,9 @@ class LocalCluster:
         Raises:
             UserError: It has none, no address of its own, or goes on although it was given up.
         """
-        raylet = node.raylet()
-        if raylet is None or node.cable is None:
-            raise UserError(f"node {node.name}: no raylet, or no cable to pull; see {node.log}")
-        family = node.family()
-        self.workers.remove(node)
+        if node.cable is None:
+            raise UserError(f"node {node.name}: has no cable to pull")
+        raylet, family = self._given_up(node)
         node.cable.pull()
         time.sleep(CUT_OFF_S)
         node.cable.plug()
@@ -194,6 +188,14 @@ class LocalCluster:
         if left:
             raise UserError(f"node {node.name}: goes on {_REJOIN_S:g} s after it was back; see {node.log}")
         return int(raylet.pid)
+
+    def _given_up(self, node: Node) -> tuple[psutil.Process, list[psutil.Process]]:
+        """Takes a node off the list of workers; returns its raylet and all its processes."""
+        raylet, family = node.raylet(), node.family()
+        if raylet is None:
+            raise UserError(f"node {node.name}: no raylet to kill; see {node.log}")
+        self.workers.remove(node)
+        return raylet, family
 
     def _start(self, *arguments: str) -> Node:
         """Starts a node, once more each time that Ray gives one up: on a busy machine it has no time to spare."""

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 from chaos.__main__ import parse
-from chaos.network import Cable, Network
+from chaos.network import Cable, Network, own_network
 from chaos.schedule import NETWORK, PARTS
 
 from shared.errors import UserError
@@ -27,7 +27,7 @@ REACH = "import socket, sys; socket.create_connection((sys.argv[1], {port}), tim
 def network() -> Iterator[Network]:
     with ExitStack() as opened:
         try:
-            made = opened.enter_context(Network())
+            made = opened.enter_context(own_network())
         except UserError as reason:
             pytest.skip(str(reason))
         yield made
@@ -70,7 +70,7 @@ def test_nothing_is_left_of_a_network(network: Network) -> None:
     namespace = network.connect().namespace
     assert namespace in listed("netns")
     assert namespace in listed("link")
-    network.__exit__(None, None, None)
+    network.end()
     assert namespace not in listed("netns")
     assert namespace not in listed("link")
 
