@@ -70,9 +70,11 @@ class PolicyServer:
     ) -> None:
         """Starts the sampler. Serve calls this on the event loop that later answers the requests."""
         self._store_name = store_name
-        self._replica = serve.get_replica_context().replica_id.unique_id
+        context = serve.get_replica_context()
+        self._replica, self._application = context.replica_id.unique_id, context.app_name
         self._adapter_error: str | None = None
         self._sampler = start_sampler(config, model_path, config.sampler.engine, self._path_of)
+        self._orphan_timeout_s, self._store_answered = config.sampler.orphan_timeout_s, time.monotonic()
         self._caught_up = asyncio.Event()
         self._following = asyncio.get_running_loop().create_task(self._follow_store())
 
@@ -148,7 +150,18 @@ class PolicyServer:
             except (UserError, SamplerUnavailableError) as error:
                 self._adapter_error = str(error)
                 log.warning("replica %s: %s", self._replica, error)
+                if time.monotonic() - self._store_answered > self._orphan_timeout_s:
+                    await self._end_application()
                 await asyncio.sleep(RETRY_S)
+
+    async def _end_application(self) -> None:
+        """Ends all replicas: the store goes with the run's driver, which cannot end them once it was killed."""
+        log.error("replica %s: its run is gone (sampler.orphan_timeout_s); ends %s", self._replica, self._application)
+        try:
+            # Returns only after this replica was asked to end; meanwhile requests must go on.
+            await asyncio.to_thread(serve.delete, self._application)
+        except RayError as error:
+            log.warning("replica %s: Ray Serve does not take it: %s", self._replica, error)
 
     async def _catch_up(self) -> None:
         try:
@@ -168,7 +181,9 @@ class PolicyServer:
         try:
             store = find_adapter_store(self._store_name)
             answer = getattr(store, method).remote(*arguments)
-            return await asyncio.wait_for(answer, WAIT_FOR_ADAPTER_S + STORE_ANSWER_S)
+            found = await asyncio.wait_for(answer, WAIT_FOR_ADAPTER_S + STORE_ANSWER_S)
+            self._store_answered = time.monotonic()
+            return found
         except UnknownVersionError as error:
             # Ray's own class for it names this process; the plain one travels.
             raise UnknownVersionError(str(error.args[0]).strip().splitlines()[-1]) from None

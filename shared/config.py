@@ -65,6 +65,9 @@ class SamplerSettings(Settings):
     temperature: float = Field(1.0, gt=0, le=2, description="Sampling temperature of training rollouts.")
     request_timeout_s: float = Field(120.0, gt=0, le=3600, description="Longest wait for one try of a response.")
     start_timeout_s: float = Field(300.0, gt=0, le=7200, description="Longest wait for the policy server to start.")
+    orphan_timeout_s: float = Field(
+        900.0, gt=0, le=86_400, description="Replicas that have not seen their run for so long end themselves."
+    )
     mismatch_tolerance: float = Field(
         1e-4,
         gt=0,

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 from ray import serve
 
 from actors.adapter_store import start_adapter_store
@@ -162,6 +163,20 @@ def test_replicas_go_on_following_a_store_that_was_killed(served: Served, policy
         assert {r.version for r in await served.sample_all(4)} == {version}
 
     served.run(body)
+
+
+def test_a_server_whose_run_is_gone_ends_itself_and_its_processes(policy: Path, tmp_path: Path) -> None:
+    orphaned = Served("orphaned", policy, tmp_path, config(start_timeout_s=RESTART_S, orphan_timeout_s=2.0))
+
+    async def body() -> None:
+        (status,) = await orphaned.until_all_replicas(1, lambda status: status["adapter_error"] is None)
+        ray.kill(orphaned.store, no_restart=True)
+        deadline = time.monotonic() + 60.0
+        while "orphaned" in serve.status().applications or psutil.pid_exists(status["pid"]):
+            assert time.monotonic() < deadline, serve.status().applications
+            await asyncio.sleep(0.2)
+
+    orphaned.run(body)
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
