@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
             list[str] | None,
             typer.Argument(
                 metavar="[EXPERIMENT]...",
-                help="losses, losses-4d, lambda, forward-looking, incomplete, tree; all of them by default.",
+                help="losses, losses-4d, lambda, forward-looking, incomplete, tree, walks; all of them by default.",
                 show_default=False,
             ),
         ] = None,
@@ -47,7 +47,7 @@ def register(app: typer.Typer) -> None:
             "runs/prove"
         ),
     ) -> None:
-        """Train small policies on hypergrids with every loss, and measure them exactly against R/Z.
+        """Train small policies on small problems with every loss, and measure them exactly against R/Z.
 
         The losses are the ones that train the model. Nothing is sampled to measure: the policy's distribution
         over outcomes comes from dynamic programming. Writes `table.md`, `curves.csv` and `curves.png`; the same

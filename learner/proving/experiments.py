@@ -9,6 +9,7 @@ from learner.losses import LOSSES
 from learner.proving.hypergrid import hypergrid, path_tree
 from learner.proving.state_graph import StateGraph
 from learner.proving.training import Training
+from learner.proving.walks import walk_tree
 
 PROBLEMS: dict[str, Callable[[], StateGraph]] = {
     "grid-8x8": lambda: hypergrid(2, 8),
@@ -20,8 +21,9 @@ PROBLEMS: dict[str, Callable[[], StateGraph]] = {
     "paths-7x7": lambda: path_tree(2, 7),
     "bonus-paths-7x7": lambda: path_tree(2, 7, reward="bonus"),
     "bonus-paths-7x7-cell-only": lambda: path_tree(2, 7, reward="bonus", sees_path=False),
+    "walks": walk_tree,
 }
-"""Name -> state graph with a known R/Z; see `learner.proving.hypergrid`."""
+"""Name -> state graph with a known R/Z; see `learner.proving.hypergrid` and `learner.proving.walks`."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,12 @@ class Experiment:
 GRID = Training("tb", trajectories=4_000)
 LARGE_GRID = Training("tb", trajectories=64_000, batch_size=32, learning_rate=1e-2, log_z_learning_rate=0.1, hidden=64)
 PATHS = Training("tb", trajectories=16_000, batch_size=32, learning_rate=1e-2, hidden=64)
+WALKS = Training("tb", batch_size=32, learning_rate=3e-3, log_z_learning_rate=0.1, hidden=64, exploration=0.0)
 
 LAMBDAS = (0.1, 0.5, 0.9, 1.0, 2.0)
 CUT_OFF_SHARES = (0.0, 0.75, 1.0)
+WALK_STEPS = {"short": 60, "long": 1000}
+"""Steps of a training; the short one has as many as the default preset."""
 
 
 def _losses() -> list[Case]:
@@ -116,6 +121,19 @@ def _tree() -> list[Case]:
     ]
 
 
+def _walks() -> list[Case]:
+    return [
+        Case(
+            "walks",
+            f"{loss}, {kind}",
+            "walks",
+            replace(WALKS, loss=loss, trajectories=steps * WALKS.batch_size),
+        )
+        for kind, steps in WALK_STEPS.items()
+        for loss in LOSSES
+    ]
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     "losses": Experiment("every loss on the 8×8 grid", tuple(_losses())),
     "losses-4d": Experiment("every loss on the 8×8×8×8 grid", tuple(_losses_4d())),
@@ -123,6 +141,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "forward-looking": Experiment("forward-looking against plain flows, additive energy", tuple(_forward_looking())),
     "incomplete": Experiment("trajectories cut off before their end, 8×8", tuple(_incomplete())),
     "tree": Experiment("Markovian against non-Markovian states, 7×7", tuple(_tree())),
+    "walks": Experiment("NumberLine's own tree of walks, from a weak player on", tuple(_walks())),
 }
 """Name -> experiment."""
 

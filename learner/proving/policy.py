@@ -74,3 +74,21 @@ class Policy(nn.Module):
             log_pb=log_pb,
             log_flow=outputs[:, actions + 1],
         )
+
+
+def imitate(policy: Policy, probabilities: Tensor, *, steps: int = 300, learning_rate: float = 1e-2) -> None:
+    """Trains a policy, by cross-entropy over all states alike, to act with given probabilities.
+
+    Args:
+        policy: Changed in place.
+        probabilities: (S, A+1), the stop action's last; 0 where an action is not allowed.
+        steps: Steps of Adam.
+        learning_rate: Of Adam.
+    """
+    optimizer = torch.optim.Adam(policy.layers.parameters(), lr=learning_rate, fused=True)
+    for _ in range(steps):
+        log_pf = policy().log_pf
+        loss = -(probabilities * torch.where(probabilities > 0, log_pf, 0.0)).sum(dim=1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()

@@ -28,6 +28,8 @@ class StateGraph:
         outcome: (S,) int64, which outcome stopping there is; several states may share one.
         is_mode: (O,) bool, the outcomes that count as modes.
         longest: The most actions before stopping.
+        start_policy: (S, A+1) probabilities, the stop action's last, that a policy is made to have before it is
+            trained; None: it starts with random weights.
     """
 
     features: Tensor
@@ -38,6 +40,7 @@ class StateGraph:
     outcome: Tensor
     is_mode: Tensor
     longest: int
+    start_policy: Tensor | None = None
 
     @property
     def num_states(self) -> int:

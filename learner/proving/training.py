@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from learner.losses import LOSSES
-from learner.proving.policy import Policy
+from learner.proving.policy import Policy, imitate
 from learner.proving.rollouts import Sampler, loss_inputs
 from learner.proving.state_graph import StateGraph, jensen_shannon, outcome_distribution, total_variation
 
@@ -112,6 +112,8 @@ class _Learner:
     def __init__(self, graph: StateGraph, training: Training, seed: int) -> None:
         self._graph, self._training = graph, training
         self._policy = Policy(graph, hidden=training.hidden, learned_backward=training.learned_backward, seed=seed)
+        if graph.start_policy is not None:
+            imitate(self._policy, graph.start_policy)
         self._sampler = Sampler(graph, torch.Generator().manual_seed(seed))
         self._log_reward = graph.log_reward.float()
         self._rates = (training.learning_rate, training.log_z_learning_rate)
