@@ -15,7 +15,8 @@ from chaos.nodes import LocalCluster
 from chaos.proof import prove, same_success
 from chaos.records import Records, read_records
 from chaos.report import as_json, as_text
-from chaos.schedule import ENGINE, NETWORK, PARTS, Kill, schedule
+from chaos.schedule import ENGINE, HEAD, NETWORK, PARTS, Kill, Part, schedule
+from chaos.state_store import state_store
 from cluster.interruption import INTERRUPTED, sigterm_as_interrupt
 from cluster.json_file import write_json_file
 from cluster.launch.placement import resource_plan
@@ -39,10 +40,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings of the run, as of `gflowvlm train`")
     parser.add_argument("--preset", help="preset to start from (the default one)")
     parser.add_argument("--kills", type=_positive, default=10, help="how many kills (10)")
+    parser.add_argument(
+        "--only", action="append", metavar="PART", help="kill nothing but this, such as learner; may be given again"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the kills; the run has its own, seed=N (0)")
     parser.add_argument("--nodes", type=_positive, default=2, help="worker nodes beside the head (2)")
     parser.add_argument(
         "--network", action="store_true", help="give nodes network addresses of their own, and cut them off too (root)"
+    )
+    parser.add_argument(
+        "--head", action="store_true", help="lose the head too, with its state in Redis (redis-server); has --network"
     )
     parser.add_argument(
         "--undisturbed", action="store_true", help="run the same without kills first (unless --out has it), and compare"
@@ -76,8 +83,11 @@ def run(
     cpus = math.ceil(resource_plan(config).cpus)
     say(f"{name}: starting a head and {nodes} worker nodes of {cpus} CPU slots")
     with ExitStack() as opened:
-        network = opened.enter_context(own_network()) if options.network else None
-        cluster = opened.enter_context(LocalCluster(out, name, nodes, cpus, network))
+        network = opened.enter_context(own_network()) if options.network or options.head else None
+        kept = None
+        if network is not None and options.head:
+            kept = opened.enter_context(state_store(network.connect(), out / f"{name}.redis.log"))
+        cluster = opened.enter_context(LocalCluster(out, name, nodes, cpus, network, kept))
         address = {"address": cluster.address}
         new_run(config.model_copy(update={"cluster": config.cluster.model_copy(update=address)}), files.run.root)
         say(f"{name}: {config.learner.steps} learner steps; output in {files.output}")
@@ -89,9 +99,7 @@ def run(
 def chaos(options: argparse.Namespace) -> int:
     """Runs it all; returns 1 where a proof fails, else 0."""
     config = configure(options)
-    parts = (*PARTS, NETWORK) if options.network else PARTS
-    if config.sampler.engine != "vllm":
-        parts = tuple(part for part in parts if part != ENGINE)
+    parts = parts_of(options, config.sampler.engine)
     if config.learner.steps < 3:
         raise UserError("learner.steps: a run of fewer than 3 leaves no time for kills")
     plan = schedule(options.seed, options.kills, config.learner.steps, parts)
@@ -117,6 +125,24 @@ def chaos(options: argparse.Namespace) -> int:
     print(text, flush=True)
     say(f"wrote {out}/chaos.md and chaos.json")
     return 0 if found["holds"] else FAILED
+
+
+def parts_of(options: argparse.Namespace, engine: str) -> tuple[Part, ...]:
+    """Returns what can be killed in such a run, and is wanted to be."""
+    parts = list(PARTS)
+    if options.network or options.head:
+        parts.append(NETWORK)
+    if options.head:
+        parts.append(HEAD)
+    if engine != "vllm":
+        parts.remove(ENGINE)
+    names = [part.name for part in parts]
+    for name in options.only or []:
+        if name not in names:
+            raise UserError(
+                f"--only {name!r}: there are {', '.join(names)}; head and network have options of their own"
+            )
+    return tuple(part for part in parts if not options.only or part.name in options.only)
 
 
 def _setting(options: argparse.Namespace, config: RunConfig) -> dict[str, Any]:

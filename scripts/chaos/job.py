@@ -1,12 +1,16 @@
 """The driver of a run that is disturbed: `gflowvlm train`'s, which also writes down what the workers were told is safe.
 
-`python -m chaos.job RUN LEDGER`. The ledger is the record that the trajectory files are held against: a line is written
-when a worker reports a group as acknowledged, by another process than the replay buffer.
+`python -m chaos.job RUN LEDGER NODE`. The ledger is the record that the trajectory files are held against: a line is
+written when a worker reports a group as acknowledged, by another process than the replay buffer. NODE is the address of
+the node that the driver belongs to.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
+import ray
 from rich.console import Console
 
 from actors.groups import GroupSummary
@@ -36,12 +40,14 @@ class RecordedRun(TrainingRun):
         super()._note_groups(summaries)
 
 
-def main(run: str, ledger: str) -> int:
+def main(run: str, ledger: str, node: str) -> int:
     """Runs the run of a folder to its end; returns the exit status that `gflowvlm train` has."""
     console = Console()
+    # Ray looks for the driver's node among this machine's processes, and takes the head where it sees several nodes.
+    connect = partial(ray.init, _node_ip_address=node)
     try:
         folder, config = open_run(Path(run))
-        with sigterm_as_interrupt(), run_lock(folder), ray_cluster(config):
+        with sigterm_as_interrupt(), run_lock(folder), patch.object(ray, "init", connect), ray_cluster(config):
             wait_for_room(config, lambda line: console.print(line, highlight=False, soft_wrap=True))
             RecordedRun(folder, config, console, Path(ledger)).run()
     except KeyboardInterrupt:

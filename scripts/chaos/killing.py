@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from chaos.nodes import END_S, LocalCluster
-from chaos.schedule import NETWORK, NODE, Kill
+from chaos.schedule import HEAD, NETWORK, NODE, Kill
 from cluster.run.run_log import RowTail, append_row
 from shared.errors import UserError
 from shared.run_folder import RunFolder
@@ -53,9 +53,10 @@ class Job:
         self.files = files
         self._tail = RowTail(files.run.metrics)
         self.step = 0
+        arguments = str(files.run.root), str(files.ledger), cluster.drivers_node.address
         with files.output.open("wb") as output:
             self.process = subprocess.Popen(
-                [*cluster.driver_prefix, sys.executable, "-m", "chaos.job", str(files.run.root), str(files.ledger)],
+                [*cluster.driver_prefix, sys.executable, "-m", "chaos.job", *arguments],
                 env={**cluster.environment, "COLUMNS": "200"},
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -158,6 +159,8 @@ def _kill(kill: Kill, job: Job, cluster: LocalCluster, patience_s: float) -> dic
 
 
 def _kill_node(kill: Kill, cluster: LocalCluster) -> int:
+    if kill.part == HEAD:
+        return cluster.lose_head()
     node = cluster.workers[int(kill.pick * len(cluster.workers))]
     return cluster.cut_off(node) if kill.part == NETWORK else cluster.kill_worker(node)
 

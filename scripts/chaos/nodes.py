@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from types import TracebackType
 import psutil
 
 from chaos.network import Cable, Network
+from chaos.state_store import StateStore
 from shared.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +30,9 @@ START_S = 180.0
 END_S = 30.0
 CUT_OFF_S = 90.0
 """How long a node is cut off: longer than Ray waits before it gives a node up."""
+
+HEAD_AWAY_S = 600
+"""How long nodes wait for another head, as KubeRay has it."""
 
 _STORE_MIB = 128
 _LEAVE_S = 10.0
@@ -51,6 +55,11 @@ class Node:
     process: "subprocess.Popen[bytes]"
     log: Path
     cable: Cable | None = None
+
+    @property
+    def address(self) -> str:
+        """Its network address."""
+        return HOST if self.cable is None else self.cable.address
 
     def processes(self, title: str) -> list[psutil.Process]:
         """Returns its processes whose title begins so, oldest first."""
@@ -77,7 +86,8 @@ class Node:
 class LocalCluster:
     """A head, which runs no part but those without CPUs, and worker nodes that each hold all others. A context manager.
 
-    Token authentication is on.
+    Token authentication is on. Where the head's state is kept outside of it, drivers run on a node of their own, which
+    has no CPUs either: they do not outlive the node that they are on.
 
     Args:
         logs: Folder for what the nodes say.
@@ -85,6 +95,7 @@ class LocalCluster:
         workers: Number of worker nodes.
         cpus: CPU slots of a worker node.
         network: What gives every node an address of its own; without it all have this machine's.
+        state_store: Where the head's state is kept outside of it; this wants a network.
 
     Attributes:
         folder: Ray's files; removed at the end.
@@ -93,24 +104,31 @@ class LocalCluster:
         workers: The worker nodes.
     """
 
-    def __init__(self, logs: Path, name: str, workers: int, cpus: int, network: Network | None = None) -> None:
+    def __init__(
+        self,
+        logs: Path,
+        name: str,
+        workers: int,
+        cpus: int,
+        network: Network | None = None,
+        state_store: StateStore | None = None,
+    ) -> None:
         self._logs, self._name, self._count, self._cpus, self._network = logs, name, workers, cpus, network
+        self._state_store = state_store
         # A short path: sockets below it may not be longer than 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="gfchaos", dir="/tmp"))
         self._started = 0
         self.workers: list[Node] = []
         self._port, self._client_port = free_ports(2)
         self.environment = node_environment(os.environ, self.folder)
+        if state_store is not None:
+            self.environment |= {"RAY_gcs_rpc_server_reconnect_timeout_s": str(HEAD_AWAY_S)}
 
     def __enter__(self) -> "LocalCluster":
         try:
-            self.head = self._start(
-                "--head",
-                f"--port={self._port}",
-                f"--ray-client-server-port={self._client_port}",
-                "--include-dashboard=false",
-                "--num-cpus=0",
-            )
+            self._drivers_node = self.head = self._start_head(self._new_cable())
+            if self._state_store is not None:
+                self._drivers_node = self._start(self._new_cable(), f"--address={self.address}", "--num-cpus=0")
             for _ in range(self._count):
                 self.add_worker()
         except BaseException:
@@ -125,18 +143,24 @@ class LocalCluster:
 
     @property
     def address(self) -> str:
-        """Where drivers connect, from the head's place in the network."""
-        return f"{HOST if self.head.cable is None else self.head.cable.address}:{self._port}"
+        """Where drivers connect, from their node's place in the network."""
+        return f"{self.head.address}:{self._port}"
+
+    @property
+    def drivers_node(self) -> Node:
+        """The node that drivers run on."""
+        return self._drivers_node
 
     @property
     def driver_prefix(self) -> list[str]:
-        """How a driver's command begins: drivers run beside the head."""
-        return [] if self.head.cable is None else self.head.cable.prefix
+        """How a driver's command begins."""
+        return [] if self._drivers_node.cable is None else self._drivers_node.cable.prefix
 
     @property
     def nodes(self) -> list[Node]:
         """All nodes, the head first."""
-        return [self.head, *self.workers]
+        own = [] if self._drivers_node is self.head else [self._drivers_node]
+        return [self.head, *own, *self.workers]
 
     def processes(self, title: str) -> list[psutil.Process]:
         """Returns the processes of all nodes whose title begins so."""
@@ -148,7 +172,7 @@ class LocalCluster:
         Raises:
             UserError: It did not join in time.
         """
-        self.workers.append(self._start(f"--address={self.address}", f"--num-cpus={self._cpus}"))
+        self.workers.append(self._start(self._new_cable(), f"--address={self.address}", f"--num-cpus={self._cpus}"))
 
     def kill_worker(self, node: Node) -> int:
         """Kills a worker node's raylet, and what is still there some time later, as on a machine that is gone.
@@ -189,6 +213,27 @@ class LocalCluster:
             raise UserError(f"node {node.name}: goes on {_REJOIN_S:g} s after it was back; see {node.log}")
         return int(raylet.pid)
 
+    def lose_head(self) -> int:
+        """Kills all of the head at once, and starts another at the same address.
+
+        Returns:
+            The process id of the head's root.
+
+        Raises:
+            UserError: The head's state is gone with it.
+        """
+        if self._state_store is None:
+            raise UserError("the head's state is kept nowhere else: the cluster would end with it")
+        lost = self.head
+        family = lost.family()
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        end_processes(family, END_S)
+        lost.process.wait(timeout=END_S)
+        self.head = self._start_head(lost.cable)
+        return lost.process.pid
+
     def _given_up(self, node: Node) -> tuple[psutil.Process, list[psutil.Process]]:
         """Takes a node off the list of workers; returns its raylet and all its processes."""
         raylet, family = node.raylet(), node.family()
@@ -197,11 +242,27 @@ class LocalCluster:
         self.workers.remove(node)
         return raylet, family
 
-    def _start(self, *arguments: str) -> Node:
+    def _new_cable(self) -> Cable | None:
+        return None if self._network is None else self._network.connect()
+
+    def _start_head(self, cable: Cable | None) -> Node:
+        kept = self._state_store
+        return self._start(
+            cable,
+            "--head",
+            f"--port={self._port}",
+            f"--ray-client-server-port={self._client_port}",
+            "--include-dashboard=false",
+            "--num-cpus=0",
+            *([] if kept is None else [f"--redis-password={kept.password}"]),
+            extra={} if kept is None else {"RAY_REDIS_ADDRESS": kept.address},
+        )
+
+    def _start(self, cable: Cable | None, *arguments: str, extra: Mapping[str, str] | None = None) -> Node:
         """Starts a node, once more each time that Ray gives one up: on a busy machine it has no time to spare."""
         deadline = time.monotonic() + START_S
         while True:
-            node = self._spawn(*arguments)
+            node = self._spawn(cable, arguments, extra or {})
             while node.process.poll() is None:
                 if "Ray runtime started" in node.log.read_text(errors="replace"):
                     return node
@@ -213,11 +274,10 @@ class LocalCluster:
             if time.monotonic() > deadline:
                 raise UserError(f"waited {START_S:g} s for {node.name} of the local cluster to start; see {node.log}")
 
-    def _spawn(self, *arguments: str) -> Node:
+    def _spawn(self, cable: Cable | None, arguments: Sequence[str], extra: Mapping[str, str]) -> Node:
         name = f"node-{self._started}"
         self._started += 1
         log = self._logs / f"{self._name}.{name}.log"
-        cable = None if self._network is None else self._network.connect()
         (agent,) = free_ports(1)
         command = [
             *([] if cable is None else cable.prefix),
@@ -235,7 +295,7 @@ class LocalCluster:
             # In a session of its own, so that Ctrl-C ends the job before the nodes it runs on.
             process = subprocess.Popen(
                 command,
-                env=self.environment,
+                env={**self.environment, **extra},
                 cwd=self.folder,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -244,7 +304,7 @@ class LocalCluster:
         return Node(name, process, log, cable)
 
     def _end(self) -> None:
-        started = [node for node in (getattr(self, "head", None), *self.workers) if node is not None]
+        started = self.nodes if hasattr(self, "head") else []
         for node in reversed(started):
             node.process.send_signal(signal.SIGTERM)
         # No longer: Ray would wait for actors that go with the head anyway.

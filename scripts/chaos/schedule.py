@@ -13,7 +13,7 @@ class Part:
 
     Attributes:
         name: What it is.
-        title: How the titles of its processes begin; None for a worker node and its network.
+        title: How the titles of its processes begin; None for nodes and their network.
     """
 
     name: str
@@ -24,6 +24,9 @@ ENGINE = Part("vLLM engine", "VLLM::EngineCore")
 NODE = Part("worker node", None)
 NETWORK = Part("worker node's network", None)
 """Only where nodes have network addresses of their own."""
+
+HEAD = Part("head", None)
+"""Only where its state is kept outside of it."""
 
 PARTS: tuple[Part, ...] = (
     Part("rollout worker", "ray::RolloutWorker"),

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from chaos.__main__ import chaos, main, parse
+from chaos.__main__ import chaos, main, parse, parts_of
 from chaos.job import GROUP
 from chaos.killing import KILL, JobFiles, kill_one
 from chaos.nodes import MARK, LocalCluster, Node, end_processes, marked, node_environment
 from chaos.proof import Check, deviation_of_difference, prove, same_success
 from chaos.records import Records, read_records
 from chaos.report import as_json, as_text, recoveries, slowdown
-from chaos.schedule import ENGINE, NODE, PARTS, Kill, schedule
+from chaos.schedule import ENGINE, HEAD, NETWORK, NODE, PARTS, Kill, schedule
 
 from actors.trajectory_files import TrajectoryFiles
 from cluster.preset_library import resolve_config
@@ -302,6 +302,16 @@ def test_settings_that_cannot_be_disturbed_are_one_line(capsys: pytest.CaptureFi
     assert capsys.readouterr().err.startswith("chaos: learner.steps: ")
     with pytest.raises(UserError, match="no_such_key"):
         chaos(parse(["no_such_key=1"]))
+
+
+def test_only_the_parts_that_are_named_are_killed_and_one_that_is_not_there_is_named() -> None:
+    named = parse(["--only", "learner", "--only", "worker node"])
+    assert [part.name for part in parts_of(named, "vllm")] == ["learner", "worker node"]
+    assert parts_of(parse([]), "vllm") == PARTS
+    assert set(PARTS) - set(parts_of(parse([]), "transformers")) == {ENGINE}
+    assert set(parts_of(parse(["--head"]), "vllm")) - set(PARTS) == {NETWORK, HEAD}
+    with pytest.raises(UserError, match=r"--only 'head': there are rollout worker, .*options of their own"):
+        parts_of(parse(["--only", "head"]), "vllm")
 
 
 def test_worker_nodes_are_the_only_nodes_that_are_killed() -> None:

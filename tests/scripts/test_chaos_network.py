@@ -1,14 +1,19 @@
 """Nodes with network addresses of their own, and what a pulled cable does; needs root and network namespaces."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
+import psutil
 import pytest
 from chaos.__main__ import parse
 from chaos.network import Cable, Network, own_network
-from chaos.schedule import NETWORK, PARTS
+from chaos.nodes import LocalCluster, marked
+from chaos.schedule import HEAD, NETWORK, PARTS
+from chaos.state_store import state_store
 
 from shared.errors import UserError
 
@@ -19,6 +24,24 @@ server = socket.create_server(("", {PORT}))
 print("listening", flush=True)
 while True:
     server.accept()[0].close()
+"""
+COUNTING = """
+import sys
+import ray
+
+class Counter:
+    def __init__(self):
+        self.count = 0
+
+    def add(self):
+        self.count += 1
+        return self.count
+
+ray.init(address=sys.argv[1], _node_ip_address=sys.argv[2], log_to_driver=False)
+counter = ray.remote(Counter).options(num_cpus=1).remote()
+for line in sys.stdin:
+    late = ray.remote(Counter).options(num_cpus=0.1).remote()
+    print(ray.get(counter.add.remote(), timeout=90), ray.get(late.add.remote(), timeout=90), flush=True)
 """
 REACH = "import socket, sys; socket.create_connection((sys.argv[1], {port}), timeout=1.0).close()"
 
@@ -79,3 +102,38 @@ def test_nodes_are_cut_off_only_where_they_have_addresses_of_their_own() -> None
     assert not parse([]).network
     assert parse(["--network"]).network
     assert NETWORK not in PARTS
+    assert not parse([]).head
+    assert HEAD not in PARTS
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed")
+def test_driver_and_actors_outlive_the_head_and_new_actors_start_once_another_has_taken_over(
+    network: Network, tmp_path: Path
+) -> None:
+    with (
+        state_store(network.connect(), tmp_path / "redis.log") as kept,
+        LocalCluster(tmp_path, "run", workers=1, cpus=2, network=network, state_store=kept) as cluster,
+    ):
+        address, lost = cluster.address, cluster.head
+        command = [*cluster.driver_prefix, sys.executable, "-c", COUNTING, address, cluster.drivers_node.address]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+        with subprocess.Popen(command, env=cluster.environment, **pipes) as driver:
+            driver.stdin.write("\n")
+            assert driver.stdout.readline() == "1 1\n"
+            assert cluster.lose_head() == lost.process.pid
+            assert lost.family() == []
+            assert (cluster.head is not lost, cluster.address) == (True, address)
+            driver.stdin.write("\n")
+            assert driver.stdout.readline() == "2 1\n", "the actor began anew, or none can be started"
+            driver.stdin.close()
+            assert driver.wait(timeout=60) == 0
+        folder = cluster.folder
+    assert marked(folder) == []
+    assert "Ready to accept connections" in (tmp_path / "redis.log").read_text()
+    assert not [process for process in psutil.process_iter(["name"]) if process.info["name"] == "redis-server"]
+
+
+def test_a_head_whose_state_is_kept_nowhere_else_is_not_killed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="kept nowhere else"):
+        LocalCluster(tmp_path, "run", workers=1, cpus=1).lose_head()
