@@ -49,7 +49,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--network", action="store_true", help="give nodes network addresses of their own, and cut them off too (root)"
     )
     parser.add_argument(
-        "--head", action="store_true", help="lose the head too, with its state in Redis (redis-server); has --network"
+        "--head",
+        action="store_true",
+        help="lose the head too, its state kept in Redis (redis-server); implies --network",
     )
     parser.add_argument(
         "--undisturbed", action="store_true", help="run the same without kills first (unless --out has it), and compare"
@@ -58,7 +60,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--patience", type=_positive, default=900, metavar="SECONDS", help="longest time without a learner step (900)"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.network |= options.head
+    return options
 
 
 def _positive(text: str) -> int:
@@ -83,7 +87,7 @@ def run(
     cpus = math.ceil(resource_plan(config).cpus)
     say(f"{name}: starting a head and {nodes} worker nodes of {cpus} CPU slots")
     with ExitStack() as opened:
-        network = opened.enter_context(own_network()) if options.network or options.head else None
+        network = opened.enter_context(own_network()) if options.network else None
         kept = None
         if network is not None and options.head:
             kept = opened.enter_context(state_store(network.connect(), out / f"{name}.redis.log"))
@@ -130,7 +134,7 @@ def chaos(options: argparse.Namespace) -> int:
 def parts_of(options: argparse.Namespace, engine: str) -> tuple[Part, ...]:
     """Returns what can be killed in such a run, and is wanted to be."""
     parts = list(PARTS)
-    if options.network or options.head:
+    if options.network:
         parts.append(NETWORK)
     if options.head:
         parts.append(HEAD)

@@ -101,6 +101,7 @@ class LocalCluster:
         folder: Ray's files; removed at the end.
         environment: What processes need to find cluster and code.
         head: The head.
+        drivers_node: The node that drivers run on.
         workers: The worker nodes.
     """
 
@@ -126,9 +127,9 @@ class LocalCluster:
 
     def __enter__(self) -> "LocalCluster":
         try:
-            self._drivers_node = self.head = self._start_head(self._new_cable())
+            self.drivers_node = self.head = self._start_head(self._new_cable())
             if self._state_store is not None:
-                self._drivers_node = self._start(self._new_cable(), f"--address={self.address}", "--num-cpus=0")
+                self.drivers_node = self._start(self._new_cable(), f"--address={self.address}", "--num-cpus=0")
             for _ in range(self._count):
                 self.add_worker()
         except BaseException:
@@ -147,19 +148,14 @@ class LocalCluster:
         return f"{self.head.address}:{self._port}"
 
     @property
-    def drivers_node(self) -> Node:
-        """The node that drivers run on."""
-        return self._drivers_node
-
-    @property
     def driver_prefix(self) -> list[str]:
         """How a driver's command begins."""
-        return [] if self._drivers_node.cable is None else self._drivers_node.cable.prefix
+        return [] if self.drivers_node.cable is None else self.drivers_node.cable.prefix
 
     @property
     def nodes(self) -> list[Node]:
         """All nodes, the head first."""
-        own = [] if self._drivers_node is self.head else [self._drivers_node]
+        own = [] if self.drivers_node is self.head else [self.drivers_node]
         return [self.head, *own, *self.workers]
 
     def processes(self, title: str) -> list[psutil.Process]:

@@ -135,5 +135,9 @@ def test_driver_and_actors_outlive_the_head_and_new_actors_start_once_another_ha
 
 
 def test_a_head_whose_state_is_kept_nowhere_else_is_not_killed(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="kept nowhere else"):
-        LocalCluster(tmp_path, "run", workers=1, cpus=1).lose_head()
+    cluster = LocalCluster(tmp_path, "run", workers=1, cpus=1)
+    try:
+        with pytest.raises(UserError, match="kept nowhere else"):
+            cluster.lose_head()
+    finally:
+        cluster.folder.rmdir()
