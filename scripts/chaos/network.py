@@ -92,6 +92,9 @@ class Network:
     def end(self) -> None:
         """Takes everything down that is there."""
         for namespace in self._namespaces:
+            # Linux takes the devices of a deleted namespace down some time later, this one at once.
+            with suppress(UserError):
+                _ip("link", "delete", namespace)
             with suppress(UserError):
                 _ip("netns", "delete", namespace)
         with suppress(UserError):
