@@ -14,6 +14,7 @@ from cluster.experiments.sweep import SweepRun
 from cluster.models import resolve_model, shipped_models
 from cluster.preset_library import load_preset, preset_names
 from cluster.run.run_log import Row
+from shared.config_io import dump_config, load_config
 from shared.errors import UserError
 
 LOG = "output.log"
@@ -69,6 +70,18 @@ class Trial:
     def finished(self) -> bool:
         """Whether nothing is left to do."""
         return len(self.commands) == 0
+
+    @property
+    def recorded(self) -> bool:
+        """Whether it is finished and was run with its settings, wherever the experiment's folder stood then."""
+        path, start = self.run.folder.config, _warm_start(self)
+        if not path.exists() or not self.finished:
+            return False
+        config = load_config(path)
+        if start is not None and Path(config.policy.model).parts[-2:] == (MODELS, start.name):
+            policy = config.policy.model_copy(update={"model": self.run.config.policy.model})
+            config = config.model_copy(update={"policy": policy})
+        return dump_config(config) == dump_config(self.run.config)
 
     @property
     def commands(self) -> tuple[Command, ...]:
@@ -179,7 +192,7 @@ class Selection:
             if missing_part(variant, self.scale) is None:
                 for seed in _seeds_in(self.out, variant.slug):
                     trial = self._trial(variant, seed)
-                    if trial.run.prepared and trial.finished:
+                    if trial.recorded:
                         yield trial
 
     def _trial(self, variant: Variant, seed: int) -> Trial:
