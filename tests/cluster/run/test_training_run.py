@@ -32,6 +32,7 @@ def settings(steps):
         "evaluation.instances=2",
         "evaluation.samples=2",
         "learner.groups_per_batch=2",
+        "rollout.group_size=4",
         "evaluation.at_start=false",
     ]
 
