@@ -34,7 +34,7 @@ NAVIGATION = {
     "Use": ("objectives", "demonstrations", "recipe", "experiments", "alfworld", "report", "serving"),
     "Operate": ("cluster", "scale", "operations"),
     "Reference": ("configuration", "commands", "metrics"),
-    "Evidence": ("proving", "compare-torchgfn", "benchmarks"),
+    "Evidence": ("results", "proving", "compare-torchgfn", "benchmarks"),
     "Develop": ("contributing",),
 }
 """Captions and pages; those that do not exist are left out, and what nothing names comes last."""
