@@ -1,12 +1,34 @@
 """The live display of a run: a progress bar on a terminal, plain lines elsewhere."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from cluster.run.run_log import Row
+
 PLAIN_INTERVAL_S = 10.0
+
+MALFORMED_SAID, MALFORMED_WARNED = 0.01, 0.2
+"""Shares of malformed responses in an evaluation from which they are said, and warned of."""
+
+
+def said_of_evaluation(row: Row) -> Iterator[str]:
+    """Yields the lines that say what an evaluation while training found."""
+    bound = "" if row["success_bound"] is None else f" (perfect sampler {row['success_bound']:.2f})"
+    malformed = row["malformed_rate"]
+    yield (
+        f"evaluation at step {row['step']}: success {row['success']:.2f}{bound}, greedy {row['success_greedy']:.2f}, "
+        f"Div@{row['samples']} {row['div_at_n']:.2f}"
+        + (f", malformed responses {malformed:.0%}" if malformed >= MALFORMED_SAID else "")
+    )
+    if malformed >= MALFORMED_WARNED:
+        yield (
+            "the policy loses the form of its answers, and may not find it again: stop, and begin anew with a lower "
+            "learner.learning_rate, or as docs/operations.md says under Malformed responses"
+        )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from cluster.plots import draw_learning_curve
 from cluster.run.auto_scaling import Load, Size
 from cluster.run.checkpoints import latest_checkpoint
 from cluster.run.memory import MemoryMeter
-from cluster.run.progress import RunDisplay
+from cluster.run.progress import RunDisplay, said_of_evaluation
 from cluster.run.rollout_scheduler import (
     EvaluationJob,
     RolloutScheduler,
@@ -202,11 +202,8 @@ class TrainingRun:
         if job.label == REPORT:
             return
         self.telemetry.send("evaluation", row, job.step)
-        bound = "" if row["success_bound"] is None else f" (perfect sampler {row['success_bound']:.2f})"
-        self.display.say(
-            f"evaluation at step {job.step}: success {row['success']:.2f}{bound}, greedy {row['success_greedy']:.2f}, "
-            f"Div@{row['samples']} {row['div_at_n']:.2f}"
-        )
+        for line in said_of_evaluation(row):
+            self.display.say(line)
         best = json.loads(self.folder.best.read_text()) if self.folder.best.exists() else None
         if best is None or figures["success"] >= best["success"]:
             write_whole(self.folder.best, json.dumps(row, indent=1))
