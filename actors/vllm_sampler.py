@@ -241,6 +241,9 @@ def engine_arguments(config: RunConfig, model: str, forbidden: int) -> Any:
         enforce_eager=sampler.enforce_eager,
         distributed_executor_backend="uni" if _one_cpu_process(config) else None,
         enable_prefix_caching=True,
+        # Where a step has room for a part of a seeded request's prompt, vLLM samples and then takes the random
+        # numbers back, which ends the engine on a CPU: its generators have no offset.
+        enable_chunked_prefill=False if current_platform.is_cpu() else None,
         limit_mm_per_prompt={"image": 1},
         mm_processor_cache_gb=IMAGE_CACHE_GIB,
         enable_lora=True,

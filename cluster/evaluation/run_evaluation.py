@@ -12,7 +12,7 @@ from actors.environments import LocalEnvironment
 from actors.episode import PlayedGroup, play_group
 from actors.groups import GroupRequest, PlaySettings
 from actors.samplers import make_sampler
-from actors.sampling import BASE_VERSION, PolicySampler
+from actors.sampling import BASE_VERSION, PolicySampler, SamplerUnavailableError
 from cluster.evaluation.figures import EvaluationPlan, evaluate_trajectories
 from cluster.models import resolve_model
 from cluster.playing import best_version
@@ -39,7 +39,7 @@ def evaluate_run(
         console: Where progress is shown.
 
     Raises:
-        UserError: There is no such run or version.
+        UserError: There is no such run or version, or the sampler fails.
     """
     folder, config = open_run(directory)
     version = best_version(folder) if version is None else version
@@ -57,7 +57,10 @@ def evaluate_run(
             sampler.shutdown()
 
     console.print(f"starting the {engine} sampler")
-    sampled, greedy = asyncio.run(play())
+    try:
+        sampled, greedy = asyncio.run(play())
+    except SamplerUnavailableError as error:
+        raise UserError(f"{directory}: {error}; what it said stands above. Evaluate again") from None
     return evaluate_trajectories(
         config,
         plan,

@@ -1,0 +1,35 @@
+"""Evaluating a run's policy in this process."""
+
+import pytest
+from rich.console import Console
+
+from actors.sampling import SamplerUnavailableError
+from cluster.evaluation import run_evaluation
+from cluster.evaluation.figures import EvaluationPlan
+from cluster.run.run_setup import new_run
+from learner.tiny_policy import build_tiny_policy
+from shared.config import RunConfig
+from shared.errors import UserError
+
+
+class DyingSampler:
+    """Stands for an engine that dies at its first request."""
+
+    ended = False
+
+    async def sample(self, request):
+        raise SamplerUnavailableError("the engine failed")
+
+    def shutdown(self):
+        self.ended = True
+
+
+def test_an_engine_that_dies_is_one_line_and_is_ended(tmp_path, monkeypatch):
+    sampler = DyingSampler()
+    monkeypatch.setattr(run_evaluation, "make_sampler", lambda *arguments: sampler)
+    config = RunConfig(policy={"model": str(build_tiny_policy(tmp_path / "model", seed=0))})
+    run = new_run(config, tmp_path / "run").root
+    plan = EvaluationPlan("id", 1, 1, 0, 1.0)
+    with pytest.raises(UserError, match=r"run: the engine failed; .* Evaluate again"):
+        run_evaluation.evaluate_run(run, plan, version=0, engine=None, console=Console(quiet=True))
+    assert sampler.ended
