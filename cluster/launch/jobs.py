@@ -48,6 +48,7 @@ _TALKATIVE = (
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
 )
+_NO_AGENT = "No available agent"
 _ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 
 
@@ -276,6 +277,12 @@ class Jobs:
             ) from None
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
+            if _NO_AGENT in reason:
+                raise UserError(
+                    f"{self.address}: the head's agent, which starts jobs, does not answer; try again once the head is "
+                    "up, and where another Ray runs on its machine, start the head with "
+                    "--dashboard-agent-listen-port=PORT, a free one"
+                ) from None
             raise UserError(f"{self.address}: the cluster refuses ({reason})") from None
 
 

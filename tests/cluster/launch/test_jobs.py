@@ -8,7 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from cluster.launch import jobs as jobs_module
 from cluster.launch.jobs import DEFAULT_ADDRESS, Jobs, check_name, job_address
+from shared.config import RunConfig
 from shared.errors import UserError
 
 
@@ -71,6 +73,19 @@ def test_a_cluster_that_does_not_answer_is_one_line():
         port = unused.getsockname()[1]
     with pytest.raises(UserError, match=f"http://127.0.0.1:{port}: no Ray cluster answers"):
         Jobs(f"http://127.0.0.1:{port}")
+
+
+def test_a_head_whose_agent_does_not_answer_is_one_line_that_says_what_to_do(monkeypatch):
+    class Client:
+        def __init__(self, address):
+            self.list_jobs = list
+
+        def submit_job(self, **job):
+            raise RuntimeError("Request failed with status code 500: No available agent to submit job.")
+
+    monkeypatch.setattr(jobs_module, "_Client", Client)
+    with pytest.raises(UserError, match=r"head's agent.*--dashboard-agent-listen-port"):
+        Jobs().submit("first", RunConfig(), None, print)
 
 
 @pytest.mark.parametrize(
