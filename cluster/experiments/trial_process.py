@@ -1,6 +1,7 @@
 """What one trial does in Ray Tune: its commands one after the other, each in a process of its own."""
 
 import os
+import re
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from cluster.experiments.trials import Command
 from cluster.interruption import INTERRUPTED
 
 _LAST_BYTES = 4096
+_WARNING = re.compile(r"Warning: |warnings\.warn\(")
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,12 @@ def run_job(job: TrialJob) -> None:
 
 
 def last_words(log: Path) -> str:
-    """Returns the last line of a log that says anything."""
+    """Returns the last line of a log that says anything; Python's warnings at its exit do not."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _LAST_BYTES))
             text = file.read().decode(errors="replace")
     except OSError:
         return "it said nothing"
-    lines: Sequence[str] = [line.strip() for line in text.splitlines() if line.strip()]
+    lines: Sequence[str] = [line.strip() for line in text.splitlines() if line.strip() and not _WARNING.search(line)]
     return lines[-1] if lines else "it said nothing"

@@ -239,7 +239,7 @@ def test_a_trial_does_what_is_left_and_nothing_once_it_is_to_stop(tmp_path, monk
 def test_the_last_words_of_a_log_are_those_that_say_something(tmp_path):
     assert last_words(tmp_path / "none") == "it said nothing"
     log = tmp_path / "log"
-    log.write_text("x" * 10_000 + "\nlast\n  \n")
+    log.write_text("x" * 10_000 + "\nlast\n  \nx.py:1: UserWarning: leaked objects\n  warnings.warn('leaked %d')\n")
     assert last_words(log) == "last"
 
 
