@@ -94,6 +94,10 @@ class RolloutWorker(EnvRunner):
         processes = run_config.environment_processes
         self._hosts = EnvironmentHosts(run_config.task, processes) if processes > 0 else None
 
+    def __repr__(self) -> str:
+        """Returns what Ray's dashboard and log lines call this actor."""
+        return f"rollout worker {self.worker_index}"
+
     def make_env(self) -> TaskEnv:
         """Returns a new environment of the run's task."""
         return make_env(self._run.task)

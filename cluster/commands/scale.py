@@ -6,13 +6,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from cluster.commands.submit import ADDRESS_HELP
+
 
 def register(app: typer.Typer) -> None:
     """Adds the command to the application."""
 
     @app.command()
     def scale(
-        run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that is running.")],
+        run: Annotated[
+            str, typer.Argument(metavar="RUN", help="Folder of a run that is running, or the name of a submitted one.")
+        ],
         changes: Annotated[
             list[str],
             typer.Argument(
@@ -21,21 +25,48 @@ def register(app: typer.Typer) -> None:
                 show_default=False,
             ),
         ],
+        address: Annotated[str | None, typer.Option(help=ADDRESS_HELP, show_default=False)] = None,
     ) -> None:
         """Change the number of rollout workers and of policy server replicas of a run while it runs.
 
-        From any machine that sees the run's folder. Rollout workers that leave finish their groups first, replicas
-        their requests: nothing is lost. What the cluster has no room for yet starts once it has. A resumed run begins
-        with the numbers of its config.yaml again.
+        From any machine that sees the run's folder, or, for a run that `gflowvlm submit` sent, that reaches the
+        cluster's dashboard. Rollout workers that leave finish their groups first, replicas their requests: nothing is
+        lost. What the cluster has no room for yet starts once it has. A resumed run begins with the numbers of its
+        config.yaml again.
 
-        Examples: `gflowvlm scale runs/first rollouts=8`, `gflowvlm scale /runs/first rollouts=32 samplers=4`.
+        Examples: `gflowvlm scale runs/first rollouts=8`, `gflowvlm scale /runs/first rollouts=32 samplers=4`,
+        `gflowvlm scale --address http://head:8265 first rollouts=32`.
         """
         from cluster.run.run_setup import open_run
         from cluster.run.scale_requests import ask, parse_request
         from cluster.run.scaling import describe
 
         request = parse_request(changes)
-        folder, _ = open_run(run)
         console = Console()
-        console.print(f"{run}: {describe(ask(folder, request))}", highlight=False, soft_wrap=True)
-        console.print("what joins or leaves does so while the run goes on; it resumes with its config.yaml's numbers")
+        if address is not None or (Path(run).name == run and not Path(run).exists()):
+            _say(console, _ask_cluster(address, run, changes))
+            return
+        folder, _ = open_run(Path(run))
+        _say(console, f"{run}: {describe(ask(folder, request))}")
+        _say(console, "what joins or leaves does so while the run goes on; it resumes with its config.yaml's numbers")
+
+
+def _ask_cluster(address: str | None, name: str, changes: list[str]) -> str:
+    from cluster.launch.jobs import Jobs, check_name
+    from shared.errors import UserError
+
+    check_name(name)
+    try:
+        jobs = Jobs(address)
+        job = jobs.newest(name)
+    except UserError as error:
+        if address is not None:
+            raise
+        raise UserError(f"{name}: no folder of a run here; asked for a submitted run of that name, {error}") from None
+    if job.over:
+        raise UserError(f"run {name!r} is not running ({job.status})")
+    return jobs.run_beside(job, "scale", changes)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)

@@ -2,28 +2,26 @@
 
 import asyncio
 import json
-import logging
-import os
 import re
+import secrets
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-from ray.exceptions import AuthenticationError
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobStatus
 
+from cluster.launch.job_client import connect, explained, job_address
 from cluster.launch.packing import installation, pack
 from shared.config import ClusterSettings, RunConfig
 from shared.config_io import dump_config
 from shared.errors import UserError
 
-DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 DEFAULT_RUNS = "${GFLOWVLM_RUNS:-$HOME/gflowvlm-runs}"
 """Where runs stand on the cluster, as its shell reads it."""
 
@@ -32,8 +30,10 @@ STOP_WAIT_S = 150
 
 _JOB_ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "COLUMNS": "120"}
 STOP_MARGIN_S = 30.0
-CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 10.0, 120.0
 POLL_S = 1.0
+BESIDE_TIMEOUT_S = 180.0
+"""How long a command beside a run may take: it starts in ten seconds, or a few more on a busy machine."""
+
 SILENCE_S = 60.0
 """How long a log may be silent before it is asked for anew."""
 
@@ -43,13 +43,6 @@ LOST_TRIES = 10
 _CONFIG_FILE = "run.yaml"
 _RUN, _FOLDER, _PLACEMENT = "gflowvlm_run", "gflowvlm_folder", "gflowvlm_placement"
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
-_TALKATIVE = (
-    "ray.dashboard.modules.dashboard_sdk",
-    "ray.dashboard.modules.job.sdk",
-    "ray._private.runtime_env.packaging",
-)
-_NO_AGENT = "No available agent"
-_ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 
 
 @dataclass(frozen=True)
@@ -84,14 +77,6 @@ class Job:
         return bool(JobStatus(self.status).is_terminal())
 
 
-class _Client(JobSubmissionClient):
-    """Ray's client with a limit to every request; Ray's own waits for ever on an address that swallows packets."""
-
-    def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> Any:
-        kwargs.setdefault("timeout", (CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S))
-        return super()._do_request(method, endpoint, **kwargs)
-
-
 class Jobs:
     """The runs among a cluster's jobs.
 
@@ -108,16 +93,11 @@ class Jobs:
 
     def __init__(self, address: str | None = None) -> None:
         self.address = job_address(address)
-        # Ray lets these variables override the argument.
-        os.environ[_ADDRESS_VARIABLE] = self.address
-        for name in _TALKATIVE:
-            logging.getLogger(name).setLevel(logging.WARNING)
-        with self._explained():
-            self._client = _Client(self.address)
+        self._client = connect(self.address)
 
     def list(self) -> list[Job]:
         """Returns the jobs of runs, the newest first."""
-        with self._explained():
+        with explained(self.address):
             found = [_job(details) for details in self._client.list_jobs() if _RUN in (details.metadata or {})]
         return sorted(found, key=lambda job: -job.started)
 
@@ -211,7 +191,7 @@ class Jobs:
         Raises:
             UserError: It did not end in time.
         """
-        with self._explained():
+        with explained(self.address):
             self._client.stop_job(job.id)
         deadline = time.monotonic() + STOP_WAIT_S + STOP_MARGIN_S
         while not (job := self._look(job.id)).over:
@@ -219,6 +199,35 @@ class Jobs:
                 raise UserError(f"waited {STOP_WAIT_S + STOP_MARGIN_S:.0f} s for {job.run!r} to stop: {job.message}")
             time.sleep(POLL_S)
         return job
+
+    def run_beside(self, job: Job, command: str, arguments: Sequence[str]) -> str:
+        """Runs one of this project's commands where a run's driver is, and returns what it printed.
+
+        Args:
+            job: The run's job.
+            command: The command, such as ``scale``; its first argument is the run's folder there.
+            arguments: Its further arguments.
+
+        Raises:
+            UserError: The command failed, in its own words, or did not end in time.
+        """
+        path = _shell_path(job.run, job.folder or None)
+        line = f"exec python -m cluster.cli {command} {path} {shlex.join(arguments)}"
+        with tempfile.TemporaryDirectory(prefix="gflowvlm-submit-") as staged:
+            pack(installation(), Path(staged))
+            sent = self._start(f"{job.run}-{command}-{secrets.token_hex(4)}", line, staged, job.placement, {})
+        deadline = time.monotonic() + BESIDE_TIMEOUT_S
+        while not JobStatus(status := self._status(sent)).is_terminal():
+            if time.monotonic() > deadline:
+                with explained(self.address):
+                    self._client.stop_job(sent)
+                raise UserError(f"waited {BESIDE_TIMEOUT_S:.0f} s for `{command}` of {job.run!r} ({status})")
+            time.sleep(POLL_S)
+        with explained(self.address):
+            printed = _own_lines(self._client.get_job_logs(sent))
+        if status != JobStatus.SUCCEEDED:
+            raise UserError(printed[-1].removeprefix("gflowvlm: ") if printed else f"{job.run}: {command} {status}")
+        return "\n".join(printed)
 
     def _send(
         self,
@@ -235,19 +244,29 @@ class Jobs:
             if config is not None:
                 (Path(staged) / _CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
             say(f"sending {size:.1f} MiB to {self.address}")
-            with self._explained():
-                self._client.submit_job(
-                    entrypoint=command,
-                    submission_id=job_id,
-                    runtime_env={"working_dir": staged, "env_vars": _JOB_ENVIRONMENT},
-                    metadata={_RUN: name, _FOLDER: folder, _PLACEMENT: json.dumps(placement)},
-                    entrypoint_resources=placement.get("control_resources") or None,
-                    entrypoint_label_selector=placement.get("control_node_labels") or None,
-                )
+            metadata = {_RUN: name, _FOLDER: folder, _PLACEMENT: json.dumps(placement)}
+            self._start(job_id, command, staged, placement, metadata)
         return self._look(job_id)
 
+    def _start(
+        self, job_id: str, command: str, staged: str, placement: dict[str, Any], metadata: dict[str, str]
+    ) -> str:
+        with explained(self.address):
+            return self._client.submit_job(
+                entrypoint=command,
+                submission_id=job_id,
+                runtime_env={"working_dir": staged, "env_vars": _JOB_ENVIRONMENT},
+                metadata=metadata,
+                entrypoint_resources=placement.get("control_resources") or None,
+                entrypoint_label_selector=placement.get("control_node_labels") or None,
+            )
+
+    def _status(self, job_id: str) -> JobStatus:
+        with explained(self.address):
+            return self._client.get_job_status(job_id)
+
     def _look(self, job_id: str) -> Job:
-        with self._explained():
+        with explained(self.address):
             return _job(self._client.get_job_info(job_id))
 
     async def _tail(self, job_id: str, log: "_Log") -> None:
@@ -258,32 +277,6 @@ class Jobs:
             with suppress(TimeoutError, StopAsyncIteration):
                 while True:
                     log.add(await asyncio.wait_for(anext(texts), SILENCE_S))
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turns what Ray's client raises into one line."""
-        try:
-            yield
-        except AuthenticationError as error:
-            what = "refuses this token" if "invalid" in str(error) else "wants Ray's token"
-            raise UserError(
-                f"{self.address}: the cluster {what}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or "
-                "RAY_AUTH_TOKEN_PATH to the cluster's"
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"{self.address}: no Ray cluster answers ({type(error).__name__}); give the dashboard's URL with "
-                "--address, and see that its port can be reached"
-            ) from None
-        except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            if _NO_AGENT in reason:
-                raise UserError(
-                    f"{self.address}: the head's agent, which starts jobs, does not answer; try again once the head is "
-                    "up, and where another Ray runs on its machine, start the head with "
-                    "--dashboard-agent-listen-port=PORT, a free one"
-                ) from None
-            raise UserError(f"{self.address}: the cluster refuses ({reason})") from None
 
 
 class _Log:
@@ -304,23 +297,6 @@ class _Log:
             self._write(fresh)
 
 
-def job_address(address: str | None) -> str:
-    """Returns the dashboard's URL that an option or the environment names.
-
-    Raises:
-        UserError: It is no URL of the kind.
-    """
-    if address is None:
-        ray_address = os.environ.get("RAY_ADDRESS", "")
-        address = os.environ.get(_ADDRESS_VARIABLE) or (ray_address if ray_address.startswith("http") else "")
-    address = (address or DEFAULT_ADDRESS).rstrip("/")
-    if "://" not in address:
-        address = f"http://{address}"
-    if re.fullmatch(r"https?://(\[[0-9a-fA-F:]+\]|[^/\s:]+)(:\d+)?(/\S*)?", address) is None:
-        raise UserError(f"--address {address!r}: give the URL of the cluster's dashboard, such as {DEFAULT_ADDRESS}")
-    return address
-
-
 def check_name(name: str) -> None:
     """Checks a run's name, which is also a folder's.
 
@@ -334,6 +310,12 @@ def check_name(name: str) -> None:
 def placement_of(cluster: ClusterSettings) -> dict[str, Any]:
     """Returns the settings that place a submitted driver."""
     return cluster.model_dump(mode="json", include={"control_resources", "control_node_labels"})
+
+
+def _own_lines(log: str) -> list[str]:
+    """Returns the lines of a job's log that its command printed, without Ray's before them."""
+    _, _, printed = log.partition("Running entrypoint for job ")
+    return [line for line in printed.splitlines()[1:] if line.strip()]
 
 
 def _free_id(name: str, jobs: Sequence[Job]) -> str:

@@ -32,7 +32,7 @@ RESULTS = "What it reaches"
 NAVIGATION = {
     "Start": ("quickstart", "concepts"),
     "Use": ("objectives", "demonstrations", "recipe", "experiments", "alfworld", "report", "serving"),
-    "Operate": ("cluster", "scale", "operations"),
+    "Operate": ("cluster", "watching", "scale", "operations"),
     "Reference": ("configuration", "commands", "metrics"),
     "Evidence": ("results", "proving", "compare-torchgfn", "benchmarks"),
     "Develop": ("contributing",),

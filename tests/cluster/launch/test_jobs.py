@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.launch import jobs as jobs_module
-from cluster.launch.jobs import DEFAULT_ADDRESS, Jobs, check_name, job_address
+from cluster.launch.job_client import DEFAULT_ADDRESS, job_address
+from cluster.launch.jobs import Jobs, check_name
 from shared.config import RunConfig
 from shared.errors import UserError
 
@@ -77,13 +78,12 @@ def test_a_cluster_that_does_not_answer_is_one_line():
 
 def test_a_head_whose_agent_does_not_answer_is_one_line_that_says_what_to_do(monkeypatch):
     class Client:
-        def __init__(self, address):
-            self.list_jobs = list
+        list_jobs = list
 
         def submit_job(self, **job):
             raise RuntimeError("Request failed with status code 500: No available agent to submit job.")
 
-    monkeypatch.setattr(jobs_module, "_Client", Client)
+    monkeypatch.setattr(jobs_module, "connect", lambda address: Client())
     with pytest.raises(UserError, match=r"head's agent.*--dashboard-agent-listen-port"):
         Jobs().submit("first", RunConfig(), None, print)
 
