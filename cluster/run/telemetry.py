@@ -27,6 +27,7 @@ class Telemetry:
         threading.excepthook = self._show
         self._writer = SummaryWriter(str(directory))
         self._tags = {"run": run_name, "split": ""}
+        self._latest: dict[tuple[str, str], float] = {}
         self._gauges = {
             spec.name: Gauge(
                 PROMETHEUS_PREFIX + spec.name,
@@ -40,11 +41,24 @@ class Telemetry:
         """Sends one row's known metrics; others (texts, extra timings) are left out."""
         split = str(values.get("split", ""))
         folder = f"{kind}_{split}" if split else kind
-        for name, gauge in self._gauges.items():
+        for name in self._gauges:
             value = values.get(name)
             if isinstance(value, (int, float)):
-                gauge.set(float(value), tags={**self._tags, "split": split})
+                self._latest[name, split] = float(value)
+                self._set(name, split)
                 self._writer.add_scalar(f"{folder}/{name}", float(value), step)
+
+    def repeat(self) -> None:
+        """Gives Prometheus the newest value of every metric again.
+
+        Ray's exporter forgets a value some twenty seconds after it was set, and learner steps and evaluations are
+        further apart than that.
+        """
+        for name, split in self._latest:
+            self._set(name, split)
+
+    def _set(self, name: str, split: str) -> None:
+        self._gauges[name].set(self._latest[name, split], tags={**self._tags, "split": split})
 
     def close(self) -> None:
         """Writes what is pending to disk."""

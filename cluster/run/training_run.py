@@ -237,6 +237,7 @@ class TrainingRun:
             values["rollout_length"] = sum(length for _, _, length in newest) / len(newest)
         append_row(self.folder.metrics, "rollout", {"step": self.step, **values})
         self.telemetry.send("rollout", values, self.step)
+        self.telemetry.repeat()
         self.display.update(
             success=values.get("rollout_success"),
             tokens_per_s=values["tokens_per_s"],
