@@ -201,7 +201,9 @@ class Jobs:
         return job
 
     def run_beside(self, job: Job, command: str, arguments: Sequence[str]) -> str:
-        """Runs one of this project's commands where a run's driver is, and returns what it printed.
+        """Runs one of this project's commands on the cluster's head, and returns what it printed.
+
+        Not where the run's driver is: what places that driver may be taken by it.
 
         Args:
             job: The run's job.
@@ -215,7 +217,7 @@ class Jobs:
         line = f"exec python -m cluster.cli {command} {path} {shlex.join(arguments)}"
         with tempfile.TemporaryDirectory(prefix="gflowvlm-submit-") as staged:
             pack(installation(), Path(staged))
-            sent = self._start(f"{job.run}-{command}-{secrets.token_hex(4)}", line, staged, job.placement, {})
+            sent = self._start(f"{job.run}-{command}-{secrets.token_hex(4)}", line, staged, {}, {})
         deadline = time.monotonic() + BESIDE_TIMEOUT_S
         while not JobStatus(status := self._status(sent)).is_terminal():
             if time.monotonic() > deadline:

@@ -248,8 +248,9 @@ def test_a_run_is_scaled_while_it_runs_uses_a_node_that_joins_and_survives_one_t
     sent = cluster.gflowvlm("submit", "--detach", "--name", "scaled", *SETTINGS, "learner.steps=10000")
     assert sent.returncode == 0, sent.stderr
     waits(lambda: newest_step(folder) >= 1, "a step")
-    answer = cluster.gflowvlm("scale", "scaled", "rollouts=4", "samplers=2").stdout
-    assert "rollouts 1 -> 4, samplers 1 -> 2; no room yet for 2 of 4 rollout workers" in answer
+    answer = cluster.gflowvlm("scale", "scaled", "rollouts=4", "samplers=2")
+    wanted = "rollouts 1 -> 4, samplers 1 -> 2; no room yet for 2 of 4 rollout workers"
+    assert wanted in answer.stdout, answer.stdout + answer.stderr
     waits(lambda: snapshots(folder)[-1]["rollout_workers"] == 2, "the worker that has room")
     waits(lambda: snapshots(folder)[-1].get("sampler_replicas") == 2, "the replica")
     third, joined = cluster.join("third"), time.monotonic()
