@@ -53,7 +53,7 @@ def assert_one_line(result, *parts):
         (["experiment", "cot-weight", "learner.stps=3", "--dry-run"], ["did you mean 'learner.steps'"]),
         (["eval", "none"], ["none", "no run there"]),
         (["replay", "none"], ["none"]),
-        (["scale", "none", "rollouts=4"], ["none", "no run there"]),
+        (["scale", "none", "rollouts=4"], ["none", "no folder of a run here"]),
         (["scale", "none", "workers=4"], ["'workers=4'", "rollouts=N, samplers=N"]),
         (["play", "chess"], ["chess"]),
         (["play", "numberline", "--player", "nobody"], ["nobody"]),
