@@ -7,17 +7,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.commands.submit import ADDRESS_HELP, follow
+from cluster.commands.submit import Address, follow
 
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="The run's name, or the id of one of its jobs.")]
-_Address = Annotated[str | None, typer.Option(help=ADDRESS_HELP, show_default=False)]
 
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the application."""
 
     @app.command()
-    def jobs(address: _Address = None) -> None:
+    def jobs(address: Address = None) -> None:
         """List the runs that `gflowvlm submit` sent to a cluster, the newest first."""
         from cluster.launch.jobs import Jobs
 
@@ -30,7 +29,7 @@ def register(app: typer.Typer) -> None:
         console.print(table)
 
     @app.command()
-    def logs(name: _Name, address: _Address = None) -> None:
+    def logs(name: _Name, address: Address = None) -> None:
         """Follow the log of a run on a cluster to its end; Ctrl-C ends only the following."""
         from cluster.launch.jobs import Jobs
 
@@ -38,7 +37,7 @@ def register(app: typer.Typer) -> None:
         follow(Console(), board, board.newest(name))
 
     @app.command()
-    def stop(name: _Name, address: _Address = None) -> None:
+    def stop(name: _Name, address: Address = None) -> None:
         """End a run on a cluster: it writes a checkpoint, and `gflowvlm submit --resume NAME` goes on with it."""
         from cluster.launch.jobs import STOP_WAIT_S, Jobs
 

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cluster.commands.submit import ADDRESS_HELP
+from cluster.commands.submit import Address, say
+from shared.errors import UserError
 
 
 def register(app: typer.Typer) -> None:
@@ -25,7 +26,7 @@ def register(app: typer.Typer) -> None:
                 show_default=False,
             ),
         ],
-        address: Annotated[str | None, typer.Option(help=ADDRESS_HELP, show_default=False)] = None,
+        address: Address = None,
     ) -> None:
         """Change the number of rollout workers and of policy server replicas of a run while it runs.
 
@@ -44,16 +45,15 @@ def register(app: typer.Typer) -> None:
         request = parse_request(changes)
         console = Console()
         if address is not None or (Path(run).name == run and not Path(run).exists()):
-            _say(console, _ask_cluster(address, run, changes))
+            say(console, _ask_cluster(address, run, changes))
             return
         folder, _ = open_run(Path(run))
-        _say(console, f"{run}: {describe(ask(folder, request))}")
-        _say(console, "what joins or leaves does so while the run goes on; it resumes with its config.yaml's numbers")
+        say(console, f"{run}: {describe(ask(folder, request))}")
+        say(console, "what joins or leaves does so while the run goes on; it resumes with its config.yaml's numbers")
 
 
 def _ask_cluster(address: str | None, name: str, changes: list[str]) -> str:
     from cluster.launch.jobs import Jobs, check_name
-    from shared.errors import UserError
 
     check_name(name)
     try:
@@ -66,7 +66,3 @@ def _ask_cluster(address: str | None, name: str, changes: list[str]) -> str:
     if job.over:
         raise UserError(f"run {name!r} is not running ({job.status})")
     return jobs.run_beside(job, "scale", changes)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True)

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 FAILED = 1
 """Exit status when the run itself failed."""
 
-ADDRESS_HELP = "URL of the cluster's dashboard [default: $RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265]."
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="URL of the cluster's dashboard [default: $RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265].",
+        show_default=False,
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -31,7 +37,7 @@ def register(app: typer.Typer) -> None:
             list[str] | None,
             typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as for `train`.", show_default=False),
         ] = None,
-        address: Annotated[str | None, typer.Option(help=ADDRESS_HELP, show_default=False)] = None,
+        address: Address = None,
         name: Annotated[
             str | None, typer.Option(help="The run's name [default: NAME-DATE-TIME].", show_default=False)
         ] = None,
@@ -87,7 +93,7 @@ def _new(
     check_name(name)
     _check_model(config.policy.model)
     jobs = Jobs(address)
-    return jobs.submit(name, config, run, lambda line: _say(console, line)), jobs
+    return jobs.submit(name, config, run, lambda line: say(console, line)), jobs
 
 
 def _resume(console: Console, address: str | None, run: str, overrides: list[str]) -> tuple["Job", "Jobs"]:
@@ -102,24 +108,24 @@ def _resume(console: Console, address: str | None, run: str, overrides: list[str
     check_name(path.name)
     jobs = Jobs(address)
     folder = str(path) if path.is_absolute() else None
-    return jobs.resume(path.name, folder, placement, lambda line: _say(console, line)), jobs
+    return jobs.resume(path.name, folder, placement, lambda line: say(console, line)), jobs
 
 
 def follow(console: Console, jobs: "Jobs", job: "Job") -> None:
     """Shows a job's log to its end; a job that failed or was stopped ends the command with its own status."""
     try:
-        job = jobs.follow(job, lambda text: typer.echo(text, nl=False), lambda line: _say(console, line))
+        job = jobs.follow(job, lambda text: typer.echo(text, nl=False), lambda line: say(console, line))
     except KeyboardInterrupt:
         console.print(f"\nno longer following; {job.run} goes on", highlight=False)
         _say_how_to_go_on(console, job.run)
         raise typer.Exit(INTERRUPTED) from None
     if job.status == "STOPPED":
-        _say(console, f"{job.run} was stopped; go on with: gflowvlm submit --resume {job.run}")
+        say(console, f"{job.run} was stopped; go on with: gflowvlm submit --resume {job.run}")
         raise typer.Exit(INTERRUPTED)
     if job.status == "FAILED":
-        _say(console, f"{job.run} failed" + ("" if job.ran else f": {job.message}"))
+        say(console, f"{job.run} failed" + ("" if job.ran else f": {job.message}"))
         raise typer.Exit(FAILED)
-    _say(console, f"{job.run} has ended")
+    say(console, f"{job.run} has ended")
 
 
 def _check_model(model: str) -> None:
@@ -129,7 +135,8 @@ def _check_model(model: str) -> None:
         raise UserError(f"policy.model = {model!r} is a path of this machine; give an absolute path on the cluster")
 
 
-def _say(console: Console, line: str) -> None:
+def say(console: Console, line: str) -> None:
+    """Shows a line as it is, however long it is."""
     console.print(line, highlight=False, soft_wrap=True)
 
 

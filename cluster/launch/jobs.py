@@ -193,12 +193,7 @@ class Jobs:
         """
         with explained(self.address):
             self._client.stop_job(job.id)
-        deadline = time.monotonic() + STOP_WAIT_S + STOP_MARGIN_S
-        while not (job := self._look(job.id)).over:
-            if time.monotonic() > deadline:
-                raise UserError(f"waited {STOP_WAIT_S + STOP_MARGIN_S:.0f} s for {job.run!r} to stop: {job.message}")
-            time.sleep(POLL_S)
-        return job
+        return _job(self._ended(job.id, STOP_WAIT_S + STOP_MARGIN_S, f"{job.run!r} to stop"))
 
     def run_beside(self, job: Job, command: str, arguments: Sequence[str]) -> str:
         """Runs one of this project's commands on the cluster's head, and returns what it printed.
@@ -215,16 +210,14 @@ class Jobs:
         """
         path = _shell_path(job.run, job.folder or None)
         line = f"exec python -m cluster.cli {command} {path} {shlex.join(arguments)}"
-        with tempfile.TemporaryDirectory(prefix="gflowvlm-submit-") as staged:
-            pack(installation(), Path(staged))
-            sent = self._start(f"{job.run}-{command}-{secrets.token_hex(4)}", line, staged, {}, {})
-        deadline = time.monotonic() + BESIDE_TIMEOUT_S
-        while not JobStatus(status := self._status(sent)).is_terminal():
-            if time.monotonic() > deadline:
-                with explained(self.address):
-                    self._client.stop_job(sent)
-                raise UserError(f"waited {BESIDE_TIMEOUT_S:.0f} s for `{command}` of {job.run!r} ({status})")
-            time.sleep(POLL_S)
+        sent = f"{job.run}-{command}-{secrets.token_hex(4)}"
+        self._start(sent, line, {}, {}, None, lambda line: None)
+        try:
+            status = self._ended(sent, BESIDE_TIMEOUT_S, f"`{command}` of {job.run!r} to end").status
+        except UserError:
+            with explained(self.address):
+                self._client.stop_job(sent)
+            raise
         with explained(self.address):
             printed = _own_lines(self._client.get_job_logs(sent))
         if status != JobStatus.SUCCEEDED:
@@ -241,35 +234,49 @@ class Jobs:
         config: RunConfig | None,
         say: Callable[[str], None],
     ) -> Job:
+        metadata = {_RUN: name, _FOLDER: folder, _PLACEMENT: json.dumps(placement)}
+        self._start(job_id, command, placement, metadata, config, say)
+        return self._look(job_id)
+
+    def _start(
+        self,
+        job_id: str,
+        command: str,
+        placement: dict[str, Any],
+        metadata: dict[str, str],
+        config: RunConfig | None,
+        say: Callable[[str], None],
+    ) -> None:
         with tempfile.TemporaryDirectory(prefix="gflowvlm-submit-") as staged:
             size = pack(installation(), Path(staged))
             if config is not None:
                 (Path(staged) / _CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
             say(f"sending {size:.1f} MiB to {self.address}")
-            metadata = {_RUN: name, _FOLDER: folder, _PLACEMENT: json.dumps(placement)}
-            self._start(job_id, command, staged, placement, metadata)
-        return self._look(job_id)
-
-    def _start(
-        self, job_id: str, command: str, staged: str, placement: dict[str, Any], metadata: dict[str, str]
-    ) -> str:
-        with explained(self.address):
-            return self._client.submit_job(
-                entrypoint=command,
-                submission_id=job_id,
-                runtime_env={"working_dir": staged, "env_vars": _JOB_ENVIRONMENT},
-                metadata=metadata,
-                entrypoint_resources=placement.get("control_resources") or None,
-                entrypoint_label_selector=placement.get("control_node_labels") or None,
-            )
-
-    def _status(self, job_id: str) -> JobStatus:
-        with explained(self.address):
-            return self._client.get_job_status(job_id)
+            with explained(self.address):
+                self._client.submit_job(
+                    entrypoint=command,
+                    submission_id=job_id,
+                    runtime_env={"working_dir": staged, "env_vars": _JOB_ENVIRONMENT},
+                    metadata=metadata,
+                    entrypoint_resources=placement.get("control_resources") or None,
+                    entrypoint_label_selector=placement.get("control_node_labels") or None,
+                )
 
     def _look(self, job_id: str) -> Job:
+        return _job(self._details(job_id))
+
+    def _details(self, job_id: str) -> Any:
         with explained(self.address):
-            return _job(self._client.get_job_info(job_id))
+            return self._client.get_job_info(job_id)
+
+    def _ended(self, job_id: str, timeout_s: float, what: str) -> Any:
+        """Waits for a job's end, and returns what Ray then says of it."""
+        deadline = time.monotonic() + timeout_s
+        while not JobStatus((details := self._details(job_id)).status).is_terminal():
+            if time.monotonic() > deadline:
+                raise UserError(f"waited {timeout_s:.0f} s for {what}: {_message(details)}")
+            time.sleep(POLL_S)
+        return details
 
     async def _tail(self, job_id: str, log: "_Log") -> None:
         # Ray hands out the log from its beginning each time.
@@ -352,5 +359,9 @@ def _job(details: Any) -> Job:
         started=(details.start_time or 0) / 1000,
         ended=None if details.end_time is None else details.end_time / 1000,
         ran=details.driver_exit_code is not None,
-        message=" ".join((details.message or "").split())[:300],
+        message=_message(details),
     )
+
+
+def _message(details: Any) -> str:
+    return " ".join((details.message or "").split())[:300]
