@@ -193,7 +193,7 @@ class Jobs:
         """
         with explained(self.address):
             self._client.stop_job(job.id)
-        return _job(self._ended(job.id, STOP_WAIT_S + STOP_MARGIN_S, f"{job.run!r} to stop"))
+        return _job(self._ended(job.id, STOP_WAIT_S + STOP_MARGIN_S, repr(job.run)))
 
     def run_beside(self, job: Job, command: str, arguments: Sequence[str]) -> str:
         """Runs one of this project's commands on the cluster's head, and returns what it printed.
@@ -213,7 +213,7 @@ class Jobs:
         sent = f"{job.run}-{command}-{secrets.token_hex(4)}"
         self._start(sent, line, {}, {}, None, lambda line: None)
         try:
-            status = self._ended(sent, BESIDE_TIMEOUT_S, f"`{command}` of {job.run!r} to end").status
+            status = self._ended(sent, BESIDE_TIMEOUT_S, f"`{command}` of {job.run!r}").status
         except UserError:
             with explained(self.address):
                 self._client.stop_job(sent)
@@ -274,7 +274,7 @@ class Jobs:
         deadline = time.monotonic() + timeout_s
         while not JobStatus((details := self._details(job_id)).status).is_terminal():
             if time.monotonic() > deadline:
-                raise UserError(f"waited {timeout_s:.0f} s for {what}: {_message(details)}")
+                raise UserError(f"waited {timeout_s:.0f} s for {what} to stop: {_message(details)}")
             time.sleep(POLL_S)
         return details
 
