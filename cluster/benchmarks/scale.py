@@ -36,6 +36,8 @@ RECORDED_GROUPS = 32
 SIMULATED_LOG_PROB = -0.25
 OVERLAP_MOVES = 4
 OVERLAP_SPREAD = 0.05
+OVERLAP_ENVIRONMENTS_PER_PLACE = 2
+"""With one, a place is empty while its environment draws its next picture, and while it waits for its group's last."""
 
 
 class SimulatedRuns:
@@ -79,7 +81,7 @@ class SimulatedRuns:
     def _overlapped(self, folder: Path) -> list[Figure]:
         scale = self._scale
         size = self._base.rollout.group_size
-        groups = scale.overlap_environments // size
+        groups = scale.overlap_places // size
         moves = recorded_responses(self._base, self._model_path, stops=False)
         engine = SimulatedEngine(moves, scale.overlap_response_s, OVERLAP_SPREAD, scale.load_s)
         work_s = OVERLAP_MOVES * scale.overlap_response_s
@@ -90,7 +92,7 @@ class SimulatedRuns:
                 {
                     "task": {"max_steps": OVERLAP_MOVES},
                     "sampler": {"replicas": 1, "max_num_seqs": groups * size},
-                    "rollout": {"workers": 1, "groups_per_worker": groups},
+                    "rollout": {"workers": 1, "groups_per_worker": OVERLAP_ENVIRONMENTS_PER_PLACE * groups},
                     "buffer": {"newest_share": 1.0, "max_staleness": staleness, "replay_staleness": 8},
                     "learner": {"groups_per_batch": groups, "steps": scale.overlap_steps},
                 }

@@ -26,7 +26,7 @@ class SimulatedScale:
         adapter_kib: Size of the adapters.
         overlap_steps: Learner steps of the runs with and without overlap.
         overlap_response_s: Time of a response there, seconds.
-        overlap_environments: Environments there.
+        overlap_places: Requests that the sampler there answers at the same time, and trajectories of a learner step.
         publish_replicas: Replicas to which adapters are published.
         publishes: Adapters published, to one replica and to all.
     """
@@ -42,9 +42,9 @@ class SimulatedScale:
     spread: float = 0.5
     load_s: float = 0.5
     adapter_kib: int = 2048
-    overlap_steps: int = 24
+    overlap_steps: int = 40
     overlap_response_s: float = 1.5
-    overlap_environments: int = 64
+    overlap_places: int = 64
     publish_replicas: int = 32
     publishes: int = 40
 
@@ -64,7 +64,7 @@ QUICK_SIMULATION = SimulatedScale(
     adapter_kib=64,
     overlap_steps=8,
     overlap_response_s=0.5,
-    overlap_environments=16,
+    overlap_places=16,
     publish_replicas=4,
     publishes=10,
 )

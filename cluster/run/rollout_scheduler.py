@@ -234,17 +234,26 @@ class RolloutScheduler:
                 self._workers.dismiss(actor_id)
 
     def _dispatch(self, train: bool) -> None:
-        # One after the other gets a group, so that the few that the capacity rule may leave are spread.
-        for groups in range(self._groups_per_worker if train else 0):
-            for actor_id in self._workers.serving:
-                if self._tags(actor_id).count(ROLLOUT) == groups:
-                    self._send(actor_id, self._next_rollout())
+        if train:
+            self._start_groups()
         for actor_id in self._workers.serving:
             tags = self._tags(actor_id)
             rollouts = tags.count(ROLLOUT)
             calls = 1 if train else idle_worker_calls(self._groups_per_worker, rollouts)
             for _ in range(min(calls - (len(tags) - rollouts), len(self._evaluations))):
                 self._send(actor_id, self._evaluations.popleft())
+
+    def _start_groups(self) -> None:
+        # Counted once: thousands of groups may be running, and this is done ten times a second.
+        playing = {actor_id: self._tags(actor_id).count(ROLLOUT) for actor_id in self._workers.serving}
+        # One after the other gets a group, so that the few that the capacity rule may leave are spread.
+        for groups in range(min(playing.values(), default=0), self._groups_per_worker):
+            for actor_id in playing:
+                if playing[actor_id] == groups:
+                    call = self._next_rollout()
+                    if call is None:
+                        return
+                    playing[actor_id] += self._send(actor_id, call)
 
     def _tags(self, actor_id: int) -> list[str]:
         return [call.tag for call in self._running.get(actor_id, [])]
@@ -259,13 +268,13 @@ class RolloutScheduler:
         request = GroupRequest(index, self._instance_seed(index), "id")
         return _Call(ROLLOUT, "sample", (request,), version=version)
 
-    def _send(self, actor_id: int, call: _Call | None) -> None:
-        if call is None:
-            return
-        if self._workers.call(actor_id, call.method, call.tag, call.kwargs):
+    def _send(self, actor_id: int, call: _Call) -> bool:
+        taken = self._workers.call(actor_id, call.method, call.tag, call.kwargs)
+        if taken:
             self._running.setdefault(actor_id, []).append(call)
         else:
             self._requeue(call)
+        return taken
 
 
 def idle_worker_calls(groups_per_worker: int, rollouts: int) -> int:

@@ -39,18 +39,60 @@ def test_a_worker_without_training_groups_runs_more_than_fill_it_and_a_full_one_
     assert idle_worker_calls(1, 0) == 1
 
 
-def test_the_driver_rests_while_no_call_is_in_flight():
-    admission = Admission(max_staleness=0, batch=8, group_size=8)
-    scheduler = RolloutScheduler(
-        WorkerPool(start=lambda number: None, calls=1, say=print),
+class FullWorkers:
+    """Workers that take every call and end none."""
+
+    leaving = ()
+
+    def __init__(self, count):
+        self.serving = list(range(count))
+        self.calls = []
+
+    def results(self, wait_s):
+        return []
+
+    def tend(self):
+        return []
+
+    def call(self, worker, method, tag, kwargs):
+        self.calls.append(worker)
+        return True
+
+
+def scheduler_of(workers, admission, groups_per_worker):
+    return RolloutScheduler(
+        workers,
         admission,
-        groups_per_worker=1,
+        groups_per_worker=groups_per_worker,
         instance_seed=lambda index: index,
         next_group=0,
         rollout_version=lambda: None,
         on_groups=lambda summaries: None,
         on_evaluation=lambda job: None,
     )
+
+
+def test_the_groups_that_the_capacity_rule_leaves_are_spread_over_the_workers():
+    workers = FullWorkers(3)
+    scheduler = scheduler_of(workers, Admission(max_staleness=0, batch=32, group_size=8), groups_per_worker=2)
+    scheduler.pump()
+    assert workers.calls == [0, 1, 2, 0]
+
+
+def test_the_driver_looks_through_thousands_of_running_groups_in_no_time():
+    groups = 4000
+    workers = FullWorkers(1)
+    scheduler = scheduler_of(workers, Admission(max_staleness=0, batch=8 * groups, group_size=8), groups)
+    scheduler.pump()
+    assert len(workers.calls) == groups
+    started = time.monotonic()
+    scheduler.pump()
+    assert time.monotonic() - started < 0.1
+
+
+def test_the_driver_rests_while_no_call_is_in_flight():
+    admission = Admission(max_staleness=0, batch=8, group_size=8)
+    scheduler = scheduler_of(WorkerPool(start=lambda number: None, calls=1, say=print), admission, groups_per_worker=1)
     started = time.monotonic()
     scheduler.pump(wait_s=0.2)
     assert time.monotonic() - started >= 0.2
