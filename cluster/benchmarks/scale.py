@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.benchmarks.figures import Figure, Say
 from cluster.benchmarks.scale_publish import publish_times
-from cluster.benchmarks.scale_run import Observed, Simulation, simulate_run
+from cluster.benchmarks.scale_run import SETTLED_SHARE, Observed, Simulation, simulate_run
 from cluster.benchmarks.scale_sampler import RecordedResponse, SimulatedEngine
 from cluster.benchmarks.scale_sizes import SimulatedScale
 from cluster.benchmarks.workload import made_groups
@@ -252,9 +252,9 @@ def scale_figures(one: Observed, slow: Observed, many: Observed) -> list[Figure]
         figure("memory_gib", window.memory_gib, "GiB", "all processes, shared pages once"),
         figure(
             "memory_growth",
-            window.memory_growth,
+            many.window(SETTLED_SHARE).memory_growth,
             "share",
-            "over the measured time, by a straight line",
+            f"over the last {1 - SETTLED_SHARE:.0%} of the trajectories, by a straight line",
             at_most=MEMORY_BAR,
         ),
         figure("lost", many.lost, "trajectories", "reported to the driver, not on disk", at_most=0),

@@ -38,6 +38,10 @@ from shared.trajectory import read_parquet
 WARM_UP_SHARE = 0.25
 """Share of a run's trajectories that come before anything is measured: every episode began at the same time."""
 
+SETTLED_SHARE = 0.5
+"""Share of a run's trajectories that come before the growth of memory is measured: the replay buffer, full after a
+quarter of the large run, has replaced its content once by then, and its allocator has what it needs."""
+
 PROCESS_INTERVAL_S = 30.0
 TOO_SHORT = "the simulated run was too short to be measured; simulate more trajectories"
 
@@ -134,14 +138,14 @@ class Observed:
             raise UserError(TOO_SHORT)
         return float((len(steps) - 1) * self.simulation.learner_step_s / (steps[-1]["time"] - steps[0]["time"]))
 
-    def window(self) -> "Window":
-        """Returns what happened between the warm-up and the last snapshot.
+    def window(self, after: float = WARM_UP_SHARE) -> "Window":
+        """Returns what happened between a share of the run's trajectories and the last snapshot.
 
         Raises:
             UserError: The run was too short for two snapshots in between.
         """
         snapshots = [row for row in self.rows if row["kind"] == "rollout"]
-        wanted = WARM_UP_SHARE * self.config.learner.steps * self.config.fresh_per_step
+        wanted = after * self.config.learner.steps * self.config.fresh_per_step
         last = self._steps[-1]["time"]
         seen = [
             (moment, row)
