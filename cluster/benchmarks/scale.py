@@ -212,6 +212,7 @@ def scale_figures(one: Observed, slow: Observed, many: Observed) -> list[Figure]
         many: Many samplers, which limit the run.
     """
     window, few = many.window(), one.window()
+    settled = many.window(SETTLED_SHARE)
     sampler = many.config.sampler
     how = f"SIMULATED engines and learner: {sampler.replicas} samplers of {sampler.max_num_seqs} places"
     environments = many.config.rollout.rollouts_at_once
@@ -252,7 +253,7 @@ def scale_figures(one: Observed, slow: Observed, many: Observed) -> list[Figure]
         figure("memory_gib", window.memory_gib, "GiB", "all processes, shared pages once"),
         figure(
             "memory_growth",
-            many.window(SETTLED_SHARE).memory_growth,
+            settled.memory_growth,
             "share",
             f"over the last {1 - SETTLED_SHARE:.0%} of the trajectories, by a straight line",
             at_most=MEMORY_BAR,
@@ -261,10 +262,17 @@ def scale_figures(one: Observed, slow: Observed, many: Observed) -> list[Figure]
         figure("doubled", many.doubled, "trajectories", "on disk more than once", at_most=0),
         figure("groups_failed", many.groups_failed, "groups", "failed and played again", at_most=0),
     ]
-    return figures + [
+    figures += [
         figure(f"cores_{kind}", cores, "cores", f"processor time of {kind}")
         for kind, cores in window.cores.items()
         if cores >= 0.005
+    ]
+    return figures + [
+        figure(
+            f"growth_{kind}", growth, "MiB/min", f"memory of {kind}, over the same trajectories as scale_memory_growth"
+        )
+        for kind, growth in settled.growth_mib_per_min.items()
+        if growth >= 0.1
     ]
 
 

@@ -70,12 +70,14 @@ class Moment:
         replicas: Status of the samplers.
         driver_s: Processor time of the driver so far.
         processes_s: Processor time of each kind of process so far; empty at most moments.
+        processes_mib: Memory that each kind of process shares with nobody; empty at the same moments.
     """
 
     time: float
     replicas: list[dict[str, Any]]
     driver_s: float
     processes_s: dict[str, float]
+    processes_mib: dict[str, float]
 
 
 @dataclass
@@ -229,6 +231,20 @@ class Window:
             for kind, spent in sorted(busy.items(), key=lambda item: -item[1])
         }
 
+    @property
+    def growth_mib_per_min(self) -> dict[str, float]:
+        """Growth of the memory of each kind of process, most first; empty where the window is too short."""
+        seen = [moment for moment in self.moments if moment.processes_mib]
+        if len(seen) < 2:
+            return {}
+        minutes = [moment.time / 60 for moment in seen]
+        kinds = set.intersection(*(set(moment.processes_mib) for moment in seen))
+        growth = {
+            kind: statistics.linear_regression(minutes, [moment.processes_mib[kind] for moment in seen]).slope
+            for kind in kinds
+        }
+        return dict(sorted(growth.items(), key=lambda item: -item[1]))
+
 
 def simulate_run(directory: Path, config: RunConfig, simulation: Simulation) -> Observed:
     """Runs to the last learner step, in a process and on a Ray of its own, and looks at what is on disk then."""
@@ -286,13 +302,14 @@ class SimulatedRun(TrainingRun):
     def _snapshot(self) -> None:
         super()._snapshot()
         times = self._driver.cpu_times()
-        processes: dict[str, float] = {}
+        spent: dict[str, float] = {}
+        held: dict[str, float] = {}
         if time.monotonic() - self._processes_at >= PROCESS_INTERVAL_S:
             self._processes_at = time.monotonic()
-            processes = processor_times(self._driver)
+            spent, held = processes_of(self._driver)
         client = self._actors.client
         seen = client.seen if isinstance(client, ObservedClient) else []
-        self.moments.append(Moment(time.time(), seen, times.user + times.system, processes))
+        self.moments.append(Moment(time.time(), seen, times.user + times.system, spent, held))
 
 
 class SimulatedActors(RunActors):
@@ -345,17 +362,23 @@ class ObservedClient(PolicyClient):
         return self.seen
 
 
-def processor_times(driver: psutil.Process) -> dict[str, float]:
-    """Returns the processor time of the driver and all it started, seconds, by kind of process."""
+def processes_of(driver: psutil.Process) -> tuple[dict[str, float], dict[str, float]]:
+    """Looks at the driver and all it started.
+
+    Returns:
+        Processor time so far, seconds, and resident memory that is not shared, MiB; both by kind of process.
+    """
     spent: dict[str, float] = defaultdict(float)
+    held: dict[str, float] = defaultdict(float)
     for process in (driver, *driver.children(recursive=True)):
         try:
-            times = process.cpu_times()
+            times, memory = process.cpu_times(), process.memory_info()
             kind = "driver" if process == driver else process_kind(process.cmdline())
         except psutil.Error:
             continue
         spent[kind] += times.user + times.system
-    return spent
+        held[kind] += (memory.rss - getattr(memory, "shared", 0)) / 2**20
+    return spent, held
 
 
 def process_kind(command: Sequence[str]) -> str:

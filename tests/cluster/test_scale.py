@@ -131,7 +131,8 @@ def observed(config: RunConfig, samplers: int, rate: float, **changed: Any) -> O
     for second in range(0, 101, 5):
         replicas = [{"responses": 4 * rate * second / samplers, "in_flight": 10} for _ in range(samplers)]
         rows.append({"kind": "step", "time": 1.0 + second, "step": second // 5})
-        moments.append(Moment(float(second), replicas, 0.1 * second, {"raylet": 0.5 * second}))
+        held = {"raylet": 100.0 + second / 30, "PolicyServer": 500.0 - second}
+        moments.append(Moment(float(second), replicas, 0.1 * second, {"raylet": 0.5 * second}, held))
         accepted = int(rate * second)
         rows.append({"kind": "rollout", "time": float(second), "accepted": accepted, "memory_gib": 4 + second / 1000})
 
@@ -154,6 +155,9 @@ def test_figures_are_those_of_the_measured_part_of_the_run(config: RunConfig) ->
     assert figures["scale_driver_cores"].value == pytest.approx(0.1)
     assert figures["scale_cores_raylet"].value == pytest.approx(0.5)
     assert 0.0 < figures["scale_memory_growth"].value < 0.025
+    # 1 MiB every 30 s; what shrinks is not said.
+    assert figures["scale_growth_raylet"].value == pytest.approx(2.0)
+    assert "scale_growth_PolicyServer" not in figures
     assert figures["scale_lost"].value == figures["scale_doubled"].value == 0
 
 
