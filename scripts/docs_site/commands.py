@@ -23,7 +23,7 @@ machine that cannot do it (one line on stderr says what to do), 130 interrupted 
 def commands_page() -> str:
     """Returns the page in Markdown."""
     root = typer.main.get_command(app)
-    found = list(_commands(root, typer.Context(root, info_name=NAME)))
+    found = list(commands_of(root, typer.Context(root, info_name=NAME)))
     rows = ["| command | what it does |", "|---|---|"]
     for path, command, _ in found:
         rows.append(f"| [`{path}`](#{path.replace(' ', '-')}) | {_cell(_first_sentence(command.help))} |")
@@ -33,13 +33,13 @@ def commands_page() -> str:
     return "\n".join(parts)
 
 
-def _commands(group: Any, context: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yields (path as typed, command, its context) of all commands below a group."""
+def commands_of(group: Any, context: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yields (path as typed, command, its context) of all commands below a group; none of the groups themselves."""
     for name in group.list_commands(context):
         command = group.get_command(context, name)
         inner = typer.Context(command, info_name=name, parent=context)
         if isinstance(command, TyperGroup):
-            yield from _commands(command, inner)
+            yield from commands_of(command, inner)
         else:
             yield inner.command_path, command, inner
 

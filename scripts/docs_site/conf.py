@@ -12,7 +12,7 @@ root_doc = "index"
 myst_heading_anchors = 3
 # Commands stay on one line and scroll; what is marked `text` wraps (static/site.css).
 highlight_language = "none"
-# Options such as --plan keep their two hyphens.
+# Options such as --dry-run keep their two hyphens.
 smartquotes = False
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"

@@ -9,6 +9,7 @@ from docs_site.__main__ import build
 from docs_site.commands import commands_page
 from docs_site.conf import NAVIGATION, RESULTS, navigation, results
 from docs_site.configuration import fields_without_description, settings_table
+from docs_site.examples import example_problems
 from docs_site.links import markdown_problems, site_problems
 from docs_site.references import DOCS, PAGES
 from pydantic import Field
@@ -86,6 +87,37 @@ def test_a_link_is_judged_by_where_it_leads(tmp_path: Path, text: str, problem: 
         assert len(found) == 1
         assert found[0].startswith("page.md:")
         assert problem in found[0]
+
+
+def test_every_command_of_readme_and_documentation_is_one_that_the_code_knows() -> None:
+    pages = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+    assert example_problems(pages, (ROOT / "Makefile").read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("`gflowvlm trian`", "there is no command gflowvlm trian"),
+        ("`gflowvlm alfworld play`", "there is no command gflowvlm alfworld play"),
+        ("`gflowvlm train --plan`", "gflowvlm train has no option --plan"),
+        ("| a |\n|---|\n| `gflowvlm eval RUN --wrong=1` |", "gflowvlm eval has no option --wrong"),
+        ("```\n.venv/bin/gflowvlm train \\\n  --wrong\n```", "gflowvlm train has no option --wrong"),
+        ("`gflowvlm train learner.stepz=4`", "there is no setting learner.stepz"),
+        ("`make tset`", "make has no target tset"),
+        (
+            "`gflowvlm replay RUN\n--failed` and `gflowvlm train [--run DIR] learner.steps=4 …` of `gflowvlm COMMAND`",
+            None,
+        ),
+        ("`kubectl -n gflowvlm exec gflowvlm -- gflowvlm trian`", "there is no command gflowvlm trian"),
+        ("`gflowvlm alfworld` `kubectl -n gflowvlm get pods` `make docs`, gflowvlm is", None),
+        ("`gflowvlm train --dry-run; make` and `gflowvlm alfworld generate --train 4`", None),
+    ],
+)
+def test_a_command_is_judged_by_what_the_code_knows(tmp_path: Path, text: str, problem: str | None) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"# Page\n\n{text}\n")
+    found = example_problems([page], "docs: setup ## the site\n")
+    assert [line.partition(": ")[2] for line in found] == ([] if problem is None else [problem])
 
 
 def test_a_site_with_a_dead_link_or_something_from_elsewhere_is_refused(tmp_path: Path) -> None:
