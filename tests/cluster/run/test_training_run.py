@@ -6,11 +6,15 @@ One run is started in a process of its own; the test kills parts of it and reads
 import contextlib
 import json
 import re
+import signal
 import socket
+import subprocess
+import sys
 import urllib.request
 
 import pytest
 
+from cluster.run.run_log import read_rows
 from shared.run_folder import RunFolder
 from tests.cluster.whole_runs import (
     acknowledged,
@@ -104,8 +108,48 @@ def test_a_run_goes_on_when_any_of_its_processes_is_killed(tmp_path):
     assert_nothing_is_left(log)
 
 
+def scale(folder, *wanted):
+    command = [sys.executable, "-m", "cluster.cli", "scale", str(folder.root), *wanted]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout
+
+
+def test_rollouts_go_from_two_to_eight_and_back_without_a_failed_group(tmp_path):
+    folder, log = RunFolder(tmp_path / "run"), tmp_path / "log"
+
+    def snapshots():
+        return [row for row in read_rows(folder.metrics) if row["kind"] == "rollout"]
+
+    def in_service(workers):
+        wait_for(lambda: snapshots()[-1]["rollout_workers"] == workers, f"{workers} workers", run, log)
+        accepted = snapshots()[-1]["accepted"]
+        wait_for(lambda: snapshots()[-1]["accepted"] >= accepted + 16, f"what {workers} workers play", run, log)
+
+    # More steps than are taken; it is stopped in the end.
+    run = start("--run", folder.root, *settings(10_000), *QUICK, "rollout.workers=2", log=log)
+    try:
+        wait_for(lambda: newest_step(folder) >= 1, "a step", run, log)
+        in_service(2)
+        assert "rollouts 2 -> 8" in scale(folder, "rollouts=8")
+        in_service(8)
+        assert len(processes_of(log, "ray::RolloutWorker")) == 8
+        assert "rollouts 8 -> 2" in scale(folder, "rollouts=2")
+        in_service(2)
+        wait_for(lambda: len(processes_of(log, "ray::RolloutWorker")) == 2, "the end of six processes", run, log)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(timeout=120) == 130, log.read_text()[-4000:]
+    finally:
+        run.kill()
+        run.wait(timeout=30)
+    assert {(row["groups_failed"], row["worker_restarts"]) for row in snapshots()} == {(0, 0)}
+    assert set(acknowledged(folder).values()) == {1}
+    assert_steps_and_versions_go_on(folder, newest_step(folder))
+    assert_nothing_is_left(log)
+
+
 def test_a_run_resumes_after_its_driver_is_killed_and_after_a_full_disk(disk, tmp_path):
-    steps = 12
+    steps = 8
     folder, log = RunFolder((tmp_path if disk is None else disk) / "run"), tmp_path / "log"
     run = start("--run", folder.root, *settings(steps), *QUICK, log=log)
     try:
