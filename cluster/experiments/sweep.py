@@ -138,17 +138,18 @@ def evaluations(folder: RunFolder) -> list[EvaluatedAt]:
 
 
 def cell(rows: Sequence[Figures], key: str, digits: int, factor: float = 1.0) -> str:
-    """Returns ``mean ± sd`` of the rows that have a figure, ``-`` when none has.
+    """Returns ``mean ± sd`` of the rows that have a figure, and how many have where not all do; ``-`` when none has.
 
     Args:
         rows: One a seed.
         key: The figure.
-        digits: Digits after the point; with none the mean alone is given.
+        digits: Digits after the point.
         factor: What it is multiplied by.
     """
     values = [factor * float(value) for row in rows if (value := row.get(key)) is not None]
     # A whole number that is the same in all runs, such as the versions, has no deviation worth a column.
-    return spread(values if digits > 0 else [mean(values)] if values else [], digits)
+    text = spread(values if digits > 0 or len(set(values)) > 1 else values[:1], digits)
+    return text if len(values) in (0, len(rows)) else f"{text} ({len(values)} of {len(rows)})"
 
 
 def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

@@ -16,6 +16,7 @@ from cluster.experiments.comparison import (
     measure_exact,
     write_comparison,
 )
+from cluster.experiments.sweep import cell
 from cluster.run.run_log import append_row
 from shared.config import RunConfig
 from shared.errors import UserError
@@ -74,7 +75,7 @@ def test_the_table_has_mean_and_deviation_over_the_seeds_of_finished_runs(make_r
     assert reached["var_tb"]["exact: outcomes"] == "-"
     assert reached["subtb"]["success"] == "0.95"
     assert took["var_tb"]["minutes"] == "0.5 ± 0.7"
-    assert took["var_tb"]["environment steps in all"] == "150"
+    assert took["var_tb"]["environment steps in all"] == "150 ± 71"
     assert took["var_tb"]["versions"] == "2"
     assert (tmp_path / TABLE).read_text() == table
     rows = list(csv.DictReader((tmp_path / RAW).open()))
@@ -114,6 +115,12 @@ def test_a_damaged_summary_is_named(make_run):
 def test_a_figure_that_no_run_has_is_left_blank():
     reached, took = tables(markdown_table([{"loss": "db", "seed": 0, "id_success_before": None}], 0))
     assert reached["before training"]["success"] == reached["db"]["success"] == took["db"]["success"] == "-"
+
+
+def test_what_only_some_runs_have_says_of_how_many_it_is():
+    rows = [{"steps": 300}, {"steps": 500}, {"steps": None}]
+    assert cell(rows, "steps", 0) == "400 ± 141 (2 of 3)"
+    assert cell(rows[:1], "steps", 0) == cell([rows[0], rows[0]], "steps", 0) == "300"
 
 
 def test_exact_figures_stand_in_the_table_once_they_are_measured(make_run, tmp_path):
