@@ -90,7 +90,9 @@ class Following:
             self.changed = True
             if row["kind"] in ("step", "learner"):
                 self.step = int(row["step"])
-            self.success = row.get("success", row.get("rollout_success", self.success))
+            # The final report has the untrained model's figures too.
+            if row["kind"] != "report":
+                self.success = row.get("success", row.get("rollout_success", self.success))
 
     def describe(self) -> str:
         """Returns where it stands as text."""

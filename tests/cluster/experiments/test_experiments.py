@@ -350,6 +350,7 @@ def test_a_running_trial_is_followed_by_its_log(tmp_path):
     assert (following.share, following.success, following.changed) == (0.5, 0.25, True)
     append_row(trial.run.folder.metrics, "learner", {"step": 15})
     append_row(trial.run.folder.metrics, "evaluation", {"step": 15, "success": 0.75})
+    append_row(trial.run.folder.metrics, "report", {"step": 15, "version": 0, "success": 0.4})
     following.update()
     assert following.describe() == "db-0  step 15/60  success 0.75"
 
