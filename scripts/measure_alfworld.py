@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from actors.environment_hosts import EnvironmentHosts
+from envs.household.engine import GameEngine
 from envs.household.environment import AlfworldEnv
 from envs.household.games import GAME_FILE, find_games
 from envs.household.tasks import TaskType
@@ -63,6 +64,7 @@ def measure_ours(folder: Path) -> None:
     tell("step", steps)
     tell("picture", pictures)
     tell("prompt", prompts)
+    tell("engine of one more game at a time", [cpu_ms(GameEngine) for _ in range(GAMES)])
     before = resident_mb()
     group = [AlfworldEnv(settings) for _ in range(TOGETHER)]
     for seed, member in enumerate(group):

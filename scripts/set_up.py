@@ -5,6 +5,7 @@ Safe to call again: what is installed already stays.
 """
 
 import argparse
+import os
 import platform
 import re
 import shutil
@@ -171,6 +172,8 @@ def install_alfworld() -> None:
         SetUpError: Its planner cannot be compiled, or it does not import.
     """
     say(f"ALFWorld, at the versions of {ALFWORLD_LOCK.name}; its planner is compiled, a few minutes the first time")
+    # Every game that is played at the same time copies and loads the planner: 1 MB, with what is for debuggers 34 MB.
+    os.environ["LDFLAGS"] = f"{os.environ.get('LDFLAGS', '')} -s".strip()
     pip_or_stop("install", "--no-deps", "-r", str(ALFWORLD_LOCK))
     unmet = unmet_requirements()
     if unmet:

@@ -104,6 +104,16 @@ def test_engine_follows_what_nvidia_smi_lists(
     assert set_up.choose_engine("none") == "none"
 
 
+def test_planner_is_compiled_without_what_is_for_debuggers(set_up: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags: list[str] = []
+    monkeypatch.setenv("LDFLAGS", "-L/opt/lib")
+    monkeypatch.setattr(set_up, "pip_or_stop", lambda *_: flags.append(os.environ["LDFLAGS"]))
+    monkeypatch.setattr(set_up, "unmet_requirements", list)
+    monkeypatch.setattr(set_up, "probe", lambda _: subprocess.CompletedProcess([], 0))
+    set_up.install_alfworld()
+    assert flags == ["-L/opt/lib -s"]
+
+
 def torchvision_wheel(folder: Path, ops: str) -> Path:
     """Writes an installable torchvision whose `ops` module is the given source."""
     wheel = folder / "torchvision-0.0.1-py3-none-any.whl"
