@@ -134,7 +134,9 @@ class PolicyGradientSettings(Settings):
     gae_lambda: Fraction = Field(0.95, description="Lambda of ppo's advantages.")
     value_weight: float = Field(0.5, ge=0, le=100, description="Weight of ppo's value loss.")
     reward: Literal["original", "revised"] = Field(
-        "original", description="The task's own rewards, or the GFlowNet reward R(x) / 100 at the episode's end."
+        "original",
+        description="The task's own rewards, or the GFlowNet reward R(x) at the episode's end. "
+        "Ppo's value is learned in units of the task's largest reward, or of 100.",
     )
 
 

@@ -1,6 +1,6 @@
 """The settings of the tasks."""
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -10,7 +10,13 @@ DEFAULT_TASK = "numberline"
 
 
 class EpisodeSettings(Settings):
-    """What the settings of every task have in common."""
+    """What the settings of every task have in common.
+
+    Attributes:
+        largest_reward: The largest single one of the task's own rewards.
+    """
+
+    largest_reward: ClassVar[float] = 1.0
 
     max_steps: int = Field(10, ge=1, le=64, description="Step limit.")
     prompt: Literal["history", "markov"] = Field("history", description="Whether past steps stand in the prompt.")
@@ -72,6 +78,8 @@ AlfworldTaskType = Literal[
 
 class AlfworldSettings(EpisodeSettings):
     """ALFWorld: household tasks by text commands."""
+
+    largest_reward: ClassVar[float] = 50.0
 
     name: Literal["alfworld"] = Field("alfworld", description="Chooses this task.")
     max_steps: int = Field(35, ge=1, le=200, description="Step limit.")

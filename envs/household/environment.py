@@ -17,7 +17,7 @@ from shared.response import DONE_TOKEN
 from shared.task_settings import AlfworldSettings
 from shared.trajectory import EndReason
 
-GOAL_REWARD = 50.0
+GOAL_REWARD = AlfworldSettings.largest_reward
 REWARD_FLOOR = 0.1
 UNSEEN_FOLDER = "valid_unseen"
 

@@ -23,7 +23,7 @@ from shared.config import RunConfig
 from shared.trajectory import EndReason, Trajectory
 
 REVISED_REWARD_UNIT = 100.0
-"""The revised reward is R(x) in these units: the tasks' R is tens, a value head's first guesses are not."""
+"""What the revised reward is divided by: about the tasks' largest R(x)."""
 
 
 class GrpoObjective(Objective):
@@ -37,6 +37,8 @@ class GrpoObjective(Objective):
 
     def __init__(self, config: RunConfig) -> None:
         self._settings = config.objective.policy_gradient
+        original = self._settings.reward == "original"
+        self._reward_unit = config.task.largest_reward if original else REVISED_REWARD_UNIT
         self._cot_weight = config.policy.cot_weight
         self._cut_is_terminal = config.target.truncation == "terminal"
         self.epochs = self._settings.epochs
@@ -48,8 +50,9 @@ class GrpoObjective(Objective):
         return self._surrogate(batch, reward, advantage[:, None].expand_as(reward))
 
     def _rewards(self, batch: ScoredBatch) -> Tensor:
-        """(K, T) reward of every response, NaN in the padding."""
-        return _padded([torch.tensor(_rewards(t, self._settings.reward)) for t in batch.trajectories])
+        """(K, T) reward of every response in its unit, NaN in the padding."""
+        rewards = _padded([torch.tensor(_rewards(t, self._settings.reward)) for t in batch.trajectories])
+        return rewards / self._reward_unit
 
     def _log_prob(self, batch: ScoredBatch, scores: Tensor) -> Tensor:
         """(K, T) log π of the responses, NaN in the padding."""
@@ -61,7 +64,7 @@ class GrpoObjective(Objective):
         is_step = ~reward.isnan()
         responses = float(is_step.sum())
         used = float(is_step.any(dim=1).sum())
-        total_reward = float(reward.nansum())
+        total_reward = float(reward.nansum()) * self._reward_unit
 
         def loss_of(scores: Tensor) -> ObjectiveOutput:
             log_prob = self._log_prob(batch, scores)
@@ -84,6 +87,9 @@ class GrpoObjective(Objective):
 
 class PpoObjective(GrpoObjective):
     """Proximal policy optimisation with a learned value, read off the state as the flows are (`learner.heads`).
+
+    The value is in units of the task's largest reward: of rewards of tens, its squared error would move the adapter a
+    hundred times as far as the advantages do.
 
     Args:
         config: The run's configuration.
@@ -149,7 +155,7 @@ def _rewards(trajectory: Trajectory, kind: str) -> list[float]:
     if kind == "original":
         return trajectory.original_rewards
     steps = len(trajectory.steps)
-    return [0.0] * (steps - 1) + [math.exp(trajectory.log_rewards[-1]) / REVISED_REWARD_UNIT] * min(steps, 1)
+    return [0.0] * (steps - 1) + [math.exp(trajectory.log_rewards[-1])] * min(steps, 1)
 
 
 def _lengths(trajectories: Sequence[Trajectory]) -> Tensor:

@@ -57,6 +57,7 @@ def test_expert_solves_every_game_of_every_type_in_seen_and_unseen_rooms(make_en
             assert (env.success, env.outcome, env.end) == (True, "goal", EndReason.DONE), env.game.name
             total = SUB_GOALS[env.game.task_type]
             assert sum(rewards) == 50 + total
+            assert max(rewards) == env.settings.largest_reward
             assert env.log_reward == math.log(50 + total)
             key = (folder if split == "id" else "unseen", env.game.task_type.value)
             solved[key] = solved.get(key, 0) + 1

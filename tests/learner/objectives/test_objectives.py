@@ -10,7 +10,6 @@ from learner.baselines import generalised_advantages
 from learner.distributed import Ranks
 from learner.learner import Learner
 from learner.objectives import OBJECTIVES, ScoredBatch, make_objective
-from learner.objectives.policy_gradient import REVISED_REWARD_UNIT
 from learner.scoring import LOG_ACT, LOG_COT
 from shared.config import LossName
 from shared.trajectory import EndReason
@@ -95,7 +94,18 @@ def test_the_revised_reward_is_that_of_the_gflownet_losses_at_the_end(make_confi
     config = make_config(objective={"loss": loss, "policy_gradient": {"reward": "revised"}})
     batch = scored([rewarded(played, [-7]), rewarded(stayed, [9])], columns=5 if loss == "ppo" else 4)
     output = make_objective(config).prepare(batch, ALONE)(batch.scores)
-    assert output.metrics.means["reward_mean"] == pytest.approx((120 / REVISED_REWARD_UNIT, 2))
+    assert output.metrics.means["reward_mean"] == pytest.approx((120, 2))
+
+
+def test_ppo_learns_the_same_from_a_tasks_rewards_whatever_their_size(make_config, make_trajectory):
+    played = [make_trajectory(["+", "[DONE]"], EndReason.DONE), make_trajectory(["-"], EndReason.STEP_LIMIT)]
+    outputs = []
+    for task, largest in (("numberline", 1), ("alfworld", 50)):
+        config = make_config(objective={"loss": "ppo"}, task={"name": task})
+        batch = scored([rewarded(t, [largest] * len(t.steps)) for t in played], columns=5)
+        outputs.append(make_objective(config).prepare(batch, ALONE)(batch.scores))
+        assert outputs[-1].metrics.means["reward_mean"] == pytest.approx((3 * largest, 2))
+    assert float(outputs[0].loss) == pytest.approx(float(outputs[1].loss), rel=1e-12)
 
 
 def test_behind_a_cut_ppo_expects_what_the_last_shown_state_is_worth(make_config, make_trajectory):
