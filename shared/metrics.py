@@ -7,7 +7,7 @@ PROMETHEUS_PREFIX = "gflowvlm_"
 
 @dataclass(frozen=True)
 class MetricSpec:
-    """One metric.
+    """One metric. All of it is ASCII: Ray takes nothing else.
 
     Attributes:
         name: Key in metrics.jsonl; TensorBoard tag; with `PROMETHEUS_PREFIX`, the Prometheus name.
@@ -37,7 +37,7 @@ STEP_METRICS = (
     MetricSpec("policy_loss", "loss", "Clipped surrogate, in the last epoch (ppo, grpo)."),
     MetricSpec("ratio_clipped_share", "share", "Responses whose probability ratio is beyond the clip (ppo, grpo)."),
     MetricSpec("approximate_kl", "nats", "How far the epochs moved the policy from the one that sampled (ppo, grpo)."),
-    MetricSpec("value_loss", "reward unit²", "Half the mean squared error of the value (ppo)."),
+    MetricSpec("value_loss", "reward unit squared", "Half the mean squared error of the value (ppo)."),
     MetricSpec("value_mean", "reward unit", "Mean value of the batch's states (ppo)."),
     MetricSpec("return_mean", "reward unit", "Mean return that the value is fitted to (ppo)."),
     MetricSpec("token_log_prob", "nats", "Mean log-probability of the expert's tokens (sft)."),

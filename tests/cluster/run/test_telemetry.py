@@ -18,6 +18,10 @@ def test_every_metric_is_documented_and_named_once():
     assert len({spec.name for spec in ALL_METRICS}) == len(ALL_METRICS)
 
 
+def test_ray_takes_the_text_of_every_metric():
+    assert [spec for spec in ALL_METRICS if not (spec.name + spec.unit + spec.description).isascii()] == []
+
+
 @pytest.fixture
 def full_disk(tmp_path):
     with small_disk(tmp_path / "full", "4k") as folder:
