@@ -46,6 +46,7 @@ class Variant:
         warm_starts: The model it starts from at a scale; the preset's where there is none.
         paper: The paper's figures, by column key.
         value: Where it stands on the x axis of a `Line`.
+        missing: Why there are no runs of it at a scale; nothing where there are.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Variant:
     warm_starts: Mapping[Scale, WarmStart] = field(default_factory=dict)
     paper: Mapping[str, float] = field(default_factory=dict)
     value: float | None = None
+    missing: Mapping[Scale, str] = field(default_factory=dict)
 
     @property
     def slug(self) -> str:

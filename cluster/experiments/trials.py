@@ -134,7 +134,7 @@ class TrialList:
 
     Attributes:
         chosen: The trials asked for, seed after seed.
-        left_out: A line for each preset or model that does not exist yet, with what is left out.
+        left_out: A line for each reason to leave variants out, as a model that does not exist yet, with how many.
     """
 
     chosen: tuple[Trial, ...]
@@ -172,7 +172,7 @@ class Selection:
     out: Path
 
     def trials(self) -> TrialList:
-        """Returns the trials, without those whose preset or model is not shipped yet.
+        """Returns the trials, without those that something is missing for.
 
         Raises:
             UserError: `only` names no variant, or a setting does not fit.
@@ -223,7 +223,9 @@ def chosen_variants(experiment: Experiment, only: Sequence[str]) -> list[Variant
 
 
 def missing_part(variant: Variant, scale: Scale) -> str | None:
-    """Returns which preset or shipped model a variant needs that does not exist yet, None where all is there."""
+    """Returns why a variant has no runs, as a preset or model that does not exist yet; None where it has."""
+    if scale in variant.missing:
+        return variant.missing[scale]
     preset = variant.preset(scale)
     if preset not in preset_names():
         return f"the model and preset {preset!r} are not shipped yet"

@@ -2,10 +2,13 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from cluster.cli import app
 from cluster.evaluation.figures import REPORT_SEED_OFFSET
 from cluster.experiments import trials as trials_module
 from cluster.experiments.catalog import EXPERIMENTS
@@ -17,8 +20,10 @@ from cluster.experiments.trial_process import TrialFailedError, TrialJob, last_w
 from cluster.experiments.trials import Command, Selection, missing_part
 from cluster.experiments.warm_starting import is_made, make_warm_start, warm_start_command
 from cluster.interruption import INTERRUPTED
+from cluster.models import resolve_model
 from cluster.preset_library import load_preset, preset_names
 from cluster.run.run_log import append_row
+from cluster.warm_starts import supervised
 from shared.errors import UserError
 
 STARTED = WarmStart("taught", ("--task", "numberline", "--noise", "0"))
@@ -88,12 +93,34 @@ def test_every_variant_of_a_shipped_preset_resolves_to_a_configuration(experimen
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
-def test_variants_of_a_shipped_preset_are_all_different_runs(experiment, tmp_path):
-    configs = [
-        (trial.run.config, trial.run.config.policy.model)
-        for trial in select(tmp_path, experiment, scale="paper", seeds=1).trials().chosen
-    ]
+@pytest.mark.parametrize("scale", SCALES)
+def test_variants_of_a_shipped_preset_are_all_different_runs(experiment, scale, tmp_path):
+    configs = [trial.run.config for trial in select(tmp_path, experiment, scale=scale, seeds=1).trials().chosen]
     assert len({repr(config) for config in configs}) == len(configs)
+
+
+@pytest.mark.parametrize("name", ["alfworld", "markovian"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_markovian_variant_has_no_past_in_its_prompts_and_a_tiny_policy_has_learned_its_kind(name, scale, tmp_path):
+    for trial in select(tmp_path, EXPERIMENTS[name], scale=scale, seeds=1).trials().chosen:
+        task, start = trial.run.config.task, trial.variant.warm_starts.get(scale)
+        if "Markovian" in trial.variant.name:
+            assert task.prompt == ("history" if "non-Markovian" in trial.variant.name else "markov")
+        if start is not None:
+            assert f"prompt={task.prompt}" in start.arguments
+        elif scale == "tiny":
+            made = json.loads((Path(resolve_model(trial.run.config.policy.model)) / "training.json").read_text())
+            assert made["request"]["task"]["prompt"] == task.prompt
+
+
+def test_warm_starts_are_commands_that_gflowvlm_sft_takes(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(supervised, "start", lambda request, *_: asked.append(request) or True)
+    starts = {s for e in EXPERIMENTS.values() for v in e.variants for s in v.warm_starts.values()}
+    for start in starts:
+        result = CliRunner().invoke(app, list(warm_start_command(start, tmp_path / start.name)))
+        assert result.exit_code == 0, result.output
+    assert len(asked) == len(starts) >= 6
 
 
 def test_the_alfworld_table_holds_the_papers_figures_of_all_columns():
@@ -175,7 +202,7 @@ def test_a_preset_that_is_not_shipped_yet_is_named_and_the_others_run(tmp_path, 
     assert {trial.variant.task for trial in chosen.chosen} == {"numberline"}
     blackjack, alfworld = chosen.left_out
     assert "'blackjack-tiny' are not shipped yet: 12 trials" in blackjack
-    assert "'alfworld-tiny'" in alfworld
+    assert "too long for alfworld-tiny (docs/recipe.md): 12 trials" in alfworld
     with pytest.raises(UserError, match="the model and preset 'alfworld-tiny' are not shipped yet"):
         run_experiment(select(tmp_path, EXPERIMENTS["alfworld"]), Console(quiet=True), concurrent=1, retries=0)
 
