@@ -11,7 +11,7 @@ LOSSES = {"Var-TB": "var_tb", "SubTB": "subtb", "DB": "db"}
 DATA = {
     # Nothing is replayed, and generation runs ahead by a batch at most.
     "on-policy": ("rollout.expert_on_failure=false", "buffer.newest_share=1.0", "buffer.max_staleness=1"),
-    "off-policy": ("rollout.expert_on_failure=true",),
+    "off-policy": ("rollout.expert_on_failure=true", "buffer.newest_share=0.5"),
 }
 
 PAPER_OOD = {
