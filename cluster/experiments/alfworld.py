@@ -71,6 +71,7 @@ ALFWORLD = Experiment(
     ),
     columns=(
         *(Column(key, key, "success_by_category", category=category) for key, category in TYPES.items()),
+        Column("start", "average before training", before=True),
         Column("average", "average"),
         Column("unseen", "unseen rooms", split="ood"),
         Column("div_at_16", "Div@16", "div_at_n", percent=False),

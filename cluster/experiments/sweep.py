@@ -166,6 +166,8 @@ def draw_curves(
 ) -> None:
     """Draws success, diversity and distribution match while training: mean and spread over a variant's seeds.
 
+    What no evaluation has, as the distribution match where the target is not known, has no panel.
+
     Args:
         runs: The runs; those without evaluations are left out.
         path: Where the picture goes (PNG).
@@ -179,8 +181,10 @@ def draw_curves(
             by_variant[run.variant][evaluated.step].append(evaluated)
     crowded = len(by_variant) > _LEGEND_INSIDE
     size = (16, max(4.0, 0.22 * len(by_variant))) if crowded else (13, 4)
-    figure, axes = pyplot.subplots(1, len(PANELS), figsize=size, layout="constrained")
-    for panel, (name, title) in zip(axes, PANELS.items(), strict=True):
+    rows = [evaluated.row for at in by_variant.values() for found in at.values() for evaluated in found]
+    shown = {name: title for name, title in PANELS.items() if any(row[name] is not None for row in rows)} or PANELS
+    figure, (axes,) = pyplot.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
+    for panel, (name, title) in zip(axes, shown.items(), strict=True):
         for index, (variant, at) in enumerate(by_variant.items()):
             steps = sorted(step for step, found in at.items() if all(e.row[name] is not None for e in found))
             if len(steps) > 0:

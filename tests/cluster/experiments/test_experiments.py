@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.evaluation.figures import REPORT_SEED_OFFSET
+from cluster.experiments import sweep
 from cluster.experiments import trials as trials_module
 from cluster.experiments.catalog import EXPERIMENTS
 from cluster.experiments.description import SCALES, Bars, Column, Experiment, Line, Variant, WarmStart
@@ -125,7 +126,22 @@ def test_warm_starts_are_commands_that_gflowvlm_sft_takes(tmp_path, monkeypatch)
 
 def test_the_alfworld_table_holds_the_papers_figures_of_all_columns():
     alfworld = EXPERIMENTS["alfworld"]
-    assert all(set(variant.paper) == {column.key for column in alfworld.columns} for variant in alfworld.variants)
+    trained = {column.key for column in alfworld.columns if not column.before}
+    assert all(set(variant.paper) == trained for variant in alfworld.variants)
+
+
+@pytest.mark.parametrize("distance", [0.3, None])
+def test_curves_have_no_panel_for_what_no_evaluation_has(distance, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(sweep, "save_picture", lambda figure, _: titles.extend(a.get_title() for a in figure.axes))
+    (trial,) = select(tmp_path, seeds=1, only=["db"]).trials().chosen
+    trial.run.prepare()
+    for step in (0, 10):
+        row = {"step": step, **report(step, "id", 0.5), "total_variation": distance}
+        append_row(trial.run.folder.metrics, "evaluation", row)
+    sweep.draw_curves([trial.run], tmp_path / CURVES)
+    assert len(titles) == (2 if distance is None else 3)
+    assert ("total variation to R/Z" in titles) == (distance is not None)
 
 
 def test_trials_come_seed_by_seed_each_in_a_folder_of_its_own(tmp_path):

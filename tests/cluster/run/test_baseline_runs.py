@@ -1,5 +1,6 @@
 """The baselines in whole runs: what the actors, the buffer and the learner do differently for them."""
 
+import json
 import signal
 from statistics import median
 
@@ -41,9 +42,16 @@ def recorded(folder):
     return [t for path in sorted(folder.trajectories.glob("*.parquet")) for t in from_arrow(read_parquet(path))]
 
 
+def forget_evaluations(folder):
+    """Leaves the run as an interruption does that comes before any evaluation has been played."""
+    lines = folder.metrics.read_text().splitlines(keepends=True)
+    folder.metrics.write_text("".join(line for line in lines if json.loads(line)["kind"] != "evaluation"))
+    folder.best.unlink(missing_ok=True)
+
+
 def test_ppo_learns_each_trajectory_once_from_the_policy_that_made_it_over_ctrl_c_and_resume_too(tmp_path):
     folder, log = RunFolder(tmp_path / "run"), tmp_path / "log"
-    run = start("--run", folder.root, *SETTINGS, "objective.loss=ppo", log=log)
+    run = start("--run", folder.root, *SETTINGS, "objective.loss=ppo", "evaluation.every=2", log=log)
     try:
         wait_for(lambda: newest_step(folder) >= 3, "the third step", run, log)
         run.send_signal(signal.SIGINT)
@@ -53,9 +61,13 @@ def test_ppo_learns_each_trajectory_once_from_the_policy_that_made_it_over_ctrl_
     assert "--resume" in log.read_text()
     assert_nothing_is_left(log)
     before = acknowledged(folder)
+    forget_evaluations(folder)
     finish(start("--resume", folder.root, log=log), log)
 
     assert_steps_and_versions_go_on(folder, STEPS)
+    evaluated = {r["step"]: r["version"] for r in read_rows(folder.metrics) if r["kind"] == "evaluation"}
+    versions = {r["step"]: r["version"] for r in read_rows(folder.metrics) if r["kind"] == "step"}
+    assert evaluated == {step: versions[step] for step in (2, 4, 6, 8)}
     steps = [r for r in read_rows(folder.metrics) if r["kind"] == "step"]
     assert [r["trajectories"] for r in steps] == [4.0] * STEPS
     assert all(r["updated"] == 1.0 for r in steps)
