@@ -2,19 +2,15 @@
 
 from collections.abc import Iterator
 
-from cluster.experiments.alfworld import NO_PAST
+from cluster.experiments.alfworld import NO_PAST, SAMPLES
 from cluster.experiments.description import PPO, Bars, Column, Experiment, Scale, Task, Variant, WarmStart
 
 PROMPTS = {"Markovian": "markov", "non-Markovian": "history"}
 LOSSES = {"PPO": PPO, "SubTB": ("objective.loss=subtb", "rollout.expert_on_failure=true")}
 TASKS: dict[Task, str] = {"numberline": "NumberLine", "blackjack": "Blackjack", "alfworld": "ALFWorld"}
 
-SAMPLES: dict[Task, tuple[str, ...]] = {
-    "numberline": ("evaluation.samples=16",),
-    # The tiny preset plays 200 decks four times; so many sixteen times would take longer than the training.
-    "blackjack": ("evaluation.samples=16", "evaluation.instances=50"),
-    "alfworld": ("evaluation.samples=16",),
-}
+# The tiny preset plays 200 decks four times; so many sixteen times would take longer than the training.
+INSTANCES: dict[Task, tuple[str, ...]] = {"blackjack": ("evaluation.instances=50",)}
 
 PAPER = {
     "ALFWorld, PPO, Markovian": {"success": 21.7, "ood": 4.8, "div_at_16": 1.12},
@@ -42,7 +38,7 @@ def _variants() -> Iterator[Variant]:
         for method, overrides in LOSSES.items():
             for prompts, prompt in PROMPTS.items():
                 name = f"{title}, {method}, {prompts}"
-                settings = (*overrides, f"task.prompt={prompt}", *SAMPLES[task])
+                settings = (*overrides, f"task.prompt={prompt}", *SAMPLES, *INSTANCES.get(task, ()))
                 missing = NO_PAST if task == "alfworld" else {}
                 yield Variant(name, task, settings, _start(task, prompt), PAPER.get(name, {}), missing=missing)
 
