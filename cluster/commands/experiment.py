@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 
 from cluster.interruption import INTERRUPTED
@@ -98,20 +99,16 @@ def _show_trials(console: Console, selection: "Selection", concurrent: int) -> N
     chosen = selection.trials()
     todo = [trial for trial in chosen.chosen if not trial.finished]
     by_name = {trial.variant.slug: trial for trial in chosen.chosen}
-    table = Table("variant (--only)", "preset", "model", "steps", "overrides", "runs to do")
     for slug, trial in by_name.items():
         config = trial.run.config
         unfinished = sum(other.variant.slug == slug for other in todo)
-        table.add_row(
-            slug,
-            trial.variant.preset(selection.scale),
-            config.policy.model if "/" not in config.policy.model else Path(config.policy.model).name,
-            str(config.learner.steps),
-            " ".join((*trial.variant.overrides, *selection.overrides)),
-            f"{unfinished} of {selection.seeds}",
-        )
-    if by_name:
-        console.print(table)
+        model = config.policy.model if "/" not in config.policy.model else Path(config.policy.model).name
+        preset = trial.variant.preset(selection.scale)
+        runs = f"{unfinished} of {selection.seeds} runs to do: {preset}, model {model}, {config.learner.steps} steps"
+        settings = " ".join((*trial.variant.overrides, *selection.overrides))
+        # No table: in a narrow one, names that --only takes and settings that are copied would be cut.
+        console.print(f"[bold]{slug}[/bold]: {runs}", highlight=False, soft_wrap=True)
+        console.print(Padding(settings, (0, 0, 0, 4)), highlight=False)
     for line in chosen.left_out:
         console.print(line, highlight=False, soft_wrap=True)
     for start, folder in chosen.warm_starts:

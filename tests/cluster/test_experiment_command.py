@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from cluster.cli import app
 from cluster.experiments.catalog import EXPERIMENTS
 from cluster.experiments.results import CURVES, PICTURE, RAW, TABLE
 from shared.run_folder import RunFolder
@@ -37,6 +39,20 @@ def experiment(out):
         text=True,
         timeout=900,
     )
+
+
+def test_a_dry_run_names_every_variant_in_full_on_a_narrow_screen(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["experiment", "numberline-blackjack", "--dry-run", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    for variant in EXPERIMENTS["numberline-blackjack"].variants:
+        assert sum(line.startswith(f"{variant.slug}: 4 of 4 runs to do: ") for line in lines) == 1
+    settings = " ".join(result.output.split())
+    assert "objective.loss=db rollout.expert_on_failure=true buffer.newest_share=0.5" in settings
+    assert "runs to do: 120" in settings
+    assert not out.exists()
 
 
 @pytest.mark.slow
