@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from cluster.interruption import INTERRUPTED
 from shared.errors import UserError
@@ -102,12 +103,12 @@ def _show_trials(console: Console, selection: "Selection", concurrent: int) -> N
     for slug, trial in by_name.items():
         config = trial.run.config
         unfinished = sum(other.variant.slug == slug for other in todo)
-        model = config.policy.model if "/" not in config.policy.model else Path(config.policy.model).name
-        preset = trial.variant.preset(selection.scale)
+        model, preset = Path(config.policy.model).name, trial.variant.preset(selection.scale)
         runs = f"{unfinished} of {selection.seeds} runs to do: {preset}, model {model}, {config.learner.steps} steps"
-        settings = " ".join((*trial.variant.overrides, *selection.overrides))
+        # As they were given: brackets in a setting are no markup.
+        settings = Text(" ".join((*trial.variant.overrides, *selection.overrides)))
         # No table: in a narrow one, names that --only takes and settings that are copied would be cut.
-        console.print(f"[bold]{slug}[/bold]: {runs}", highlight=False, soft_wrap=True)
+        console.print(f"{slug}: {runs}", highlight=False, markup=False, soft_wrap=True)
         console.print(Padding(settings, (0, 0, 0, 4)), highlight=False)
     for line in chosen.left_out:
         console.print(line, highlight=False, soft_wrap=True)
