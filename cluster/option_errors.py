@@ -1,4 +1,4 @@
-"""What a person reads when an option of a command, or a setting of the task behind it, is out of bounds."""
+"""What a person reads when an option of a command is out of bounds."""
 
 from collections.abc import Mapping
 
@@ -9,13 +9,11 @@ def first_problem(error: ValidationError, options: Mapping[str, str]) -> str:
     """Returns the first problem of a request in one line.
 
     Args:
-        error: What validating the request raised; settings of the task stand under ``task``.
+        error: What validating the request raised.
         options: Names of options that are called otherwise than their fields.
     """
     problem = error.errors()[0]
     message = problem["msg"].removeprefix("Value error, ")
     says = f"{message[0].lower()}{message[1:]}"
-    if problem["loc"][:1] == ("task",):
-        return f"{'.'.join(map(str, problem['loc'][1:]))} = {problem['input']!r}: {says}"
     name = str(problem["loc"][-1]) if problem["loc"] else "the options"
     return f"--{options.get(name, name).replace('_', '-')} {problem['input']}: {says}"

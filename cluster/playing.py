@@ -12,6 +12,7 @@ import numpy as np
 
 from actors.sampling import BASE_VERSION, PolicySampler, SampleRequest
 from cluster.models import resolve_model, shipped_models
+from cluster.preset_library import load_preset
 from envs.base import SPLITS, TaskEnv
 from envs.registry import default_settings, make_env
 from shared.config import PolicySettings, RunConfig
@@ -170,31 +171,36 @@ def task_env(settings: TaskSettings, split: str) -> TaskEnv:
 
 
 def named_policy(player: str, task: str) -> RunPolicy:
-    """Returns the policy that a run folder or model directory holds, or a shipped model.
+    """Returns the policy that a run folder or model directory holds, or a shipped model under its preset's settings.
 
     Raises:
-        UserError: It is neither, it is a run of another task, or its adapter is missing.
+        UserError: It is neither, it is of another task, or its adapter is missing.
     """
     default = default_settings(task)
     root = Path(player).expanduser()
-    if player in shipped_models() or (root / "config.json").is_file():
-        model = player if player in shipped_models() else str(root)
-        return RunPolicy(RunConfig(task=default, policy=PolicySettings(model=model)), BASE_VERSION, None)
+    if player in shipped_models():
+        return RunPolicy(_of_task(load_preset(player), task, player), BASE_VERSION, None)
+    if (root / "config.json").is_file():
+        return RunPolicy(RunConfig(task=default, policy=PolicySettings(model=str(root))), BASE_VERSION, None)
     folder = RunFolder(root)
     if not folder.config.is_file():
         raise UserError(
             f"--player {player!r}: neither a run folder, nor a model directory, nor one of "
             + ", ".join([*BUILT_IN_PLAYERS, *shipped_models()])
         )
-    config = load_config(folder.config)
-    if config.task.name != task:
-        raise UserError(f"--player {player!r}: this run is of task {config.task.name!r}; play that one")
+    config = _of_task(load_config(folder.config), task, player)
     version = best_version(folder)
     if version == BASE_VERSION:
         return RunPolicy(config, version, None)
     if not folder.adapter(version).is_dir():
         raise UserError(f"{folder.adapter(version)}: adapter version {version} is not there; remove {folder.best}")
     return RunPolicy(config, version, folder.adapter(version))
+
+
+def _of_task(config: RunConfig, task: str, player: str) -> RunConfig:
+    if config.task.name != task:
+        raise UserError(f"--player {player!r}: its task is {config.task.name!r}; play that one")
+    return config
 
 
 @contextmanager

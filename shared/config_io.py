@@ -1,15 +1,18 @@
-"""Reading and writing run configurations: YAML, presets, dotted overrides."""
+"""Reading and writing run configurations: YAML, presets, dotted overrides; and a task's settings on a command line."""
 
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from shared.config import RunConfig
 from shared.errors import UserError
+from shared.task_settings import EpisodeSettings
+
+Settings = TypeVar("Settings", bound=EpisodeSettings)
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -69,12 +72,25 @@ def parse_config(settings: dict[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(settings)
     except ValidationError as error:
-        raise UserError(f"{where}: {_first_problem(error)}") from None
+        raise UserError(f"{where}: {_first_problem(error, RunConfig().model_dump())}") from None
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Returns the configuration in a YAML file, with overrides applied."""
     return parse_config(apply_overrides(load_yaml(path), overrides), str(path))
+
+
+def override_task(settings: Settings, overrides: Iterable[str]) -> Settings:
+    """Returns a task's settings with ``key=value`` overrides applied.
+
+    Raises:
+        UserError: One line that names the first wrong setting, its value, and what is allowed.
+    """
+    old = settings.model_dump()
+    try:
+        return type(settings).model_validate(apply_overrides(old, overrides))
+    except ValidationError as error:
+        raise UserError(f"task {old['name']}: {_first_problem(error, old)}") from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -96,20 +112,19 @@ def _number_or(value: Any) -> Any:
     return value
 
 
-def _first_problem(error: ValidationError) -> str:
+def _first_problem(error: ValidationError, known: dict[str, Any]) -> str:
     problem = error.errors()[0]
     dotted = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {dotted!r}{_suggestion(dotted)}"
+        return f"unknown key {dotted!r}{_suggestion(dotted, known)}"
     message = problem["msg"].removeprefix("Value error, ")
     if dotted == "":
         return message
     return f"{dotted} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _suggestion(dotted: str) -> str:
-    known = _dotted_keys(RunConfig().model_dump())
-    close = difflib.get_close_matches(dotted, known, n=1, cutoff=0.6)
+def _suggestion(dotted: str, known: dict[str, Any]) -> str:
+    close = difflib.get_close_matches(dotted, _dotted_keys(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else "; `gflowvlm presets NAME` shows every key"
 
 

@@ -15,8 +15,9 @@ from cluster.interruption import INTERRUPTED, sigterm_as_interrupt
 from cluster.option_errors import first_problem
 from cluster.run.progress import PLAIN_INTERVAL_S
 from envs.registry import TASKS, default_settings
-from shared.config_io import apply_overrides
+from shared.config_io import override_task
 from shared.errors import UserError
+from shared.task_settings import TaskSettings
 
 
 def register(app: typer.Typer) -> None:
@@ -61,7 +62,7 @@ def register(app: typer.Typer) -> None:
         """
         console = Console()
         request = _request(
-            apply_overrides(default_settings(task).model_dump(), task_settings or []),
+            override_task(default_settings(task), task_settings or []),
             {"split": split, "trajectories": trajectories, "seed": seed, "noise": noise, "failures": failures}
             | {"model": model},
         )
@@ -76,7 +77,7 @@ def register(app: typer.Typer) -> None:
         _say(console, made, time.monotonic() - started)
 
 
-def _request(task: dict[str, object], options: dict[str, object]) -> DemonstrationRequest:
+def _request(task: TaskSettings, options: dict[str, object]) -> DemonstrationRequest:
     try:
         return DemonstrationRequest.model_validate({"task": task, **options})
     except ValidationError as error:

@@ -30,6 +30,7 @@ from cluster.playing import (
 )
 from envs.base import TaskEnv
 from envs.registry import TASKS, default_settings
+from shared.config_io import override_task
 from shared.errors import UserError
 from shared.response import DONE_TOKEN
 
@@ -43,11 +44,20 @@ def register(app: typer.Typer) -> None:
     @app.command()
     def play(
         task: Annotated[str, typer.Argument(help=f"The task: {', '.join(TASKS)}.")],
+        task_settings: Annotated[
+            list[str] | None,
+            typer.Argument(
+                metavar="[KEY=VALUE]...",
+                help="Settings of the task, as in `image_size=256`; a run's own are kept where none is given.",
+                show_default=False,
+            ),
+        ] = None,
+        *,
         player: Annotated[
             str,
             typer.Option(
-                help="Who plays: `human` (you), `expert` (the task's own), `random` (admissible actions), or the "
-                "folder of a run (its best adapter) or of a model."
+                help="Who plays: `human` (you), `expert` (the task's own), `random` (admissible actions), the folder "
+                "of a run (its best adapter) or of a model, or a shipped model such as `numberline-tiny`."
             ),
         ] = "human",
         episodes: Annotated[int, typer.Option(min=1, help="How many episodes.")] = 1,
@@ -75,9 +85,11 @@ def register(app: typer.Typer) -> None:
         See what a run has learned: `gflowvlm play numberline --player RUN --episodes 5`
 
         Numbers it was never trained on: `gflowvlm play numberline --player RUN --split ood`
+
+        One kind of household task: `gflowvlm play alfworld 'task_types=[pick_heat_then_place_in_recep]'`
         """
         console = Console()
-        with _env_and_player(task, player, split, console) as (env, chosen):
+        with _env_and_player(task, task_settings or [], player, split, console) as (env, chosen):
             by_hand = isinstance(chosen, HumanPlayer)
             if images is None and by_hand:
                 images = Path(tempfile.mkdtemp(prefix="gflowvlm-play-"))
@@ -166,18 +178,19 @@ def half_blocks(env: TaskEnv, columns: int) -> Text:
 
 
 @contextmanager
-def _env_and_player(task: str, player: str, split: str, console: Console) -> Iterator[tuple[TaskEnv, Player]]:
+def _env_and_player(
+    task: str, task_settings: list[str], player: str, split: str, console: Console
+) -> Iterator[tuple[TaskEnv, Player]]:
     built_in: dict[str, Player] = {
         "human": HumanPlayer(console),
         "expert": ExpertPlayer(),
         "random": RandomPlayer(),
     }
-    settings = default_settings(task)
     if player in built_in:
-        yield task_env(settings, split), built_in[player]
+        yield task_env(override_task(default_settings(task), task_settings), split), built_in[player]
         return
     policy = named_policy(player, task)
-    env = task_env(policy.config.task, split)
+    env = task_env(override_task(policy.config.task, task_settings), split)
     which = "base model" if policy.adapter is None else f"adapter version {policy.version}"
     with policy_player(policy) as chosen:
         console.print(Text(f"Playing {policy.config.policy.model}, {which}, by transformers."), soft_wrap=True)

@@ -10,6 +10,7 @@ from rich.console import Console
 from cluster.interruption import INTERRUPTED
 from cluster.option_errors import first_problem
 from shared.errors import UserError
+from shared.task_settings import TaskSettings
 
 
 def register(app: typer.Typer) -> None:
@@ -93,7 +94,7 @@ def register(app: typer.Typer) -> None:
         # Imported here: torch and transformers take seconds, and `--help` does not need them.
         from cluster.warm_starts import supervised
         from envs.registry import default_settings
-        from shared.config_io import apply_overrides
+        from shared.config_io import override_task
         from shared.task_settings import DEFAULT_TASK
 
         console = Console()
@@ -112,8 +113,9 @@ def register(app: typer.Typer) -> None:
                 "seed": seed,
             }
             if demonstrations is None:
-                of_task = {**default_settings(task or DEFAULT_TASK).model_dump(), "image_size": image_size}
-                of_task = apply_overrides(of_task, task_settings or [])
+                of_task = override_task(
+                    default_settings(task or DEFAULT_TASK), [f"image_size={image_size}", *(task_settings or [])]
+                )
                 shown: dict[str, object] = {
                     "noise": noise,
                     "ood": ood,
@@ -154,7 +156,7 @@ def _refuse_playing(context: typer.Context) -> None:
             raise UserError(f"{option}: for demonstrations made on the spot; those of --demonstrations are as they are")
 
 
-def _recorded(folder: Path, task: str | None) -> tuple[dict[str, object], dict[str, object]]:
+def _recorded(folder: Path, task: str | None) -> tuple[TaskSettings, dict[str, object]]:
     """Returns the settings of a set's task, and what a request says of its demonstrations."""
     from actors.demonstration_set import DemonstrationSet
 
@@ -163,4 +165,4 @@ def _recorded(folder: Path, task: str | None) -> tuple[dict[str, object], dict[s
     if task is not None and task != name:
         raise UserError(f"--task {task}: the demonstrations in {folder} are of {name}; leave --task out")
     shown = {"noise": made.request.noise, "ood": made.request.split == "ood", "demonstrations": str(made.folder)}
-    return made.request.task.model_dump(), shown
+    return made.request.task, shown

@@ -30,7 +30,7 @@ RESULTS = "What it reaches"
 """The README's section that the start page ends with."""
 
 NAVIGATION = {
-    "Start": ("quickstart", "concepts"),
+    "Start": ("quickstart", "concepts", "tasks"),
     "Use": ("objectives", "demonstrations", "recipe", "experiments", "alfworld", "report", "serving"),
     "Operate": ("cluster", "watching", "scale", "operations"),
     "Reference": ("configuration", "commands", "metrics"),

@@ -17,15 +17,18 @@ from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner, Result
 
 from cluster.commands import play
+from cluster.models import shipped_models
 from cluster.playing import Episode, ExpertPlayer, Move, RandomPlayer, named_policy, play_episodes
+from cluster.preset_library import load_preset
 from envs.base import TaskEnv
 from envs.numberline.environment import NumberLineEnv
 from learner.tiny_policy import build_tiny_policy
 from shared.config import RunConfig
-from shared.config_io import apply_overrides, dump_config, parse_config
+from shared.config_io import apply_overrides, dump_config, load_config, parse_config
 from shared.errors import UserError
 from shared.response import DONE_TOKEN
 from shared.run_folder import RunFolder
+from shared.task_settings import NumberLineSettings
 from shared.trajectory import EndReason
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,6 +107,13 @@ def test_the_last_picture_of_a_hand_shows_the_dealers_cards(tmp_path: Path) -> N
     assert (folder / "episode_000_step_00.png").read_bytes() != (folder / "episode_000_step_01.png").read_bytes()
 
 
+def test_settings_of_the_task_change_what_is_played(tmp_path: Path) -> None:
+    arguments = ("numberline", "n_max=1", "image_size=96", "--player", "expert", "--episodes", "4")
+    episodes = listed(*arguments, "--images", str(tmp_path / "pictures"), to=tmp_path / "out.json")
+    assert [episode["steps"] for episode in episodes] == [2] * 4, "between 0 and 1 it is one move, and the stop"
+    assert Image.open(tmp_path / "pictures" / "episode_000_step_00.png").size == (96, 96)
+
+
 def test_random_player_repeats_itself_and_differs_between_seeds(tmp_path: Path) -> None:
     arguments = ("numberline", "--player", "random", "--episodes", "20")
     first, again = (listed(*arguments, to=tmp_path / name) for name in ("a.json", "b.json"))
@@ -171,6 +181,11 @@ def test_ctrl_c_at_the_question_ends_playing_without_a_traceback() -> None:
         (("chess",), "task 'chess'"),
         (("numberline", "--split", "test"), "--split 'test'"),
         (("numberline", "--player", "nobody"), "--player 'nobody'"),
+        (("numberline", "--player", "blackjack-tiny"), "--player 'blackjack-tiny': its task is 'blackjack'"),
+        (("numberline", "n_max=0"), "task numberline: n_max = 0"),
+        (("numberline", "nmax=4"), "task numberline: unknown key 'nmax'; did you mean 'n_max'?"),
+        (("numberline", "name=blackjack"), "task numberline: name = 'blackjack'"),
+        (("numberline", "markov"), "override 'markov'"),
         (("numberline", "--player", "expert", "--json", "/nonexistent/out.json"), "--json /nonexistent/out.json"),
         (("numberline", "--player", "expert", "--images", "/dev/null/x"), "--images /dev/null/x"),
     ],
@@ -267,6 +282,14 @@ def test_model_directory_plays_as_base_model_under_default_settings(model: Path)
     assert policy.config == RunConfig.model_validate({"policy": {"model": str(model)}})
 
 
+def test_shipped_model_plays_under_the_settings_of_its_preset() -> None:
+    for model in shipped_models():
+        preset = load_preset(model)
+        policy = named_policy(model, preset.task.name)
+        assert (policy.config, policy.adapter) == (preset, None)
+        assert preset.policy.model == model
+
+
 def test_run_plays_by_its_adapter_and_repeats_itself(folder: RunFolder, tmp_path: Path) -> None:
     arguments = ("numberline", "--player", str(folder.root), "--episodes", "2")
     result = run(*arguments, "--json", str(tmp_path / "a.json"))
@@ -278,6 +301,15 @@ def test_run_plays_by_its_adapter_and_repeats_itself(folder: RunFolder, tmp_path
     assert [e["actions"] for e in episodes] == [[None], [None]]
     assert listed(*arguments, to=tmp_path / "b.json") == episodes
     assert "->" in result.output
+
+
+def test_settings_on_the_command_line_are_laid_over_those_of_the_run(folder: RunFolder, tmp_path: Path) -> None:
+    folder.config.write_text(dump_config(load_config(folder.config, ["task.image_size=48", "task.n_max=9"])))
+    result = run("numberline", "n_max=3", "--player", str(folder.root), "--images", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    env = NumberLineEnv(NumberLineSettings(n_max=3, image_size=48))
+    env.reset(seed=0)
+    assert (tmp_path / "episode_000_step_00.png").read_bytes() == env.image_png()
 
 
 def test_terminal_picture_has_the_colours_of_the_png() -> None:
