@@ -67,8 +67,14 @@ class BlackjackEnv(TaskEnv):
         return [STAND, HIT, DONE_TOKEN]
 
     def expert_action(self) -> str:
-        """Returns what the 17-rule says: ``hit`` below 17, else ``stand``."""
-        return HIT if cards.total(self.player) < cards.DEALER_STANDS_AT else STAND
+        """Returns what the 17-rule says: ``hit`` below 17, else ``stand`` or `[DONE]`, as the instance decides.
+
+        Either ends the hand with the same reward. Whoever learns from an expert that only stands gives `[DONE]` next to
+        no probability, which the losses of state flows look at in every state; see docs/recipe.md.
+        """
+        if cards.total(self.player) < cards.DEALER_STANDS_AT:
+            return HIT
+        return (STAND, DONE_TOKEN)[int(self._rng(5).integers(2))]
 
     def demonstrations(self, action: str) -> list[str]:
         """Returns the responses that read the cards, compare their total with 17 and take the action."""

@@ -150,15 +150,19 @@ def value_of_the_17_rule() -> dict[int, float]:
 def test_expert_is_the_17_rule_and_wins_as_often_as_its_exact_value() -> None:
     exact = value_of_the_17_rule()
     assert exact == pytest.approx({1: 0.411, 0: 0.102, -1: 0.487}, abs=5e-4)
-    env, results, hands = BlackjackEnv(), Counter(), 6000
+    env, results, ends, hands = BlackjackEnv(), Counter[int](), Counter[str](), 6000
     for seed in range(hands):
         env.instance_seed = seed
         env._begin()
         while env.end is None:
-            assert env.expert_action() == ("hit" if cards.total(env.player) < 17 else "stand")
-            env.advance(env.expert_action())
+            action = env.expert_action()
+            assert (action == "hit") == (cards.total(env.player) < 17)
+            ends[action] += 1
+            env.advance(action)
         assert env.success == (env.result == 1)
         results[env.result] += 1
+    assert ends["stand"] / (ends["stand"] + ends["[DONE]"]) == pytest.approx(0.5, abs=0.04), "both are demonstrated"
+    assert set(ends) == {"hit", "stand", "[DONE]"}
     for r, p in exact.items():
         assert results[r] / hands == pytest.approx(p, abs=4 * np.sqrt(p * (1 - p) / hands))
 
