@@ -22,6 +22,12 @@ GOOD_SUCCESS = 0.75
 
 STEPS_TO_GOOD = "env_steps_to_75"
 
+AT_START, AT_END = "success_at_start", "success_at_end"
+"""Success on the instances by which the best adapter is chosen: of the base model, and when training had ended."""
+
+LOST = 0.5
+"""A run is lost when it ends with less than this share of the success that it began with."""
+
 _TOTALS = {
     "environment steps": "env_steps",
     f"environment steps to {100 * GOOD_SUCCESS:g} %": STEPS_TO_GOOD,
@@ -52,7 +58,8 @@ def figures(experiment: Experiment, trial: Trial) -> Figures:
     """Returns what a finished trial reached: one row of `RAW`.
 
     Keys: ``variant``, ``seed``, ``model``, those of the experiment's columns (shares as shares, None where a figure
-    is not known), those of `report_figures` that are no figures of an evaluation, and `STEPS_TO_GOOD`.
+    is not known), those of `report_figures` that are no figures of an evaluation, `STEPS_TO_GOOD`, `AT_START` and
+    `AT_END`.
 
     Raises:
         UserError: What it reached cannot be read.
@@ -63,8 +70,10 @@ def figures(experiment: Experiment, trial: Trial) -> Figures:
         row[column.key] = _figure(trial, column)
     reached = report_figures(trial.run.folder)
     row |= {name: reached[name] for name in ("steps", "versions", "env_steps", "minutes", "peak_memory_gib")}
-    good = (e.env_steps for e in evaluations(trial.run.folder) if e.row["success"] >= GOOD_SUCCESS)
-    return {**row, STEPS_TO_GOOD: next(good, None)}
+    course = evaluations(trial.run.folder)
+    good = (e.env_steps for e in course if e.row["success"] >= GOOD_SUCCESS)
+    begun, ended = (course[0].row["success"], course[-1].row["success"]) if course else (None, None)
+    return {**row, STEPS_TO_GOOD: next(good, None), AT_START: begun, AT_END: ended}
 
 
 def page(experiment: Experiment, rows: Sequence[Figures]) -> str:
@@ -81,7 +90,7 @@ def page(experiment: Experiment, rows: Sequence[Figures]) -> str:
         "",
         table(experiment, rows),
     ]
-    return "\n".join([*said, *(f"* {note}" for note in experiment.notes)]) + "\n"
+    return "\n".join([*said, *(f"* {note}" for note in (*experiment.notes, *lost_runs(rows)))]) + "\n"
 
 
 def table(experiment: Experiment, rows: Sequence[Figures]) -> str:
@@ -106,6 +115,20 @@ def table(experiment: Experiment, rows: Sequence[Figures]) -> str:
         cells += [cell(group, key, 1 if key == "minutes" else 0) for key in _TOTALS.values()]
         lines.append(cells)
     return markdown([*heads, *_TOTALS], lines)
+
+
+def lost_runs(rows: Sequence[Figures]) -> list[str]:
+    """Returns a line for each variant with a run that unlearned what it began with: the table has its best adapter."""
+    lines = []
+    for variant, group in by_variant(rows).items():
+        lost = [row for row in group if row[AT_START] is not None and row[AT_END] < LOST * row[AT_START]]
+        if len(lost) > 0:
+            fell = f"{cell(lost, AT_START, 1, 100.0)} percent to {cell(lost, AT_END, 1, 100.0)}"
+            lines.append(
+                f"{variant}: in {len(lost)} of {len(group)} runs success fell from {fell} while training; "
+                "the table has the best adapter, which came before, or is the start itself."
+            )
+    return lines
 
 
 def by_variant(rows: Sequence[Figures]) -> dict[str, list[Figures]]:

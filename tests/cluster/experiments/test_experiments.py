@@ -334,6 +334,15 @@ def test_there_is_no_diversity_where_nothing_was_solved(tmp_path):
     assert "| DB | 1 | 40.0 | 0.0 | - | 0.0 | - | 300 | - | 2.0 |" in write_results(SMALL, [trial], tmp_path)
 
 
+def test_a_run_that_unlearned_what_it_began_with_is_told_though_its_best_adapter_is_good(tmp_path):
+    kept, lost = select(tmp_path, only=["db"]).trials().chosen
+    finish(kept, 0.3)
+    finish(lost, 0.1)
+    text = write_results(SMALL, [kept, lost], tmp_path)
+    assert "* DB: in 1 of 2 runs success fell from 40.0 percent to 10.0 while training; the table has the best" in text
+    assert "success fell" not in write_results(SMALL, [kept], tmp_path)
+
+
 def test_the_table_is_of_all_finished_runs_with_these_settings_in_the_folder(tmp_path):
     (old,) = select(tmp_path, only=["db"], seeds=1, overrides=["learner.steps=9"]).trials().chosen
     finish(old, 0.8)
