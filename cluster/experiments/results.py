@@ -121,7 +121,7 @@ def lost_runs(rows: Sequence[Figures]) -> list[str]:
     """Returns a line for each variant with a run that unlearned what it began with: the table has its best adapter."""
     lines = []
     for variant, group in by_variant(rows).items():
-        lost = [row for row in group if row[AT_START] is not None and row[AT_END] < LOST * row[AT_START]]
+        lost = [row for row in group if _is_lost(row)]
         if len(lost) > 0:
             fell = f"{cell(lost, AT_START, 1, 100.0)} percent to {cell(lost, AT_END, 1, 100.0)}"
             lines.append(
@@ -137,6 +137,11 @@ def by_variant(rows: Sequence[Figures]) -> dict[str, list[Figures]]:
     for row in rows:
         grouped[str(row["variant"])].append(row)
     return grouped
+
+
+def _is_lost(row: Figures) -> bool:
+    begun, ended = row[AT_START], row[AT_END]
+    return isinstance(begun, int | float) and isinstance(ended, int | float) and ended < LOST * begun
 
 
 def _figure(trial: Trial, column: Column) -> float | None:
