@@ -10,7 +10,7 @@ from rich.console import Console
 from cluster.interruption import INTERRUPTED
 from cluster.option_errors import first_problem
 from shared.errors import UserError
-from shared.task_settings import TaskSettings
+from shared.task_settings import DEFAULT_TASK, TaskSettings
 
 
 def register(app: typer.Typer) -> None:
@@ -95,7 +95,6 @@ def register(app: typer.Typer) -> None:
         from cluster.warm_starts import supervised
         from envs.registry import default_settings
         from shared.config_io import override_task
-        from shared.task_settings import DEFAULT_TASK
 
         console = Console()
         if resume:
