@@ -84,7 +84,7 @@ def register(app: typer.Typer) -> None:
 
         See what a run has learned: `gflowvlm play numberline --player RUN --episodes 5`
 
-        Numbers it was never trained on: `gflowvlm play numberline --player RUN --split ood`
+        Numbers that training does not play: `gflowvlm play numberline --player RUN --split ood`
 
         One kind of household task: `gflowvlm play alfworld 'task_types=[pick_heat_then_place_in_recep]'`
         """

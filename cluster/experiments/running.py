@@ -41,7 +41,7 @@ def run_experiment(selection: Selection, console: Console, *, concurrent: int, r
     if todo:
         check_models(todo.values())
         for trial in chosen.chosen:
-            trial.run.prepare()
+            trial.prepare()
         with _stop_file() as stop:
             made = all(
                 is_made(folder) or make_warm_start(start, folder, stop.exists) for start, folder in chosen.warm_starts

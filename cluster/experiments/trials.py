@@ -83,6 +83,15 @@ class Trial:
             config = config.model_copy(update={"policy": policy})
         return dump_config(config) == dump_config(self.run.config)
 
+    def prepare(self) -> None:
+        """Makes the run's folder, or checks that the one there is its own.
+
+        Raises:
+            UserError: The folder there was made with other settings.
+        """
+        if not self.recorded:
+            self.run.prepare()
+
     @property
     def commands(self) -> tuple[Command, ...]:
         """What is left to do, in order."""
@@ -249,9 +258,10 @@ def check_models(trials: Iterable[Trial]) -> None:
     for model, config in configs.items():
         # Otherwise the presets' own folders would be asked for at the hub.
         if model.startswith(f"{MODELS}/") and not Path(model).is_dir():
+            memory = " --gradient-checkpointing --micro-batch 4" if config.policy.gradient_checkpointing else ""
             raise UserError(
                 f"policy.model = {model!r}: no such folder; make it: gflowvlm sft --task {config.task.name} --model "
-                f"HUB/NAME --out {model} --dtype {config.policy.dtype} --image-size {config.task.image_size}"
+                f"HUB/NAME --out {model} --dtype {config.policy.dtype} --image-size {config.task.image_size}{memory}"
             )
         PolicyInputs.load(resolve_model(model))
 

@@ -372,6 +372,20 @@ def test_runs_made_with_other_settings_are_not_mixed_with_these(tmp_path):
         run_experiment(other, Console(quiet=True), concurrent=1, retries=0)
 
 
+def test_an_experiment_goes_on_in_another_folder_than_the_one_where_it_was_begun(tmp_path, monkeypatch):
+    for trial in select(tmp_path / "begun", only=["db"], seeds=1).trials().chosen:
+        finish(trial, 0.8)
+    (tmp_path / "begun").rename(tmp_path / "moved")
+    monkeypatch.setattr("cluster.experiments.running.make_warm_start", lambda *arguments: True)
+    monkeypatch.setattr(
+        "cluster.experiments.tuning.run_trials", lambda trials, *arguments, **settings: ran.extend(trials)
+    )
+    ran = []
+    with pytest.raises(UserError, match="db-1 failed"):
+        run_experiment(select(tmp_path / "moved", only=["db"]), Console(quiet=True), concurrent=1, retries=0)
+    assert [trial.name for trial in ran] == ["db-1"]
+
+
 def test_the_time_a_run_takes_is_that_of_the_finished_ones_or_the_presets(tmp_path):
     (trial,) = select(tmp_path, only=["db"], seeds=1).trials().chosen
     assert expected_minutes([], "tiny", 60) == 7.0
