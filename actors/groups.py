@@ -12,7 +12,7 @@ class GroupRequest:
     """One group to play.
 
     Attributes:
-        group_index: Running number of the group in the run (or in the evaluation).
+        group_index: Running number of the group in the run, or among those of its evaluations.
         instance_seed: Seed of the task instance.
         split: ``id`` or ``ood``.
     """

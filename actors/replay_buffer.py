@@ -172,9 +172,9 @@ class ReplayBuffer:
     def sample(self, step: int, groups: int, version: int) -> pa.RecordBatch:
         """Returns whole groups: the newest, then the rest drawn by priority.
 
-        The share `newest_share` of the groups (rounded) are the newest ones, newest first. The others are
-        drawn without replacement with probabilities softmax(priority / priority_temperature). The draw is a
-        function of the seed, the step and the groups in the buffer in order of acceptance.
+        The share `newest_share` of the groups (rounded; at least one, unless it is 0) are the newest ones, newest
+        first. The others are drawn without replacement with probabilities softmax(priority / priority_temperature).
+        The draw is a function of the seed, the step and the groups in the buffer in order of acceptance.
 
         Args:
             step: The learner's step.
@@ -187,7 +187,7 @@ class ReplayBuffer:
         fresh = [group for group in self._groups.values() if self._is_fresh(group, version)]
         if len(fresh) < groups:
             raise ValueError(f"{groups} groups asked for, {len(fresh)} are available at version {version}")
-        split = len(fresh) - round(groups * self.settings.newest_share)
+        split = len(fresh) - self.settings.newest_of(groups)
         chosen = fresh[split:][::-1]
         rest = fresh[:split]
         priorities = np.array([group.priority for group in rest]) / self.settings.priority_temperature

@@ -46,9 +46,11 @@ def draw_learning_curve(rows: Sequence[Row], path: Path, title: str) -> None:
     match.set(xlabel="learner step", title="diversity and distribution match", ylabel="distinct solutions")
     if steps:
         loss.plot(_column(steps, "step"), _column(steps, "loss"))
-        # A batch with an invalid response has a loss hundreds of times that of its neighbours.
-        loss.set_yscale("log")
-    loss.set(xlabel="learner step", title="loss", ylabel="nats squared")
+        # A batch with an invalid response has a loss hundreds of times that of its neighbours. The baselines' loss is
+        # of another kind, and may be negative.
+        if all(row["loss"] > 0 for row in steps):
+            loss.set_yscale("log")
+    loss.set(xlabel="learner step", title="loss")
 
     save_picture(figure, path)
 

@@ -77,7 +77,7 @@ def copy_records(trial: Trial, to: Path) -> None:
 
 
 def minutes(trials: Sequence[Trial]) -> float:
-    """Returns the minutes that all runs took together."""
+    """Returns the minutes that all runs took together; of a resumed one, its last part."""
     summaries = (json.loads(trial.run.folder.summary.read_text(encoding="utf-8")) for trial in trials)
     return sum(summary["wall_s"] for summary in summaries) / 60
 
@@ -94,7 +94,7 @@ def with_table(page: str, name: str, text: str, took: float) -> str:
     if not begun or not ended:
         raise UserError(f"results.md: no {begin.strip()} and {end.strip()}, between which the table belongs")
     title, _, body = text.partition("\n")
-    said = f"`gflowvlm experiment {name}`, {took:.0f} minutes of runs.\n"
+    said = f"`gflowvlm experiment {name}`, at least {took:.0f} minutes of runs.\n"
     pictures = f"![{name}](results/{name}.png)\n\n![{name}, while training](results/{name}-curves.png)\n"
     return f"{before}{begin}#{title}\n\n{said}{body}\n{pictures}{end}{after}"
 

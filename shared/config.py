@@ -118,6 +118,10 @@ class BufferSettings(Settings):
     )
     priority_temperature: float = Field(1.0, gt=0, le=100, description="Softness of the priority by reward.")
 
+    def newest_of(self, groups: int) -> int:
+        """Returns how many of a batch's groups are the newest: `newest_share`, rounded, at least one unless it is 0."""
+        return max(1, round(groups * self.newest_share)) if self.newest_share > 0 else 0
+
 
 class PolicyGradientSettings(Settings):
     """The baselines ppo and grpo. Epochs, discount, lambda and the value's weight are RL4VLM's."""
@@ -313,7 +317,7 @@ class RunConfig(Settings):
     @property
     def fresh_groups_per_step(self) -> int:
         """New groups that one learner step consumes; the rest of its batch is replayed."""
-        return max(1, round(self.learner.groups_per_batch * self.buffer.newest_share))
+        return max(1, self.buffer.newest_of(self.learner.groups_per_batch))
 
     @property
     def fresh_per_step(self) -> int:

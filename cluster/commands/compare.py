@@ -8,6 +8,7 @@ from rich.console import Console
 
 from cluster.child_process import run_command
 from cluster.interruption import INTERRUPTED, sigterm_as_interrupt
+from cluster.option_errors import refuse_overrides
 from cluster.preset_library import DEFAULT_PRESET, resolve_config
 from shared.config import LossName, RunConfig
 from shared.errors import UserError
@@ -48,6 +49,7 @@ def register(app: typer.Typer) -> None:
         Examples: `gflowvlm compare`, `gflowvlm compare --losses var_tb,ppo --seeds 2 learner.steps=100`.
         """
         console = Console()
+        refuse_overrides(overrides or [], {"seed": "--seeds", "objective.loss": "--losses"})
         configs = [
             resolve_config(preset, config, [*(overrides or []), f"objective.loss={loss}", f"seed={seed}"])
             for seed in range(seeds)

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.interruption import INTERRUPTED
+from cluster.option_errors import refuse_overrides
 from shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def register(app: typer.Typer) -> None:
         from cluster.experiments.description import SCALES
 
         console = Console()
+        refuse_overrides(overrides or [], {"seed": "--seeds"})
         if list_all:
             _list(console)
             return

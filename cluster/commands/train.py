@@ -115,7 +115,9 @@ def _train(console: Console, folder: RunFolder | None, config: RunConfig, direct
 def _show_report(
     console: Console, folder: RunFolder, task: str, report: list[dict[str, object]], seconds: float
 ) -> None:
-    table = Table("", title="before and after, on instances not used in training or to choose the adapter")
+    from cluster.run.final_report import measured_on
+
+    table = Table("", title=f"before and after, on {measured_on([task])}")
     for row in report:
         policy = "base" if row["version"] == 0 else f"version {row['version']}"
         table.add_column(f"{row['split']}\n{policy}")

@@ -100,9 +100,14 @@ class ExactCheck:
             ]
 
     def _match(self, probabilities: list[list[ActionProbabilities | None]]) -> ExactMatch:
-        beta, samples = self._config.target.reward_exponent, self._config.evaluation.samples
+        target, samples = self._config.target, self._config.evaluation.samples
         measured = zip(self._trees, probabilities, self._log_factors, strict=True)
-        return mean_match([exact_match(tree, given, beta, factors, samples) for tree, given, factors in measured])
+        return mean_match(
+            [
+                exact_match(tree, given, target.reward_exponent, factors, samples, target.log_reward_floor)
+                for tree, given, factors in measured
+            ]
+        )
 
 
 @contextmanager

@@ -98,6 +98,7 @@ def exact_match(
     reward_exponent: float,
     log_factors: Sequence[float] | None,
     samples: int,
+    log_reward_floor: float = -math.inf,
 ) -> ExactMatch:
     """Returns the distances between the policy's distribution and R^beta / Z.
 
@@ -110,6 +111,7 @@ def exact_match(
         reward_exponent: β.
         log_factors: log κ of every state; None where it is not known.
         samples: N of Div@N.
+        log_reward_floor: Least β log R of what training aims at; R^beta / Z itself has none.
     """
     policy, uncovered = _policy_ends(states, probabilities)
     log_target = [reward_exponent * state.log_reward for state in states]
@@ -120,7 +122,8 @@ def exact_match(
         on_the_way: dict[tuple[str, ...], float] = {}
         for state, log_factor in zip(states, log_factors, strict=True):
             on_the_way[state.actions] = on_the_way.get(state.actions[:-1], 0.0) + log_factor
-        aim = _normalised(states, [r + on_the_way[s.actions] for r, s in zip(log_target, states, strict=True)])
+        ends = zip(log_target, states, strict=True)
+        aim = _normalised(states, [max(r, log_reward_floor) + on_the_way[s.actions] for r, s in ends])
         aim_outcomes, aim_sequences = (distances[0] for distances in _distances(states, policy, aim))
         aim_div = _div_at_n(states, aim, samples)
     return ExactMatch(

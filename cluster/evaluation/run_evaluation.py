@@ -9,10 +9,16 @@ from rich.console import Console
 from rich.progress import Progress
 
 from actors.environments import LocalEnvironment
-from actors.episode import PlayedGroup, play_group
+from actors.episode import PlayedGroup, ResponseSource, play_group
 from actors.groups import GroupRequest, PlaySettings
 from actors.samplers import make_sampler
-from actors.sampling import BASE_VERSION, PolicySampler, SamplerUnavailableError
+from actors.sampling import (
+    BASE_VERSION,
+    PolicySampler,
+    SampleRequest,
+    SampleResponse,
+    SamplerUnavailableError,
+)
 from cluster.evaluation.figures import EvaluationPlan, evaluate_trajectories
 from cluster.models import resolve_model
 from cluster.playing import best_version
@@ -24,6 +30,32 @@ from shared.policy_inputs import PolicyInputs
 from shared.run_folder import RunFolder
 
 GROUPS_AT_ONCE = 8
+
+
+class BoundedSource:
+    """A sampler's responses, each within a time limit.
+
+    Args:
+        sampler: The sampler.
+        limit_s: Longest one may take, seconds; the first waits for what an engine compiles.
+    """
+
+    def __init__(self, sampler: ResponseSource, limit_s: float) -> None:
+        self._sampler = sampler
+        self._limit_s = limit_s
+
+    async def sample(self, request: SampleRequest) -> SampleResponse:
+        """Samples one response.
+
+        Raises:
+            SamplerUnavailableError: It did not come in time.
+        """
+        try:
+            async with asyncio.timeout(self._limit_s):
+                return await self._sampler.sample(request)
+        except TimeoutError:
+            limits = "sampler.start_timeout_s and sampler.request_timeout_s"
+            raise SamplerUnavailableError(f"no response within {self._limit_s:g} s ({limits})") from None
 
 
 def evaluate_run(
@@ -79,6 +111,7 @@ async def _play(
     config: RunConfig, model: str, sampler: PolicySampler, plan: EvaluationPlan, version: int, console: Console
 ) -> tuple[list[PlayedGroup], list[PlayedGroup]]:
     inputs = PolicyInputs.load(model)
+    source = BoundedSource(sampler, config.sampler.start_timeout_s + config.sampler.request_timeout_s)
     free = asyncio.Semaphore(GROUPS_AT_ONCE)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("playing", total=2 * plan.instances)
@@ -87,7 +120,7 @@ async def _play(
             async with free:
                 request = GroupRequest(index, seed, plan.split)
                 group = await play_group(
-                    lambda: LocalEnvironment(make_env(config.task)), sampler, inputs, request, settings
+                    lambda: LocalEnvironment(make_env(config.task)), source, inputs, request, settings
                 )
                 progress.advance(task)
                 return group

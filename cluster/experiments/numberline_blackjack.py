@@ -69,8 +69,8 @@ NUMBERLINE_BLACKJACK = Experiment(
     notes=(
         "Off-policy: where all of a group fail, the expert's trajectory for the same instance joins them, and older "
         "groups are replayed. On-policy: neither.",
-        "Blackjack has one distribution of decks; out of distribution are only other decks. NumberLine's tiny model has "
-        "read and answered out-of-distribution numbers before any of these runs (`gflowvlm sft --ood`).",
+        "Blackjack has one distribution of decks; out of distribution are only other decks. NumberLine's tiny model "
+        "has read and answered out-of-distribution numbers before any of these runs (`gflowvlm sft --ood`).",
         "Our notes on the paper do not say which start its three figures have; they stand at the SFT start.",
     ),
 )

@@ -4,12 +4,12 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from cluster.experiments.description import PAPER, PAPER_MODEL, Column, Experiment
 from cluster.experiments.pictures import draw_picture
-from cluster.experiments.sweep import Figures, cell, draw_curves, evaluations, markdown, report_figures
+from cluster.experiments.sweep import Figures, cell, draw_curves, evaluations, markdown, report_figures, reported
 from cluster.experiments.trials import Trial
+from cluster.run.final_report import measured_on
 from cluster.run.run_log import Row
 from cluster.run.run_setup import write_whole
 from cluster.tables import csv_text
@@ -72,19 +72,21 @@ def figures(experiment: Experiment, trial: Trial) -> Figures:
     row |= {name: reached[name] for name in ("steps", "versions", "env_steps", "minutes", "peak_memory_gib")}
     course = evaluations(trial.run.folder)
     good = (e.env_steps for e in course if e.row["success"] >= GOOD_SUCCESS)
-    begun, ended = (course[0].row["success"], course[-1].row["success"]) if course else (None, None)
+    begun = course[0].row["success"] if course and course[0].step == 0 else None
+    ended = course[-1].row["success"] if course else None
     return {**row, STEPS_TO_GOOD: next(good, None), AT_START: begun, AT_END: ended}
 
 
 def page(experiment: Experiment, rows: Sequence[Figures]) -> str:
     """Returns the table with what it is of, as Markdown."""
     models = sorted({Path(str(row["model"])).name for row in rows})
+    tasks = {variant.task for variant in experiment.variants if variant.name in by_variant(rows)}
     known = any(variant.paper for variant in experiment.variants)
     said = [
         f"# {experiment.name}: {experiment.title}",
         "",
         f"{experiment.source} of {PAPER}. Ours: {', '.join(models) or 'no run yet'}; mean ± standard deviation over "
-        "the seeds, of the adapter that evaluated best, on instances used neither in training nor to choose it. "
+        f"the seeds, of the adapter that evaluated best, on {measured_on(tasks)}. "
         + (f"Paper: {PAPER_MODEL}, four seeds. " if known else "")
         + "Shares are in percent.",
         "",
@@ -147,10 +149,7 @@ def _is_lost(row: Figures) -> bool:
 def _figure(trial: Trial, column: Column) -> float | None:
     found = trial.report(column.split, column.before) if column.temperature == 1.0 else _evaluation(trial, column)
     # Runs of earlier releases have no figures by kind of task.
-    value: Any = found.get(column.figure)
-    if column.figure == "div_at_n" and found["success"] == 0.0:
-        # A mean over the solved instances, of which there are none.
-        return None
+    value = reported(found, column.figure) if column.figure in found else None
     if column.category is not None and value is not None:
         value = value.get(column.category)
     return value if value is None else float(value)

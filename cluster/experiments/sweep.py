@@ -9,8 +9,8 @@ from statistics import mean, stdev
 from types import MappingProxyType
 from typing import Any, Literal, Self
 
-from actors.sampling import BASE_VERSION
 from cluster.plots import headless_pyplot, save_picture
+from cluster.run.final_report import before_and_after
 from cluster.run.run_log import Row, read_rows
 from cluster.run.run_setup import new_run
 from cluster.tables import spread
@@ -100,13 +100,19 @@ def report_figures(folder: RunFolder) -> Figures:
             "minutes": None if summary.get("wall_s") is None else summary["wall_s"] / 60,
             "peak_memory_gib": summary["peak_memory_gib"],
         }
-        for report in summary["report"]:
-            when = "before" if report["version"] == BASE_VERSION else "after"
-            figures |= {f"{report['split']}_{name}_{when}": report[name] for name in REPORTED}
+        for split, pair in before_and_after(summary).items():
+            for when, row in pair._asdict().items():
+                if row is not None:
+                    figures |= {f"{split}_{name}_{when}": reported(row, name) for name in REPORTED}
         played = [row["env_steps"] for row in read_rows(folder.metrics) if row["kind"] == "rollout"]
         return {**figures, "env_steps": max(played, default=None)}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder.summary}: is no summary of a run ({error}); remove it and run again") from None
+
+
+def reported(row: Row, figure: str) -> Any:
+    """Returns a figure of an evaluation; None for Div@N where nothing was solved, of which it is a mean."""
+    return None if figure == "div_at_n" and row["success"] == 0.0 else row[figure]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from cluster.experiments.description import Experiment, Scale, Variant, WarmStar
 from cluster.experiments.sweep import SweepRun
 from cluster.models import resolve_model, shipped_models
 from cluster.preset_library import load_preset, preset_names
+from cluster.run.final_report import before_and_after
 from cluster.run.run_log import Row
 from shared.config_io import dump_config, load_config
 from shared.errors import UserError
@@ -112,11 +113,12 @@ class Trial:
         """
         path = self.run.folder.summary
         try:
-            rows = [row for row in json.loads(path.read_text(encoding="utf-8"))["report"] if row["split"] == split]
-            # Both are version 0 where no adapter was better than none.
-            row: Row = rows[0 if before else -1]
-        except (OSError, ValueError, KeyError, IndexError) as error:
+            played = before_and_after(json.loads(path.read_text(encoding="utf-8")))[split]
+        except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path}: is no summary of a run ({error!r}); remove it and run again") from None
+        row = played.before if before else played.after
+        if row is None:
+            raise UserError(f"{path}: lacks an evaluation of split {split}; remove it and run again")
         return row
 
     def _evaluation(self, split: str, temperature: float) -> Command:

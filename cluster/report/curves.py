@@ -61,6 +61,8 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
     def steps(label: str, key: str, style: str) -> Curve:
         return Curve(label, _points(rows, "step", key), style)
 
+    loss = steps("loss", "loss", "blue")
+
     def rated(label: str, key: str, style: str, *, marked: bool = True) -> Curve:
         return Curve(label, _points(rows, "evaluation", key, only=lambda r: r["split"] == "id"), style, marked)
 
@@ -102,7 +104,8 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
             top=1.0,
             from_zero=True,
         ),
-        Panel("Loss", at_step, "loss", [steps("loss", "loss", "blue")], logarithmic=True),
+        # The baselines' loss may be negative.
+        Panel("Loss", at_step, "loss", [loss], logarithmic=all(value > 0 for _, value in loss.points)),
         Panel(
             "Success while playing",
             by_env,

@@ -7,6 +7,7 @@ from statistics import mean
 from typing import Any
 
 from actors.sampling import BASE_VERSION
+from cluster.run.final_report import before_and_after, measured_on
 from cluster.run.run_log import Row
 from shared.config import RunConfig
 from shared.metrics import EVALUATION_METRICS, STEP_METRICS
@@ -51,26 +52,23 @@ def events(rows: Iterable[Row]) -> str:
     return "".join(f'<p class="event">{escape(text)}</p>' for text in said)
 
 
-def final_report(summary: Mapping[str, Any] | None) -> str:
+def final_report(summary: Mapping[str, Any] | None, task: str) -> str:
     """Returns the final report: every figure before and after training, in and out of distribution."""
     reports = [] if summary is None else list(summary.get("report", []))
-    if len(reports) == 0:
+    if summary is None or len(reports) == 0:
         return "<p>The run has no final report yet: it is made when training ends.</p>"
-    splits = list(dict.fromkeys(report["split"] for report in reports))
-    by_split: dict[str, list[Mapping[str, Any]]] = {split: [{}, {}] for split in splits}
-    for report in reports:
-        by_split[report["split"]][0 if report["version"] == BASE_VERSION else 1] = report
-    heads = [f"{_SPLITS.get(split, split)}, {when}" for split in splits for when in ("before", "after")]
+    by_split = before_and_after({"version": None, **summary, "report": reports})
+    heads = [f"{_SPLITS.get(split, split)}, {when}" for split in by_split for when in ("before", "after")]
     lines = []
     for metric in EVALUATION_METRICS:
-        cells = [report.get(metric.name) for split in splits for report in by_split[split]]
+        cells = [None if row is None else row.get(metric.name) for played in by_split.values() for row in played]
         if any(cell is not None for cell in cells):
             lines.append([_described(metric.name, metric.description, metric.unit), *map(_shown, cells)])
     first = reports[0]
     said = (
-        f"{first['instances']} instances, {first['samples']} trajectories each at temperature 1, that were used "
-        f"neither in training nor to choose the adapter; before: version {BASE_VERSION}, "
-        f"after: version {summary.get('version') if summary is not None else _MISSING}."
+        f"{first['instances']} instances, {first['samples']} trajectories each at temperature 1, "
+        f"on {measured_on([task])}; before: version {BASE_VERSION}, "
+        f"after: version {summary.get('version', _MISSING)}."
     )
     return _table(["figure", *heads], lines, numbers_from=1) + f'<p class="note">{escape(said)}</p>'
 

@@ -54,7 +54,7 @@ def write_page(
         title=escape(name),
         overview=overview(config, rows, summary),
         events=events(rows),
-        final_report=final_report(summary),
+        final_report=final_report(summary, config.task.name),
         curves="".join(draw(panel) for panel in panels(rows)) or "<p>The log holds no figures yet.</p>",
         evaluations=evaluations(rows),
         step_summary=step_summary(rows),
@@ -76,7 +76,8 @@ def packed_json(content: Any) -> str:
 
     Base64 has no character that could end the script element it stands in.
     """
-    text = json.dumps(content, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    # ASCII: a response may hold half a surrogate pair, which no encoding takes.
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     return base64.b64encode(gzip.compress(text.encode(), compresslevel=6, mtime=0)).decode()
 
 

@@ -1,5 +1,6 @@
 """Who plays what: hands groups of rollouts to the workers, within the capacity rule, whatever dies."""
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -126,6 +127,7 @@ class RolloutScheduler:
         self._again: deque[_Call] = deque()
         self._evaluations: deque[_Call] = deque()
         self._jobs: list[EvaluationJob] = []
+        self._evaluated_groups = itertools.count()
         self._failures_in_a_row = 0
         self.groups_failed = 0
         self.last_failure = ""
@@ -140,6 +142,10 @@ class RolloutScheduler:
         """Training groups being played."""
         return self._admission.running // self._admission.group_size
 
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation of a learner step has been asked for and is not finished."""
+        return any(job.step == step for job in self._jobs)
+
     def evaluate(self, job: EvaluationJob) -> None:
         """Queues an evaluation; it is played beside the training groups."""
         self._jobs.append(job)
@@ -147,9 +153,10 @@ class RolloutScheduler:
         for tag in (SAMPLED, GREEDY):
             size = EVALUATION_CHUNK if tag == SAMPLED else EVALUATION_CHUNK * job.plan.samples
             for start in range(0, len(seeds), size):
+                # Calls are told apart by their requests, and evaluations play the same instances again and again.
                 requests = tuple(
-                    GroupRequest(group_index=i, instance_seed=seed, split=job.plan.split)
-                    for i, seed in enumerate(seeds[start : start + size])
+                    GroupRequest(next(self._evaluated_groups), instance_seed=seed, split=job.plan.split)
+                    for seed in seeds[start : start + size]
                 )
                 self._evaluations.append(_Call(tag, "rollout", requests, job))
 

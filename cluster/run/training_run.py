@@ -18,6 +18,7 @@ from cluster.models import resolve_model
 from cluster.plots import draw_learning_curve
 from cluster.run.auto_scaling import Load, Size
 from cluster.run.checkpoints import latest_checkpoint
+from cluster.run.final_report import measured_on, ordered
 from cluster.run.memory import MemoryMeter
 from cluster.run.progress import RunDisplay, said_of_evaluation
 from cluster.run.rollout_scheduler import (
@@ -194,6 +195,9 @@ class TrainingRun:
     def _evaluate_if_new(self, step: int, version: int) -> None:
         if any(r["kind"] == "evaluation" and r["step"] == step for r in self._rows):
             return
+        # A learner that was started again comes by steps whose evaluation is still being played.
+        if self.scheduler.evaluates(step):
+            return
         self.scheduler.evaluate(EvaluationJob(EvaluationPlan.of(self.config), version, step))
 
     def _note_groups(self, summaries: list[GroupSummary]) -> None:
@@ -277,7 +281,9 @@ class TrainingRun:
     def _report(self) -> list[Row]:
         best = json.loads(self.folder.best.read_text())["version"] if self.folder.best.exists() else self.version
         settings = self.config.evaluation
-        self.display.say(f"final report: base model and adapter version {best} on instances not seen so far")
+        self.display.say(
+            f"final report: base model and adapter version {best} on {measured_on([self.config.task.name])}"
+        )
         for split in ("id", "ood"):
             plan = EvaluationPlan(split, settings.instances, settings.samples, settings.seed + REPORT_SEED_OFFSET)
             for version in (BASE_VERSION, best):
@@ -285,7 +291,7 @@ class TrainingRun:
         while self.scheduler.evaluating:
             self.scheduler.pump(train=False, wait_s=PUMP_WAIT_S)
             self.scaling.answer_requests(self.step)
-        report = [r for r in self._tail.new_rows() if r["kind"] == REPORT]
+        report = ordered([r for r in self._tail.new_rows() if r["kind"] == REPORT], best)
         summary = {
             "steps": self.step,
             "version": best,

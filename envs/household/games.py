@@ -74,6 +74,13 @@ def official_data() -> Path | None:
     return None
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable game ({error}); remove or restore it") from None
+
+
 @lru_cache(64)
 def find_games(root: Path, folder: str, task_types: tuple[TaskType, ...]) -> tuple[Game, ...]:
     """Returns the games of a split, in an order that is the same on every machine and mixes the task types.
@@ -86,7 +93,7 @@ def find_games(root: Path, folder: str, task_types: tuple[TaskType, ...]) -> tup
         task_types: The task types wanted.
 
     Raises:
-        UserError: There is no such game.
+        UserError: There is no such game, or one cannot be read.
     """
     split = root / VERSION_FOLDER / folder
     wanted = {task_type.value: task_type for task_type in task_types}
@@ -96,7 +103,7 @@ def find_games(root: Path, folder: str, task_types: tuple[TaskType, ...]) -> tup
         task_type = wanted.get(name.split("-")[0])
         if task_type is None or any(word in name for word in LEFT_OUT) or not (path.parent / TASK_FILE).is_file():
             continue
-        if _SOLVABLE.search(path.read_text(encoding="utf-8")) is not None:
+        if _SOLVABLE.search(_text(path)) is not None:
             games.append(Game(path.parent, name, task_type))
     if len(games) == 0:
         types = ", ".join(wanted)

@@ -10,6 +10,7 @@ from actors.adapter_store import AdapterStore
 from actors.sampling import BASE_VERSION
 from actors.trajectory_files import trajectory_files
 from chaos.killing import JobFiles
+from cluster.run.final_report import before_and_after
 from cluster.run.run_log import Row, RowTail
 from cluster.run.run_setup import open_run
 from shared.config import RunConfig
@@ -55,8 +56,8 @@ class Records:
     @property
     def final(self) -> dict[str, Row]:
         """The final evaluations of the trained policy, by split."""
-        report = [] if self.summary is None else self.summary["report"]
-        return {row["split"]: row for row in report if row["version"] != BASE_VERSION}
+        played = {} if self.summary is None else before_and_after(self.summary)
+        return {split: rows.after for split, rows in played.items() if rows.after is not None}
 
 
 def read_records(files: JobFiles) -> Records:

@@ -84,6 +84,14 @@ def test_the_newest_share_comes_first_and_newest_first() -> None:
     assert groups_in(buffer_with(10, newest_share=1.0).sample(0, 3, 0)) == [9, 8, 7]
 
 
+def test_a_small_batch_has_the_newest_group_unless_the_share_is_zero() -> None:
+    for share, groups in ((0.5, 1), (0.1, 4)):
+        target = buffer_with(10, newest_share=share)
+        assert all(groups_in(target.sample(step, groups, 0))[0] == 9 for step in range(20))
+    drawn = [groups_in(buffer_with(10, newest_share=0.0).sample(step, 1, 0)) for step in range(20)]
+    assert any(groups != [9] for groups in drawn)
+
+
 def buffer_with(count: int, **changed: Any) -> ReplayBuffer:
     target = buffer(**changed)
     for index in range(count):

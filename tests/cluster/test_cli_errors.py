@@ -47,6 +47,8 @@ def assert_one_line(result, *parts):
         (["train", "policy.model=./none"], ["./none", "no such directory"]),
         (["compare", "--losses", "var_tb,var_tb"], ["--losses", "once"]),
         (["compare", "--losses", "ppoo"], ["objective.loss = 'ppoo'"]),
+        (["compare", "objective.loss=db"], ["objective.loss=db", "--losses"]),
+        (["experiment", "motivating", "seed=7", "--dry-run"], ["seed=7", "--seeds"]),
         (["experiment"], ["--list"]),
         (["experiment", "motivate"], ["did you mean 'motivating'"]),
         (["experiment", "cot-weight", "--scale", "large"], ["--scale", "tiny or paper"]),

@@ -84,6 +84,19 @@ def test_a_perfect_policy_matches_the_target_of_the_environment(env):
     assert match.success == pytest.approx(env.target_success(BETA))
 
 
+def test_the_aim_has_the_floor_of_the_log_reward_and_the_target_has_none(env):
+    states = expand_tree(env)
+    floor = max(BETA * state.log_reward for state in states) + 1.0
+    no_thoughts = [0.0] * len(states)
+    free, floored = (exact_match(states, perfect(states), BETA, no_thoughts, SAMPLES, f) for f in (-math.inf, floor))
+    assert free.aim_sequence_total_variation == pytest.approx(0.0, abs=1e-12)
+    # With all rewards at the floor the aim is uniform over the sequences.
+    chances = [math.exp(BETA * state.log_reward) for state in states]
+    uniform = sum(abs(chance / sum(chances) - 1 / len(chances)) for chance in chances) / 2
+    assert floored.aim_sequence_total_variation == pytest.approx(uniform)
+    assert floored.sequence_total_variation == free.sequence_total_variation
+
+
 def test_div_at_n_is_that_of_all_that_can_be_sampled(env):
     """Brute force: every pair of sequences, with its probability."""
     states = expand_tree(env)

@@ -105,6 +105,25 @@ def test_a_run_made_with_other_settings_is_not_taken_for_one_of_the_comparison(m
         other.prepare()
 
 
+def test_a_run_whose_start_stayed_best_counts_with_it(make_run, tmp_path):
+    run = make_run("var_tb", 0, 0.8)
+    rows = [report(0, split, success) for split in ("id", "ood") for success in (0.4, 0.3)]
+    run.folder.summary.write_text(
+        json.dumps({**json.loads(run.folder.summary.read_text()), "version": 0, "report": rows})
+    )
+    reached, _ = tables(write_comparison([run, make_run("var_tb", 1, 0.9)], tmp_path))
+    assert reached["before training"]["success"] == "0.40 ± 0.00"
+    assert reached["var_tb"]["success"] == "0.60 ± 0.42"
+
+
+def test_a_run_that_solved_nothing_has_no_diversity(make_run, tmp_path):
+    run = make_run("var_tb", 0, 0.8)
+    rows = [report(0, "id", 0.4), {**report(2, "id", 0.0), "div_at_n": 0.0}]
+    run.folder.summary.write_text(json.dumps({**json.loads(run.folder.summary.read_text()), "report": rows}))
+    reached, _ = tables(write_comparison([run, make_run("var_tb", 1, 0.9)], tmp_path))
+    assert reached["var_tb"]["Div@N"] == "2.90 (1 of 2)"
+
+
 def test_a_damaged_summary_is_named(make_run):
     run = make_run("var_tb", 0, 0.8)
     run.folder.summary.write_text("{")

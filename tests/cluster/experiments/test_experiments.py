@@ -15,7 +15,7 @@ from cluster.experiments import trials as trials_module
 from cluster.experiments.catalog import EXPERIMENTS
 from cluster.experiments.description import SCALES, Bars, Column, Experiment, Line, Variant, WarmStart
 from cluster.experiments.progress import Following, expected_minutes, minutes_left, said_minutes
-from cluster.experiments.results import CURVES, PICTURE, RAW, TABLE, write_results
+from cluster.experiments.results import AT_END, AT_START, CURVES, PICTURE, RAW, TABLE, figures, write_results
 from cluster.experiments.running import run_experiment
 from cluster.experiments.trial_process import TrialFailedError, TrialJob, last_words, run_job
 from cluster.experiments.trials import Command, Selection, missing_part
@@ -326,6 +326,26 @@ def test_figures_by_kind_of_task_and_of_a_base_model_that_stayed_best(tmp_path):
     finish(trial, 0.4, versions=(0, 0))
     text = write_results(experiment, [trial], tmp_path)
     assert "| Sub TB (λ) | 1 | 20.0 | - |" in text
+
+
+def test_before_and_after_are_told_by_version_not_by_the_order_in_which_they_were_played(tmp_path):
+    (trial,) = select(tmp_path, only=["db"], seeds=1).trials().chosen
+    finish(trial, 0.8)
+    expected = write_results(SMALL, [trial], tmp_path)
+    summary = json.loads(trial.run.folder.summary.read_text())
+    summary["report"].reverse()
+    trial.run.folder.summary.write_text(json.dumps(summary))
+    assert write_results(SMALL, [trial], tmp_path) == expected
+
+
+def test_without_an_evaluation_at_the_start_nothing_is_said_of_what_was_lost_since(tmp_path):
+    (trial,) = select(tmp_path, only=["db"], seeds=1).trials().chosen
+    finish(trial, 0.8)
+    metrics = trial.run.folder.metrics
+    later = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] > 0]
+    metrics.write_text("".join(f"{line}\n" for line in later))
+    assert figures(SMALL, trial)[AT_START] is None
+    assert figures(SMALL, trial)[AT_END] == 0.8
 
 
 def test_there_is_no_diversity_where_nothing_was_solved(tmp_path):

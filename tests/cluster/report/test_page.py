@@ -107,6 +107,30 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     assert data["instance"] == HOSTILE
 
 
+def test_half_a_surrogate_pair_in_a_response_is_shown_as_any_text(tmp_path: Path) -> None:
+    group = numberline_group(0, seed=1)
+    response = '{"thoughts": "\\ud800 lost", "action": "+"}'
+    steps = [replace(group[1].steps[0], response_text=response, action="+"), *group[1].steps[1:]]
+    run = write_run(tmp_path / "run", [[replace(group[1], steps=steps)]]).root
+    _, _, data = read(run_page(run, 1000, None))
+    assert data["trajectories"][0]["steps"][0]["thoughts"] == "\ud800 lost"
+
+
+def test_a_run_whose_start_stayed_best_has_figures_after_training(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    before, after = summary["report"]
+    summary |= {"version": 0, "report": [before, {**after, "version": 0}]}
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert "0.875" in " ".join(read(run_page(run, 1000, None))[0].text)
+
+
+@pytest.mark.parametrize(("losses", "logarithmic"), [((100.0, 1.0), True), ((0.5, -0.01), False)])
+def test_a_loss_that_may_be_negative_has_an_axis_that_shows_it(losses: tuple[float, ...], logarithmic: bool) -> None:
+    (panel,) = panels([{"kind": "step", "step": step, "loss": loss} for step, loss in enumerate(losses)])
+    assert panel.logarithmic is logarithmic
+    assert f"from {losses[0]:.3g} to {losses[1]:.3g}" in draw(panel).replace("−", "-")
+
+
 @pytest.mark.parametrize(
     ("previous", "text", "expected"),
     [

@@ -1,6 +1,8 @@
 import time
+from types import SimpleNamespace
 
 from actors.admission import Admission
+from actors.groups import GroupSummary
 from cluster.evaluation.figures import EvaluationPlan
 from cluster.run.rollout_scheduler import (
     EvaluationJob,
@@ -11,6 +13,8 @@ from cluster.run.rollout_scheduler import (
 )
 from cluster.run.worker_pool import WorkerPool
 from shared.config import RunConfig
+from shared.trajectory import to_record_batch
+from tests.actors.made_trajectories import make_trajectory
 
 
 def test_training_seeds_are_repeatable_and_never_those_of_an_evaluation():
@@ -59,7 +63,7 @@ class FullWorkers:
         return True
 
 
-def scheduler_of(workers, admission, groups_per_worker):
+def scheduler_of(workers, admission, groups_per_worker, on_evaluation=print):
     return RolloutScheduler(
         workers,
         admission,
@@ -68,7 +72,7 @@ def scheduler_of(workers, admission, groups_per_worker):
         next_group=0,
         rollout_version=lambda: None,
         on_groups=lambda summaries: None,
-        on_evaluation=lambda job: None,
+        on_evaluation=on_evaluation,
     )
 
 
@@ -96,6 +100,50 @@ def test_the_driver_rests_while_no_call_is_in_flight():
     started = time.monotonic()
     scheduler.pump(wait_s=0.2)
     assert time.monotonic() - started >= 0.2
+
+
+class LastFirstWorkers(FullWorkers):
+    """One worker that plays all calls at the same time, and ends the last one first."""
+
+    def __init__(self):
+        super().__init__(1)
+        self.waiting = []
+
+    def call(self, worker, method, tag, kwargs):
+        self.waiting.append((tag, kwargs))
+        return True
+
+    def results(self, wait_s):
+        return [self.played(*self.waiting.pop())] if self.waiting else []
+
+    def played(self, tag, kwargs):
+        requests, version = kwargs["requests"], kwargs["version"]
+        names = [f"v{version}-{tag}-{r.instance_seed}-{n}" for r in requests for n in range(kwargs["group_size"])]
+        batch = to_record_batch([make_trajectory(name, "g00000000-0a", version=version) for name in names])
+        answer = batch, [GroupSummary(request) for request in requests]
+        return SimpleNamespace(ok=True, actor_id=0, tag=tag, get=lambda: answer)
+
+
+def test_evaluations_of_the_same_instances_that_overtake_each_other_keep_their_own_trajectories():
+    finished = []
+    scheduler = scheduler_of(
+        LastFirstWorkers(),
+        Admission(max_staleness=0, batch=8, group_size=8),
+        groups_per_worker=64,
+        on_evaluation=finished.append,
+    )
+    plan = EvaluationPlan("id", instances=6, samples=2, seed=0)
+    for version in (0, 7):
+        scheduler.evaluate(EvaluationJob(plan, version, step=version))
+    assert scheduler.evaluates(7)
+    while scheduler.evaluating:
+        scheduler.pump(train=False)
+    assert [job.version for job in finished] == [7, 0]
+    assert not scheduler.evaluates(7)
+    for job in finished:
+        played = [*job.sampled, *job.greedy]
+        assert {step.policy_version for trajectory in played for step in trajectory.steps} == {job.version}
+        assert len({trajectory.trajectory_id for trajectory in played}) == 6 * 3
 
 
 def test_demonstrated_instances_are_played_once_each_before_any_comes_again():

@@ -119,6 +119,12 @@ def test_left_out_are_the_games_that_alfworld_leaves_out(tmp_path: Path) -> None
         find_games(tmp_path, "valid_seen", TYPES)
     with pytest.raises(UserError, match=r"traj_data\.json: says no task"):
         only[0].task()
+    write("pick_and_place_simple-Mug-None-Shelf-301")
+    (game,) = tmp_path.glob("*/*/*Shelf*/*/game.tw-pddl")
+    game.write_bytes(b"\xff\xfe")
+    find_games.cache_clear()
+    with pytest.raises(UserError, match=r"game\.tw-pddl: not a readable game"):
+        find_games(tmp_path, "train", TYPES)
 
 
 def test_official_data_is_found_where_the_variable_or_its_default_points(

@@ -1,0 +1,56 @@
+"""The evaluations that end a run: which rows of its summary are of the policy before training, which of that after."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from actors.sampling import BASE_VERSION
+from cluster.run.run_log import Row
+
+
+class BeforeAfter(NamedTuple):
+    """A split's two rows; both of the base model, with samples of their own, where no adapter was better than none."""
+
+    before: Row | None
+    after: Row | None
+
+
+def measured_on(tasks: Collection[str]) -> str:
+    """Returns what the final reports of runs of some tasks are measured on, as the end of "... on"."""
+    said = []
+    if set(tasks) != {"alfworld"}:
+        said.append("instances used neither in training nor to choose the adapter")
+    if "alfworld" in tasks:
+        said.append("ALFWorld games: those that training plays (`id`) and those of rooms that it never plays (`ood`)")
+    return " and on ".join(said)
+
+
+def before_and_after(summary: Mapping[str, Any]) -> dict[str, BeforeAfter]:
+    """Returns the rows of a run's summary by split, whatever order they were played in.
+
+    Args:
+        summary: With ``report``, rows that have ``split`` and ``version``, and ``version``, that of the best adapter.
+
+    Raises:
+        KeyError: It lacks one of these.
+    """
+    by_split: dict[str, list[Row]] = {}
+    for row in summary["report"]:
+        by_split.setdefault(row["split"], []).append(row)
+    return {split: _before_and_after(rows, summary["version"]) for split, rows in by_split.items()}
+
+
+def ordered(rows: Sequence[Row], best: int) -> list[Row]:
+    """Returns a final report's rows split by split, before training first.
+
+    Args:
+        rows: As the evaluations ended.
+        best: Version of the best adapter.
+    """
+    found = before_and_after({"report": rows, "version": best})
+    return [row for _, pair in sorted(found.items()) for row in pair if row is not None]
+
+
+def _before_and_after(rows: Sequence[Row], best: int) -> BeforeAfter:
+    before = next((row for row in rows if row["version"] == BASE_VERSION), None)
+    after = next((row for row in reversed(rows) if row["version"] == best), None)
+    return BeforeAfter(before, after)
