@@ -163,7 +163,7 @@ class MadeRun:
 
     def summarise(self, success: float, steps: int = STEPS) -> None:
         report = [{"split": s, "version": v, "success": success * v / 5} for s in ("id", "ood") for v in (0, 5)]
-        self.folder.summary.write_text(json.dumps({"steps": steps, "wall_s": 20.0, "report": report}))
+        self.folder.summary.write_text(json.dumps({"steps": steps, "version": 5, "wall_s": 20.0, "report": report}))
 
     def edit_log(self, change: Callable[[list[dict[str, object]]], list[dict[str, object]]]) -> None:
         rows = [json.loads(line) for line in self.folder.metrics.read_text().splitlines()]
