@@ -80,7 +80,8 @@ def figures(experiment: Experiment, trial: Trial) -> Figures:
 def page(experiment: Experiment, rows: Sequence[Figures]) -> str:
     """Returns the table with what it is of, as Markdown."""
     models = sorted({Path(str(row["model"])).name for row in rows})
-    tasks = {variant.task for variant in experiment.variants if variant.name in by_variant(rows)}
+    played = {row["variant"] for row in rows}
+    tasks = {variant.task for variant in experiment.variants if variant.name in played}
     known = any(variant.paper for variant in experiment.variants)
     said = [
         f"# {experiment.name}: {experiment.title}",

@@ -100,7 +100,7 @@ def report_figures(folder: RunFolder) -> Figures:
             "minutes": None if summary.get("wall_s") is None else summary["wall_s"] / 60,
             "peak_memory_gib": summary["peak_memory_gib"],
         }
-        for split, pair in before_and_after(summary).items():
+        for split, pair in before_and_after(summary["report"], summary["version"]).items():
             for when, row in pair._asdict().items():
                 if row is not None:
                     figures |= {f"{split}_{name}_{when}": reported(row, name) for name in REPORTED}

@@ -113,7 +113,8 @@ class Trial:
         """
         path = self.run.folder.summary
         try:
-            played = before_and_after(json.loads(path.read_text(encoding="utf-8")))[split]
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            played = before_and_after(summary["report"], summary["version"])[split]
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path}: is no summary of a run ({error!r}); remove it and run again") from None
         row = played.before if before else played.after

@@ -61,8 +61,6 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
     def steps(label: str, key: str, style: str) -> Curve:
         return Curve(label, _points(rows, "step", key), style)
 
-    loss = steps("loss", "loss", "blue")
-
     def rated(label: str, key: str, style: str, *, marked: bool = True) -> Curve:
         return Curve(label, _points(rows, "evaluation", key, only=lambda r: r["split"] == "id"), style, marked)
 
@@ -70,6 +68,7 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
         return Curve(label, _points(rows, "rollout", key, x="env_steps"), style)
 
     samples = next((row["samples"] for row in rows if row["kind"] == "evaluation"), "N")
+    loss = steps("loss", "loss", "blue")
     made = [
         Panel(
             "Success",

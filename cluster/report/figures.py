@@ -57,7 +57,7 @@ def final_report(summary: Mapping[str, Any] | None, task: str) -> str:
     reports = [] if summary is None else list(summary.get("report", []))
     if summary is None or len(reports) == 0:
         return "<p>The run has no final report yet: it is made when training ends.</p>"
-    by_split = before_and_after({"version": None, **summary, "report": reports})
+    by_split = before_and_after(reports, summary.get("version"))
     heads = [f"{_SPLITS.get(split, split)}, {when}" for split in by_split for when in ("before", "after")]
     lines = []
     for metric in EVALUATION_METRICS:

@@ -1,7 +1,7 @@
 """The evaluations that end a run: which rows of its summary are of the policy before training, which of that after."""
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
 
 from actors.sampling import BASE_VERSION
 from cluster.run.run_log import Row
@@ -24,33 +24,29 @@ def measured_on(tasks: Collection[str]) -> str:
     return " and on ".join(said)
 
 
-def before_and_after(summary: Mapping[str, Any]) -> dict[str, BeforeAfter]:
-    """Returns the rows of a run's summary by split, whatever order they were played in.
+def before_and_after(report: Iterable[Row], best: int | None) -> dict[str, BeforeAfter]:
+    """Returns the rows of a final report by split, whatever order they were played in.
 
     Args:
-        summary: With ``report``, rows that have ``split`` and ``version``, and ``version``, that of the best adapter.
+        report: Rows with ``split`` and ``version``.
+        best: Version of the best adapter.
 
     Raises:
-        KeyError: It lacks one of these.
+        KeyError: A row lacks one of these.
     """
     by_split: dict[str, list[Row]] = {}
-    for row in summary["report"]:
+    for row in report:
         by_split.setdefault(row["split"], []).append(row)
-    return {split: _before_and_after(rows, summary["version"]) for split, rows in by_split.items()}
+    return {split: _before_and_after(rows, best) for split, rows in by_split.items()}
 
 
-def ordered(rows: Sequence[Row], best: int) -> list[Row]:
-    """Returns a final report's rows split by split, before training first.
-
-    Args:
-        rows: As the evaluations ended.
-        best: Version of the best adapter.
-    """
-    found = before_and_after({"report": rows, "version": best})
+def ordered(report: Iterable[Row], best: int) -> list[Row]:
+    """Returns the rows of a final report split by split, before training first."""
+    found = before_and_after(report, best)
     return [row for _, pair in sorted(found.items()) for row in pair if row is not None]
 
 
-def _before_and_after(rows: Sequence[Row], best: int) -> BeforeAfter:
+def _before_and_after(rows: Sequence[Row], best: int | None) -> BeforeAfter:
     before = next((row for row in rows if row["version"] == BASE_VERSION), None)
     after = next((row for row in reversed(rows) if row["version"] == best), None)
     return BeforeAfter(before, after)

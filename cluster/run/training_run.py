@@ -193,10 +193,9 @@ class TrainingRun:
         return step % self.config.evaluation.every == 0 or step == self.config.learner.steps
 
     def _evaluate_if_new(self, step: int, version: int) -> None:
-        if any(r["kind"] == "evaluation" and r["step"] == step for r in self._rows):
-            return
         # A learner that was started again comes by steps whose evaluation is still being played.
-        if self.scheduler.evaluates(step):
+        evaluated = any(r["kind"] == "evaluation" and r["step"] == step for r in self._rows)
+        if evaluated or self.scheduler.evaluates(step):
             return
         self.scheduler.evaluate(EvaluationJob(EvaluationPlan.of(self.config), version, step))
 

@@ -56,7 +56,9 @@ class Records:
     @property
     def final(self) -> dict[str, Row]:
         """The final evaluations of the trained policy, by split."""
-        played = {} if self.summary is None else before_and_after(self.summary)
+        if self.summary is None:
+            return {}
+        played = before_and_after(self.summary["report"], self.summary["version"])
         return {split: rows.after for split, rows in played.items() if rows.after is not None}
 
 

@@ -12,21 +12,19 @@ def row(split, version, success=0.5):
 def test_rows_are_told_apart_in_whatever_order_they_were_played():
     rows = [row(split, version) for split in ("id", "ood") for version in (0, 3)]
     for played in itertools.permutations(rows):
-        assert before_and_after({"report": played, "version": 3}) == {
-            split: (row(split, 0), row(split, 3)) for split in ("id", "ood")
-        }
+        assert before_and_after(played, 3) == {split: (row(split, 0), row(split, 3)) for split in ("id", "ood")}
         assert ordered(played, 3) == rows
 
 
 def test_where_the_base_model_stayed_best_both_rows_are_of_it():
     first, second = row("id", 0, 0.25), row("id", 0, 0.5)
-    assert before_and_after({"report": [first, second], "version": 0}) == {"id": (first, second)}
+    assert before_and_after([first, second], 0) == {"id": (first, second)}
     assert ordered([first, second], 0) == [first, second]
 
 
 def test_a_missing_row_is_none():
-    assert before_and_after({"report": [row("id", 3)], "version": 3}) == {"id": (None, row("id", 3))}
-    assert before_and_after({"report": [row("id", 0)], "version": 3}) == {"id": (row("id", 0), None)}
+    assert before_and_after([row("id", 3)], 3) == {"id": (None, row("id", 3))}
+    assert before_and_after([row("id", 0)], 3) == {"id": (row("id", 0), None)}
 
 
 def test_only_alfworlds_report_may_play_what_training_plays():
