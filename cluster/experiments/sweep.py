@@ -130,6 +130,10 @@ class EvaluatedAt:
     row: Row
 
 
+_Curves = dict[str, dict[int, list[EvaluatedAt]]]
+"""By variant and learner step, the evaluations of its seeds."""
+
+
 def evaluations(folder: RunFolder) -> list[EvaluatedAt]:
     """Returns the evaluations in distribution that were made while a run trained, in their order."""
     rows = read_rows(folder.metrics)
@@ -172,7 +176,8 @@ def draw_curves(
 ) -> None:
     """Draws success, diversity and distribution match while training: mean and spread over a variant's seeds.
 
-    What no evaluation has, as the distribution match where the target is not known, has no panel.
+    Each task has a row of panels. What no evaluation has, as the distribution match where the target is not known, has
+    no panel.
 
     Args:
         runs: The runs; those without evaluations are left out.
@@ -181,29 +186,37 @@ def draw_curves(
         axis: What the figures are drawn over. Seeds are averaged at equal learner steps.
     """
     pyplot = headless_pyplot()
-    by_variant: dict[str, dict[int, list[EvaluatedAt]]] = defaultdict(lambda: defaultdict(list))
+    by_task: dict[str, _Curves] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for run in runs:
         for evaluated in evaluations(run.folder):
-            by_variant[run.variant][evaluated.step].append(evaluated)
-    crowded = len(by_variant) > _LEGEND_INSIDE
-    size = (16, max(4.0, 0.22 * len(by_variant))) if crowded else (13, 4)
-    rows = [evaluated.row for at in by_variant.values() for found in at.values() for evaluated in found]
+            by_task[run.config.task.name][run.variant][evaluated.step].append(evaluated)
+    curves = list(by_task.values()) or [{}]
+    most = max(len(by_variant) for by_variant in curves)
+    crowded = most > _LEGEND_INSIDE
+    rows = [e.row for by_variant in curves for at in by_variant.values() for found in at.values() for e in found]
     shown = {name: title for name, title in PANELS.items() if any(row[name] is not None for row in rows)} or PANELS
-    figure, (axes,) = pyplot.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
-    for panel, (name, title) in zip(axes, shown.items(), strict=True):
-        for index, (variant, at) in enumerate(by_variant.items()):
-            steps = sorted(step for step, found in at.items() if all(e.row[name] is not None for e in found))
-            if len(steps) > 0:
-                label = variant if names is None else names[variant]
-                style = {"color": f"C{index % 10}", "linestyle": _LINES[index // 10 % len(_LINES)]}
-                _draw_curve(panel, [at[step] for step in steps], name, label, axis, style)
-        panel.set(title=title, xlabel=_AXIS_TITLES[axis])
-        panel.set_ylim(bottom=0, top=None if name == "div_at_n" else 1.02)
-        if panel.lines and not crowded:
-            panel.legend(fontsize=8)
-    if crowded:
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    size = (16 if crowded else 13, len(curves) * max(4.0, 0.22 * most))
+    figure, axes = pyplot.subplots(len(curves), len(shown), figsize=size, layout="constrained", squeeze=False)
+    for panels, by_variant in zip(axes, curves, strict=True):
+        for panel, (name, title) in zip(panels, shown.items(), strict=True):
+            _draw_panel(panel, by_variant, name, names, axis)
+            panel.set(title=title, xlabel=_AXIS_TITLES[axis])
+            panel.set_ylim(bottom=0, top=None if name == "div_at_n" else 1.02)
+            if panel.lines and not crowded:
+                panel.legend(fontsize=8)
+        if crowded:
+            outside = {"loc": "upper left", "bbox_to_anchor": (1.02, 1.0)}
+            panels[-1].legend(*panels[0].get_legend_handles_labels(), fontsize=8, **outside)
     save_picture(figure, path)
+
+
+def _draw_panel(panel: Any, by_variant: _Curves, name: str, names: Mapping[str, str] | None, axis: Axis) -> None:
+    for index, (variant, at) in enumerate(by_variant.items()):
+        steps = sorted(step for step, found in at.items() if all(e.row[name] is not None for e in found))
+        if len(steps) > 0:
+            label = variant if names is None else names[variant]
+            style = {"color": f"C{index % 10}", "linestyle": _LINES[index // 10 % len(_LINES)]}
+            _draw_curve(panel, [at[step] for step in steps], name, label, axis, style)
 
 
 def _draw_curve(

@@ -144,6 +144,20 @@ def test_curves_have_no_panel_for_what_no_evaluation_has(distance, tmp_path, mon
     assert ("total variation to R/Z" in titles) == (distance is not None)
 
 
+def test_each_task_has_its_own_row_of_curves(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(sweep, "save_picture", lambda figure, _: drawn.extend(figure.axes))
+    (trial,) = select(tmp_path, seeds=1, only=["db"]).trials().chosen
+    blackjack = load_preset("blackjack-tiny")
+    runs = [trial.run, sweep.SweepRun.in_folder(tmp_path, "cards", blackjack)]
+    for run in runs:
+        run.prepare()
+        append_row(run.folder.metrics, "evaluation", {"step": 0, **report(0, "id", 0.5)})
+    sweep.draw_curves(runs, tmp_path / CURVES)
+    labels = [[line.get_label() for line in axes.lines] for axes in drawn]
+    assert labels == [["db (1 seed)"]] * 3 + [["cards (1 seed)"]] * 3
+
+
 def test_trials_come_seed_by_seed_each_in_a_folder_of_its_own(tmp_path):
     trials = select(tmp_path).trials().chosen
     assert [trial.name for trial in trials] == ["sub-tb-0", "db-0", "sub-tb-1", "db-1"]
