@@ -114,7 +114,16 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             panel("Response tokens per second", "tokens_per_s"),
             Panel("Environment steps per second", (growth("env_steps"),)),
             Panel("Learner steps per minute", (Query(f"60 * {growth('step').expression}", "{{run}}"),)),
-            panel("Learner step time", "step_s", "wait_s", "publish_s"),
+            panel(
+                "Learner step time",
+                "step_s",
+                "wait_s",
+                "seconds_reference",
+                "seconds_scoring",
+                "seconds_loss",
+                "seconds_backward",
+                "publish_s",
+            ),
             Panel(
                 "Waiting shares",
                 (share("wait_s", "step_s", "learner waits for a batch"), latest("sampler_idle_share", "sampler idle")),
@@ -169,6 +178,10 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             panel("Invalid responses", "rollout_invalid", "malformed_rate", "inadmissible_rate"),
             panel("Failures and restarts", "groups_failed", "worker_restarts", "skipped_updates"),
             panel("Gradient norm", "grad_norm", "head_grad_norm"),
+            panel("Residuals", "residual_abs_mean", "residual_abs_max"),
+            panel(
+                "Trajectories that teach nothing", "trajectories_dropped", "trajectories_without_flow", "groups_of_one"
+            ),
             Panel(
                 "Actors by state",
                 (Query('sum by (State) (ray_actors{State=~"ALIVE|RESTARTING|PENDING_CREATION|DEAD"})', "{{State}}"),),

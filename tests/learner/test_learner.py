@@ -12,6 +12,7 @@ from learner.optimization import MAX_SKIPPED_IN_A_ROW, learning_rate
 from learner.packing import steps_of
 from shared.config import LearnerSettings
 from shared.errors import UserError
+from shared.metrics import STEP_METRICS
 from shared.trajectory import EndReason
 
 
@@ -65,6 +66,14 @@ def test_reports_what_it_did(tiny_model, make_config, make_trajectory):
     assert metrics["mismatch_share"] == 0.0
     assert all(math.isfinite(value) for value in metrics.values())
     assert learner.steps_taken == 1
+
+
+@pytest.mark.parametrize("objective", [*LOSSES, "sft", "ppo", "grpo"])
+def test_every_figure_of_a_step_has_a_name_in_the_runs_metrics(tiny_model, make_config, make_trajectory, objective):
+    expert = dataclasses.replace(make_trajectory(["+", "[DONE]"], EndReason.DONE), expert=True)
+    learner = Learner(make_config(objective={"loss": objective}), tiny_model)
+    reported = set(learner.step([*make_trajectory.batch(), expert])) - {"response_tokens"}  # _scored in the log
+    assert reported - {spec.name for spec in STEP_METRICS} == set()
 
 
 def test_its_own_log_probabilities_are_no_mismatch(tiny_model, make_config, make_trajectory):
