@@ -53,7 +53,7 @@ STEP_METRICS = (
     MetricSpec("grad_norm", "norm", "Gradient norm of the adapter before clipping."),
     MetricSpec("head_grad_norm", "norm", "Gradient norm of the log Z, flow or value head before clipping."),
     MetricSpec("lr", "rate", "Learning rate of the step."),
-    MetricSpec("updated", "flag", "1 where the step changed the adapter, else 0: no residual, or a gradient that is not finite."),
+    MetricSpec("updated", "flag", "1 where the step changed the adapter; 0 without a residual or a finite gradient."),
     MetricSpec("skipped_updates", "steps", "Steps skipped because of a non-finite gradient, so far."),
     MetricSpec("log_pf_mean", "nats", "Mean log P_F of a transition under the learner."),
     MetricSpec("trajectories", "trajectories", "Trajectories in the batch."),
