@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 from actors.trajectory_files import trajectory_files
 from shared.config import RunConfig
 from shared.errors import UserError
+from shared.instances import DEMONSTRATION_SEEDS
 from shared.run_folder import RunFolder
 from shared.settings import Fraction, Settings
 from shared.task_settings import TaskSettings
@@ -25,9 +26,8 @@ from shared.trajectory import Trajectory, from_arrow, read_parquet
 MANIFEST = "demonstrations.json"
 
 INSTANCES = 2**20
-"""Instances that a set's seed stands for. All of them have seeds from 2^31 to 2^32: one word of entropy each."""
+"""Instances that a set's seed stands for. All of them are `DEMONSTRATION_SEEDS`: one word of entropy each."""
 
-_FIRST_SEED = 2**31
 _FILES_KEPT = 4
 
 
@@ -47,18 +47,15 @@ class DemonstrationRequest(Settings):
     task: TaskSettings
     split: Literal["id", "ood"] = "id"
     trajectories: int = Field(1000, ge=1, le=200_000)
-    seed: int = Field(0, ge=0, lt=2**31 // INSTANCES)
+    seed: int = Field(0, ge=0, lt=len(DEMONSTRATION_SEEDS) // INSTANCES)
     noise: Fraction = 0.0
     failures: bool = False
     model: str = "numberline-tiny"
 
     @property
     def first_instance(self) -> int:
-        """Instance seed of the first episode; the others count on.
-
-        From 2^31 on: training and evaluation use smaller ones, so no set ever shows an evaluation's instance.
-        """
-        return _FIRST_SEED + self.seed * INSTANCES
+        """Instance seed of the first episode; the others count on."""
+        return DEMONSTRATION_SEEDS[self.seed * INSTANCES]
 
 
 class DemonstrationFigures(Settings):

@@ -201,7 +201,7 @@ class EvaluationSettings(Settings):
     every: int = Field(20, ge=1, description="Learner steps between evaluations.")
     instances: int = Field(30, ge=1, le=100_000, description="Task instances of one evaluation.")
     samples: int = Field(8, ge=1, le=1024, description="N of Div@N: trajectories per instance.")
-    seed: int = Field(10_000_019, ge=0, description="Seed of the evaluation instances.")
+    seed: int = Field(10_000_019, ge=0, lt=2**29, description="Seed of the evaluation instances.")
     at_start: bool = Field(True, description="Evaluate the base model before the first learner step.")
 
 

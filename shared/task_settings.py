@@ -88,7 +88,11 @@ class AlfworldSettings(EpisodeSettings):
         None,
         description="Folder with `json_2.1.1`; by default ALFWorld's data (ALFWORLD_DATA), else the starter set.",
     )
-    seen_games: Literal["train", "valid_seen"] = Field("train", description="Which games of seen rooms are split `id`.")
+    seen_games: Literal["held_out", "train", "valid_seen"] = Field(
+        "held_out",
+        description="Which games of seen rooms are split `id`; `held_out`: `train` to learn from, and for evaluations "
+        "and `gflowvlm play` `valid_seen`, where there are such.",
+    )
     task_types: tuple[AlfworldTaskType, ...] = Field(
         get_args(AlfworldTaskType), min_length=1, description="Task types to play; all six by default."
     )

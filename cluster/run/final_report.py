@@ -20,7 +20,7 @@ def measured_on(tasks: Collection[str]) -> str:
     if set(tasks) != {"alfworld"}:
         said.append("instances used neither in training nor to choose the adapter")
     if "alfworld" in tasks:
-        said.append("ALFWorld games: those that training plays (`id`) and those of rooms that it never plays (`ood`)")
+        said.append("ALFWorld games: of seen rooms, held out from training where such are (`id`), and of unseen rooms")
     return " and on ".join(said)
 
 

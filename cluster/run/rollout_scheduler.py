@@ -15,6 +15,7 @@ from actors.groups import GroupRequest, GroupSummary
 from cluster.evaluation.figures import EvaluationPlan
 from cluster.run.worker_pool import WorkerPool, last_line
 from shared.errors import UserError
+from shared.instances import TRAINING_SEEDS
 from shared.trajectory import Trajectory, from_arrow
 
 ROLLOUT, SAMPLED, GREEDY = "rollout", "sampled", "greedy"
@@ -24,12 +25,11 @@ EVALUATION_CHUNK = 4
 MAX_FAILURES_IN_A_ROW = 50
 """Failed calls without any finished group between them after which the run stops."""
 
-_TRAINING_SEEDS = 2**30
-
 
 def training_seed(run_seed: int, group_index: int) -> int:
-    """Returns the instance seed of a run's group, in [2^30, 2^31): evaluations use smaller ones."""
-    return _TRAINING_SEEDS + int(np.random.SeedSequence([run_seed, group_index]).generate_state(1)[0]) % _TRAINING_SEEDS
+    """Returns the instance seed of a run's group, one of `TRAINING_SEEDS`."""
+    drawn = int(np.random.SeedSequence([run_seed, group_index]).generate_state(1)[0])
+    return TRAINING_SEEDS[drawn % len(TRAINING_SEEDS)]
 
 
 def demonstrated_seed(run_seed: int, group_index: int, instance_seeds: Sequence[int]) -> int:

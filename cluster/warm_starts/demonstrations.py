@@ -16,12 +16,11 @@ from envs.base import TaskEnv
 from envs.registry import make_env
 from learner.sft import ExampleSource, SftExample
 from shared.errors import UserError
+from shared.instances import DEMONSTRATION_SEEDS
 from shared.response import DONE_TOKEN
 from shared.task_settings import NumberLineSettings, TaskSettings
 from shared.trajectory import Trajectory
 
-# Training instances and evaluation instances have seeds below 2**31; demonstrations never share theirs.
-_FIRST_SEED = 2**31
 _BLOCK_BATCHES = 16
 
 
@@ -130,7 +129,8 @@ class Demonstrations:
     def _play(self, environment: TaskEnv, split: str, count: int, rng: np.random.Generator) -> list[SftExample]:
         examples: list[SftExample] = []
         while len(examples) < count:
-            environment.reset(seed=_FIRST_SEED + int(rng.integers(2**31)), options={"split": split})
+            seed = DEMONSTRATION_SEEDS[int(rng.integers(len(DEMONSTRATION_SEEDS)))]
+            environment.reset(seed=seed, options={"split": split})
             while environment.end is None:
                 action = self._action(environment, rng)
                 if action is None:

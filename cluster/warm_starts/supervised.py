@@ -27,6 +27,8 @@ from cluster.warm_starts.demonstrations import (
     reading_room,
 )
 from cluster.warm_starts.warm_start import WarmStartFigures, play_and_measure
+from envs.base import SPLITS
+from envs.registry import make_env
 from learner.sft import ExampleSource, SftProgress, SftSettings, SftTrainer, load_for_sft, scale_head
 from learner.tiny_policy import Lexicon, build_tiny_policy
 from shared.errors import UserError
@@ -78,11 +80,13 @@ def start(request: SftRequest, out: Path, console: Console) -> bool:
         Whether training was finished (and not stopped by Ctrl-C).
 
     Raises:
-        UserError: `out` is in use or cannot be written, or the model or the demonstrations cannot be loaded.
+        UserError: `out` is in use or cannot be written, or the model, the demonstrations or what the final figures are
+            played on cannot be loaded.
     """
     if (out / _CHECKPOINT).exists() or (out / _REPORT).exists():
         raise UserError(f"{out}: holds a model or an unfinished training; go on with --resume, or choose another --out")
     source = _source(request)
+    _check_instances(request)
     with tempfile.TemporaryDirectory(prefix="gflowvlm-tiny-") as folder:
         if request.model == TINY:
             model = str(build_tiny_policy(folder, seed=request.sft.seed, lexicon=_lexicon(request.task)))
@@ -143,6 +147,15 @@ def _source(request: SftRequest) -> ExampleSource:
     return RepeatedExamples(played, request.fresh_steps) if request.fresh_steps > 0 else played
 
 
+def _check_instances(request: SftRequest) -> None:
+    """Makes sure, before a long training, that there is what its final figures are to be played on."""
+    if request.episodes == 0:
+        return
+    environment = make_env(request.task)
+    for split in SPLITS:
+        environment.reset(seed=_EVALUATION_SEED, options={"split": split})
+
+
 def _train(trainer: SftTrainer, source: ExampleSource, request: SftRequest, out: Path, console: Console) -> bool:
     size = sum(parameter.numel() for parameter in trainer.network.parameters())
     console.print(f"Training all {size / 1e6:.2f} M parameters on {trainer.network.device}, {request.sft.steps} steps.")
@@ -174,7 +187,7 @@ def _figures(trainer: SftTrainer, request: SftRequest, console: Console) -> list
     trainer.network.eval()
     trainer.network.config.use_cache = True
     measured = []
-    for split in ("id", "ood"):
+    for split in SPLITS:
         for temperature in (1.0, 0.0):
             figures = play_and_measure(
                 trainer.network, trainer.inputs, request.task, split, request.episodes, temperature, _EVALUATION_SEED

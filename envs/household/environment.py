@@ -9,17 +9,18 @@ from PIL import Image
 
 from envs.base import TaskEnv
 from envs.household import prompts
-from envs.household.games import Game, find_games, official_data
+from envs.household.games import Game, find_games, games_there, official_data
 from envs.household.sessions import Session, TextSession
 from envs.household.starter import starter_set
 from envs.household.tasks import SUB_GOALS, TaskType
+from shared.instances import EVALUATION_SEEDS
 from shared.response import DONE_TOKEN
 from shared.task_settings import AlfworldSettings
 from shared.trajectory import EndReason
 
 GOAL_REWARD = AlfworldSettings.largest_reward
 REWARD_FLOOR = 0.1
-UNSEEN_FOLDER = "valid_unseen"
+TRAIN_FOLDER, SEEN_FOLDER, UNSEEN_FOLDER = "train", "valid_seen", "valid_unseen"
 
 
 class AlfworldEnv(TaskEnv):
@@ -28,7 +29,9 @@ class AlfworldEnv(TaskEnv):
     Games are ALFWorld's: where its data is installed that is played, unchanged; elsewhere generated games
     are (see `starter_set`). Seed and split choose the game, and consecutive seeds go through all games of a
     split once before any comes again. In distribution are the games of the seen rooms, out of distribution
-    those of the unseen ones.
+    those of the unseen ones. Unless the settings say otherwise, what is to be learned from (training and
+    demonstrations, by their seeds) are the ``train`` games of the seen rooms, and evaluations play the
+    ``valid_seen`` ones where there are any.
 
     Stopping at a state is worth R(z⊤) = max(0.1, 50·[goal holds] + sub-goals that hold); see
     `sub_goals_reached`. Reaching the goal does not end the episode: the policy has to stop.
@@ -106,9 +109,17 @@ class AlfworldEnv(TaskEnv):
         return official_data() or starter_set()
 
     def _game_of(self, seed: int, split: str) -> Game:
-        folder = UNSEEN_FOLDER if split == "ood" else self.settings.seen_games
-        games = find_games(self._root(), folder, tuple(TaskType(t) for t in self.settings.task_types))
+        root, types = self._root(), tuple(TaskType(t) for t in self.settings.task_types)
+        games = find_games(root, self._folder_of(seed, split, root, types), types)
         return games[seed % len(games)]
+
+    def _folder_of(self, seed: int, split: str, root: Path, types: tuple[TaskType, ...]) -> str:
+        if split == "ood":
+            return UNSEEN_FOLDER
+        if self.settings.seen_games != "held_out":
+            return self.settings.seen_games
+        held_out = seed in EVALUATION_SEEDS and len(games_there(root, SEEN_FOLDER, types)) > 0
+        return SEEN_FOLDER if held_out else TRAIN_FOLDER
 
     def _open(self, game: Game) -> Session:
         if self.settings.view == "facts":

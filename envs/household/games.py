@@ -81,8 +81,23 @@ def _text(path: Path) -> str:
         raise UserError(f"{path}: not a readable game ({error}); remove or restore it") from None
 
 
-@lru_cache(64)
 def find_games(root: Path, folder: str, task_types: tuple[TaskType, ...]) -> tuple[Game, ...]:
+    """Returns the games of a split, see `games_there`.
+
+    Raises:
+        UserError: There is no such game, or one cannot be read.
+    """
+    games = games_there(root, folder, task_types)
+    if len(games) == 0:
+        types = ", ".join(task_type.value for task_type in task_types)
+        raise UserError(
+            f"{root / VERSION_FOLDER / folder}: no game of {types}; `gflowvlm alfworld generate {root}` makes some"
+        )
+    return games
+
+
+@lru_cache(64)
+def games_there(root: Path, folder: str, task_types: tuple[TaskType, ...]) -> tuple[Game, ...]:
     """Returns the games of a split, in an order that is the same on every machine and mixes the task types.
 
     The same games are left out as by ``AlfredTWEnv``: movable and sliced ones, and unsolvable ones.
@@ -92,8 +107,11 @@ def find_games(root: Path, folder: str, task_types: tuple[TaskType, ...]) -> tup
         folder: ``train``, ``valid_seen`` or ``valid_unseen``.
         task_types: The task types wanted.
 
+    Returns:
+        The games, none where there are none.
+
     Raises:
-        UserError: There is no such game, or one cannot be read.
+        UserError: A game cannot be read.
     """
     split = root / VERSION_FOLDER / folder
     wanted = {task_type.value: task_type for task_type in task_types}
@@ -105,7 +123,4 @@ def find_games(root: Path, folder: str, task_types: tuple[TaskType, ...]) -> tup
             continue
         if _SOLVABLE.search(_text(path)) is not None:
             games.append(Game(path.parent, name, task_type))
-    if len(games) == 0:
-        types = ", ".join(wanted)
-        raise UserError(f"{split}: no game of {types}; `gflowvlm alfworld generate {root}` makes some")
     return tuple(sorted(games, key=lambda game: hashlib.sha256(game.name.encode()).digest()))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 from cluster.commands import sft
 from cluster.models import resolve_model, shipped_models
+from envs.household.generation import generate, specs
 from learner.sft import SftExample
 from shared.errors import UserError
 from shared.policy_inputs import PolicyInputs
@@ -51,6 +53,19 @@ def test_it_writes_a_model_with_its_figures(tmp_path: Path) -> None:
     assert not (out / "checkpoint").exists()
     again = run("--out", str(out), "--steps", "4")
     assert isinstance(again.exception, UserError)
+
+
+def test_games_that_the_final_figures_want_are_missed_before_the_training(tmp_path: Path) -> None:
+    if find_spec("alfworld") is None:
+        pytest.skip("alfworld is not installed: make alfworld")
+    games, out = tmp_path / "games", tmp_path / "made"
+    list(generate(games, specs({"train": 1}, "small", seed=0), workers=1))
+    arguments = ("--task", "alfworld", f"games={games}", "prompt=markov", "--no-ood", "--out", str(out), "--steps", "1")
+    refused = run(*arguments, "--batch", "2")
+    assert isinstance(refused.exception, UserError)
+    assert "valid_unseen: no game" in str(refused.exception)
+    assert not out.exists()
+    assert run(*arguments, "--batch", "2", "--episodes", "0").exit_code == 0
 
 
 @pytest.mark.slow

@@ -27,9 +27,9 @@ def test_a_missing_row_is_none():
     assert before_and_after([row("id", 0)], 3) == {"id": (row("id", 0), None)}
 
 
-def test_only_alfworlds_report_may_play_what_training_plays():
+def test_alfworlds_report_says_which_games_it_plays():
     assert measured_on(["numberline"]) == measured_on([])
     assert "neither in training" in measured_on(["numberline"])
     assert "neither" not in measured_on(["alfworld"])
     assert "neither" in (both := measured_on(["numberline", "alfworld"]))
-    assert "that training plays" in both
+    assert "held out from training" in both

@@ -18,6 +18,7 @@ from envs.household.tasks import SUB_GOALS, TaskType
 from envs.registry import default_settings
 from envs.registry import make_env as make_registered
 from shared.errors import UserError
+from shared.instances import DEMONSTRATION_SEEDS, EVALUATION_SEEDS, TRAINING_SEEDS
 from shared.response import DONE_TOKEN, parse_response
 from shared.task_settings import AlfworldSettings
 from shared.trajectory import EndReason
@@ -80,16 +81,46 @@ def test_expert_finds_its_way_back_from_wherever_the_policy_left_it(make_env: Ma
 
 
 def test_consecutive_seeds_play_every_game_once_and_a_seed_is_always_the_same_game(make_env: MakeEnv) -> None:
-    env, names = make_env(), []
+    env, names = make_env(seen_games="train"), []
     for seed in range(12):
         env.reset(seed=seed)
         names.append(env.game.name)
     assert len(set(names)) == 12
-    other = make_env()
+    other = make_env(seen_games="train")
     for seed in (11, 3, 15):
         other.reset(seed=seed)
         assert other.game.name == names[seed % 12]
         assert other._session.task == other.game.task()
+
+
+def test_evaluations_play_other_games_of_the_seen_rooms_than_anything_that_is_learned_from(
+    make_env: MakeEnv, games_root: Path
+) -> None:
+    env = make_env()
+
+    def folders(seeds: range, split: str = "id") -> set[str]:
+        found = set()
+        for seed in seeds:
+            env.reset(seed=seed, options={"split": split})
+            found.add(env.game.folder.relative_to(games_root / "json_2.1.1").parts[0])
+        return found
+
+    assert folders(EVALUATION_SEEDS[:3]) == folders(EVALUATION_SEEDS[-3:]) == {"valid_seen"}
+    assert folders(TRAINING_SEEDS[:3]) == folders(TRAINING_SEEDS[-3:]) == {"train"}
+    assert folders(DEMONSTRATION_SEEDS[:3]) == folders(DEMONSTRATION_SEEDS[-3:]) == {"train"}
+    assert folders(TRAINING_SEEDS[:3], "ood") == folders(EVALUATION_SEEDS[:3], "ood") == {"valid_unseen"}
+
+
+def test_where_no_game_of_seen_rooms_is_held_out_evaluations_play_those_of_training(
+    games_root: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "json_2.1.1").mkdir()
+    (tmp_path / "json_2.1.1" / "train").symlink_to(games_root / "json_2.1.1" / "train", target_is_directory=True)
+    env = AlfworldEnv(AlfworldSettings(games=str(tmp_path)))
+    env.reset(seed=EVALUATION_SEEDS[0])
+    assert env.game.folder.relative_to(tmp_path / "json_2.1.1").parts[0] == "train"
+    with pytest.raises(UserError, match="valid_unseen: no game"):
+        env.reset(seed=0, options={"split": "ood"})
 
 
 def test_rollouts_of_a_group_play_the_same_game_without_touching_each_other(make_env: MakeEnv) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import envs
 from envs.household import starter
-from envs.household.games import find_games, official_data
+from envs.household.games import find_games, games_there, official_data
 from envs.household.generation import generate, missing, specs
 from envs.household.scenes import floor_plan, plan_numbers, tasks_of
 from envs.household.tasks import TaskType
@@ -122,7 +122,7 @@ def test_left_out_are_the_games_that_alfworld_leaves_out(tmp_path: Path) -> None
     write("pick_and_place_simple-Mug-None-Shelf-301")
     (game,) = tmp_path.glob("*/*/*Shelf*/*/game.tw-pddl")
     game.write_bytes(b"\xff\xfe")
-    find_games.cache_clear()
+    games_there.cache_clear()
     with pytest.raises(UserError, match=r"game\.tw-pddl: not a readable game"):
         find_games(tmp_path, "train", TYPES)
 
