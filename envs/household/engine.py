@@ -78,12 +78,6 @@ class GameEngine:
         """Returns the planner's commands from the current state to the goal, none where it finds no way."""
         return tuple(self._env._pddl_state.replan(self._env._entity_infos))
 
-    def close(self) -> None:
-        """Unloads the planner's library; the engine cannot be used any more."""
-        import fast_downward
-
-        fast_downward.close_lib(self._env.downward_lib)
-
 
 def read_game(path: Path) -> dict[str, Any]:
     """Returns the content of a ``game.tw-pddl``.

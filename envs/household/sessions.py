@@ -13,9 +13,6 @@ from envs.household.rendering import draw
 from envs.household.tasks import Task, sub_goals_reached
 from envs.household.view import View, view
 
-IDLE_ENGINES = 64
-"""Engines kept for later games, each a few MB."""
-
 
 class Session(Protocol):
     """A game from its first state on."""
@@ -79,7 +76,11 @@ class TextSession:
 
 
 class _Engines:
-    """The idle engines of this process, by the game that each has loaded; the longest idle first."""
+    """The idle engines of this process, by the game that each has loaded; the longest idle first.
+
+    There are never more engines, of a few MB each, than games were played at the same time. None is ever unloaded:
+    after `dlclose` of some of the planner's libraries, loading another one ends the process (glibc 2.36).
+    """
 
     def __init__(self) -> None:
         # Reentrant: a session may be collected, and give its engine back, while another takes one.
@@ -100,10 +101,7 @@ class _Engines:
     def give_back(self, folder: Path, engine: GameEngine) -> None:
         """Takes an engine back, still loaded with its game."""
         with self._lock:
-            if len(self._idle) < IDLE_ENGINES:
-                self._idle.append((folder, engine))
-            else:
-                engine.close()
+            self._idle.append((folder, engine))
 
 
 _engines = _Engines()
