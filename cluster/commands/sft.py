@@ -67,6 +67,10 @@ def register(app: typer.Typer) -> None:
             typer.Option(help="Multiplies the output head first: tokens never demonstrated get much less likely."),
         ] = 1.0,
         noise: Annotated[float, typer.Option(help="Share of random actions: how weak the policy is to be.")] = 0.5,
+        detours: Annotated[
+            float,
+            typer.Option(help="Share of steps at which a random action is played and the demonstrated one only shown."),
+        ] = 0.0,
         with_done: Annotated[bool, typer.Option(help="Demonstrate the stop action.")] = True,
         ood: Annotated[bool, typer.Option(help="Demonstrate out-of-distribution numbers too.")] = True,
         seed: Annotated[int, typer.Option(help="Seed of weights and demonstrations.")] = 0,
@@ -117,6 +121,7 @@ def register(app: typer.Typer) -> None:
                 )
                 shown: dict[str, object] = {
                     "noise": noise,
+                    "detours": detours,
                     "ood": ood,
                     "reading_steps": reading_steps if reading_steps is not None else 1000 if fresh else 0,
                     "fresh_steps": fresh_steps,
@@ -143,7 +148,7 @@ def register(app: typer.Typer) -> None:
             raise typer.Exit(INTERRUPTED)
 
 
-_PLAYING = ("task_settings", "noise", "ood", "reading_steps", "fresh_steps", "image_size")
+_PLAYING = ("task_settings", "noise", "detours", "ood", "reading_steps", "fresh_steps", "image_size")
 """Options that say how demonstrations are made on the spot."""
 
 

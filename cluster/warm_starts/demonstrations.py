@@ -3,6 +3,10 @@
 The warm start is meant to be weak: with probability `noise` a demonstrated action is a random
 admissible one. What the responses read and state is always right, so that fine-tuning with a GFlowNet
 loss has only the choice of actions left to learn.
+
+With probability `detours` another action is played than the one that is demonstrated, so that the expert shows
+what to do where it would never have gone: an expert that knows where a thing is only ever comes to places that
+hold it, and who learns from it takes things that are not there.
 """
 
 import random
@@ -85,6 +89,7 @@ class Demonstrations:
         seed: int,
         reading: Playground | None = None,
         reading_steps: int = 0,
+        detours: float = 0.0,
     ) -> None:
         """Sets the demonstrations up.
 
@@ -96,12 +101,14 @@ class Demonstrations:
             reading: Where the first steps are played, with the prompt left out: a policy with random weights
                 learns to read much faster from short sequences whose two numbers are independent.
             reading_steps: About how many steps (whole blocks) that lasts.
+            detours: Probability that a random admissible action is played instead of the demonstrated one.
         """
         self._environments = [(make_env(place.settings), place) for place in places]
         self._reading = None if reading is None else (make_env(reading.settings), reading)
         self._reading_blocks = round(reading_steps / _BLOCK_BATCHES)
         self._noise = noise
         self._with_done = with_done
+        self._detours = detours
         self._seed = seed
         self._block = lru_cache(maxsize=1)(self._play_block)
 
@@ -138,7 +145,7 @@ class Demonstrations:
                 examples.append(
                     SftExample(environment.prompt(), environment.image_png(), environment.demonstration(action, rng))
                 )
-                environment.step(action)
+                environment.step(self._played(environment, action, rng))
         return examples[:count]
 
     def _action(self, environment: TaskEnv, rng: np.random.Generator) -> str | None:
@@ -149,6 +156,13 @@ class Demonstrations:
         if rng.random() >= self._noise:
             return expert
         choices = [a for a in environment.admissible_actions if self._with_done or a != DONE_TOKEN]
+        return choices[int(rng.integers(len(choices)))]
+
+    def _played(self, environment: TaskEnv, demonstrated: str, rng: np.random.Generator) -> str:
+        """Returns what is played after an action was demonstrated: that, or a detour, which never stops."""
+        choices = [a for a in environment.admissible_actions if a != DONE_TOKEN]
+        if self._detours == 0 or len(choices) == 0 or rng.random() >= self._detours:
+            return demonstrated
         return choices[int(rng.integers(len(choices)))]
 
 

@@ -51,6 +51,7 @@ class SftRequest(Settings):
         model: ``tiny``, a shipped model, a model directory or a hub name.
         head_scale: What the output head is multiplied by before training, see `scale_head`.
         noise: Probability that a demonstrated action is a random admissible one.
+        detours: Probability that another action is played than the demonstrated one.
         with_done: Whether the stop action is demonstrated.
         ood: Whether out-of-distribution numbers are demonstrated too.
         reading_steps: First steps that teach reading only, see `Demonstrations`.
@@ -64,6 +65,7 @@ class SftRequest(Settings):
     model: str = TINY
     head_scale: float = Field(1.0, gt=0, le=10)
     noise: Fraction = 0.5
+    detours: Fraction = 0.0
     with_done: bool = True
     ood: bool = True
     reading_steps: int = Field(0, ge=0, le=10_000_000)
@@ -143,6 +145,7 @@ def _source(request: SftRequest) -> ExampleSource:
         request.sft.seed,
         reading_room(request.task, request.ood),
         request.reading_steps,
+        request.detours,
     )
     return RepeatedExamples(played, request.fresh_steps) if request.fresh_steps > 0 else played
 

@@ -24,9 +24,9 @@ SETTINGS = NumberLineSettings()
 
 
 def batches(
-    count: int, noise: float = 0.5, with_done: bool = True, ood: bool = False, seed: int = 0
+    count: int, noise: float = 0.5, with_done: bool = True, ood: bool = False, seed: int = 0, detours: float = 0.0
 ) -> list[SftExample]:
-    source = Demonstrations(playgrounds(SETTINGS, ood), noise, with_done, seed)
+    source = Demonstrations(playgrounds(SETTINGS, ood), noise, with_done, seed, detours=detours)
     return [example for step in range(count) for example in source.batch(step, 32)]
 
 
@@ -46,6 +46,17 @@ def test_a_step_has_the_same_examples_at_every_call_and_in_any_order() -> None:
     assert again.batch(2, 8) == early
     assert again.batch(40, 8) == late
     assert Demonstrations(playgrounds(SETTINGS, True), 0.5, True, seed=4).batch(2, 8) != early
+
+
+def test_on_detours_the_expert_shows_what_to_do_where_it_would_not_have_gone() -> None:
+    def turned(examples: list[SftExample]) -> float:
+        pasts = [{action for action in "+-" if f": {action}\n" in example.prompt} for example in examples]
+        return sum(past == {"+", "-"} for past in pasts) / len(pasts)
+
+    straight, detoured = batches(20, noise=0.0), batches(20, noise=0.0, detours=0.5)
+    assert expert_share(straight) == expert_share(detoured) == 1.0
+    assert turned(straight) == 0.0
+    assert turned(detoured) > 0.1
 
 
 def test_steps_have_different_examples() -> None:
