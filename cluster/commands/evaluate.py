@@ -10,6 +10,7 @@ from rich.table import Table
 from cluster.json_file import write_json_file
 from envs.base import SPLITS
 from shared.errors import UserError
+from shared.instances import EVALUATION_SEEDS
 
 
 def register(app: typer.Typer) -> None:
@@ -22,7 +23,10 @@ def register(app: typer.Typer) -> None:
         instances: Annotated[int, typer.Option(min=1, max=100_000, help="Task instances.")] = 100,
         samples: Annotated[int, typer.Option(min=1, max=1024, help="N of Div@N: trajectories an instance.")] = 8,
         seed: Annotated[
-            int, typer.Option(min=0, max=2**30 - 200_000, help="Seed of the first instance; training uses others.")
+            int,
+            typer.Option(
+                min=0, max=EVALUATION_SEEDS.stop - 200_000, help="Seed of the first instance; training uses others."
+            ),
         ] = 20_000_033,
         temperature: Annotated[
             float, typer.Option(min=0.01, max=2.0, help="Sampling temperature; the greedy success stands beside it.")

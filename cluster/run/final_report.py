@@ -20,7 +20,7 @@ def measured_on(tasks: Collection[str]) -> str:
     if set(tasks) != {"alfworld"}:
         said.append("instances used neither in training nor to choose the adapter")
     if "alfworld" in tasks:
-        said.append("ALFWorld games: of seen rooms, held out from training where such are (`id`), and of unseen rooms")
+        said.append("ALFWorld games: of seen rooms (`id`; `task.seen_games` says which) and of unseen ones (`ood`)")
     return " and on ".join(said)
 
 

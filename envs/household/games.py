@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -98,7 +99,7 @@ def find_games(root: Path, folder: str, task_types: tuple[TaskType, ...]) -> tup
 
 @lru_cache(64)
 def games_there(root: Path, folder: str, task_types: tuple[TaskType, ...]) -> tuple[Game, ...]:
-    """Returns the games of a split, in an order that is the same on every machine and mixes the task types.
+    """Returns the games of a split, in an order that is the same on every machine and spreads each type evenly.
 
     The same games are left out as by ``AlfredTWEnv``: movable and sliced ones, and unsolvable ones.
 
@@ -123,4 +124,14 @@ def games_there(root: Path, folder: str, task_types: tuple[TaskType, ...]) -> tu
             continue
         if _SOLVABLE.search(_text(path)) is not None:
             games.append(Game(path.parent, name, task_type))
-    return tuple(sorted(games, key=lambda game: hashlib.sha256(game.name.encode()).digest()))
+    return _spread(games, task_types)
+
+
+def _spread(games: Sequence[Game], task_types: Sequence[TaskType]) -> tuple[Game, ...]:
+    """Returns games in an order in which any few that follow one another are of each type as often as all are."""
+    places: list[tuple[float, int, Game]] = []
+    for index, task_type in enumerate(task_types):
+        same = [game for game in games if game.task_type is task_type]
+        same.sort(key=lambda game: hashlib.sha256(game.name.encode()).digest())
+        places += [((rank + 0.5) / len(same), index, game) for rank, game in enumerate(same)]
+    return tuple(game for _, _, game in sorted(places, key=lambda place: place[:2]))

@@ -8,7 +8,6 @@ from cluster.launch.ray_runtime import resource_plan
 from cluster.models import resolve_model, shipped_models
 from cluster.preset_library import DEFAULT_PRESET, PRESETS, load_preset, preset_names
 from envs.household.generation import generate, specs
-from envs.household.tasks import TaskType
 from envs.registry import make_env
 from shared.config_io import dump_config, load_config
 from shared.policy_inputs import PolicyInputs
@@ -42,11 +41,11 @@ def test_the_default_preset_comes_first():
 @pytest.mark.skipif(find_spec("alfworld") is None, reason="make alfworld")
 def test_alfworld_tiny_knows_every_word_of_its_games_and_they_fit(tmp_path: Path) -> None:
     config = load_preset("alfworld-tiny")
-    list(generate(tmp_path, specs({"train": 3}, "small", 11, [TaskType.PICK]), workers=1))
+    list(generate(tmp_path, specs({"train": 6}, "small", 11), workers=1))
     env = make_env(config.task.model_copy(update={"games": str(tmp_path)}))
     inputs = PolicyInputs.load(resolve_model(config.policy.model))
     rng = np.random.default_rng(0)
-    for seed in range(3):
+    for seed in range(6):
         env.reset(seed=seed)
         while env.end is None:
             prompt = inputs.render(env.prompt())

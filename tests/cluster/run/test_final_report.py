@@ -32,4 +32,4 @@ def test_alfworlds_report_says_which_games_it_plays():
     assert "neither in training" in measured_on(["numberline"])
     assert "neither" not in measured_on(["alfworld"])
     assert "neither" in (both := measured_on(["numberline", "alfworld"]))
-    assert "held out from training" in both
+    assert "`task.seen_games` says which" in both

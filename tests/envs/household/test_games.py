@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -92,6 +93,18 @@ def test_kitchens_have_what_heats_cools_and_cleans() -> None:
     for number in range(1, 31):
         kinds = {kind for _, kind in floor_plan(number).receptacles}
         assert {"Fridge", "Microwave", "SinkBasin"} <= kinds
+
+
+def test_each_type_is_spread_evenly_over_the_games_of_a_split(games_root: Path, tmp_path: Path) -> None:
+    for folder in ("train", "valid_seen", "valid_unseen"):
+        types = [game.task_type for game in find_games(games_root, folder, TYPES)]
+        assert all(set(types[first : first + 6]) == set(TaskType) for first in range(len(types) - 5))
+    for source, copies in ((TaskType.PICK, 3), (TaskType.LOOK, 1)):
+        (game,) = find_games(games_root, "valid_seen", (source,))
+        for number in range(copies):
+            shutil.copytree(game.folder, tmp_path / "json_2.1.1" / "train" / game.folder.parent.name / f"{number}")
+    spread = [game.task_type for game in find_games(tmp_path, "train", TYPES)]
+    assert spread == [TaskType.PICK, TaskType.PICK, TaskType.LOOK, TaskType.PICK]
 
 
 def test_left_out_are_the_games_that_alfworld_leaves_out(tmp_path: Path) -> None:
