@@ -93,6 +93,9 @@ class AlfworldSettings(EpisodeSettings):
         description="Which games of seen rooms are split `id`; `held_out`: `train` to learn from, and for evaluations "
         "and `gflowvlm play` `valid_seen`, where there are such.",
     )
+    train_games: int | None = Field(
+        None, ge=1, description="How many of the `train` games are played, as many of each type; all by default."
+    )
     task_types: tuple[AlfworldTaskType, ...] = Field(
         get_args(AlfworldTaskType), min_length=1, description="Task types to play; all six by default."
     )

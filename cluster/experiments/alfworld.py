@@ -80,7 +80,7 @@ ALFWORLD = Experiment(
     notes=(
         "The average is over all games of the evaluation, not over the task types.",
         "At the tiny scale all prompts are without the past, and the non-Markovian PPO is left out.",
-        "The games of seen rooms are those that training plays at the tiny scale, held out from it at the paper's.",
+        "At the tiny scale the games of seen rooms are the twelve that training plays, at the paper's others.",
         "Without ALFWORLD_DATA the games are generated ones; the paper's are ALFWorld's own.",
     ),
 )

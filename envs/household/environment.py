@@ -110,7 +110,10 @@ class AlfworldEnv(TaskEnv):
 
     def _game_of(self, seed: int, split: str) -> Game:
         root, types = self._root(), tuple(TaskType(t) for t in self.settings.task_types)
-        games = find_games(root, self._folder_of(seed, split, root, types), types)
+        folder = self._folder_of(seed, split, root, types)
+        games = find_games(root, folder, types)
+        if folder == TRAIN_FOLDER:
+            games = games[: self.settings.train_games]
         return games[seed % len(games)]
 
     def _folder_of(self, seed: int, split: str, root: Path, types: tuple[TaskType, ...]) -> str:

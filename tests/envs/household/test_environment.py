@@ -111,6 +111,18 @@ def test_evaluations_play_other_games_of_the_seen_rooms_than_anything_that_is_le
     assert folders(TRAINING_SEEDS[:3], "ood") == folders(EVALUATION_SEEDS[:3], "ood") == {"valid_unseen"}
 
 
+def test_a_run_can_be_of_a_few_train_games_of_each_type(make_env: MakeEnv) -> None:
+    env = make_env(train_games=6, seen_games="train")
+    games = []
+    for seed in range(12):
+        env.reset(seed=seed)
+        games.append((env.game.task_type, env.game.name))
+    assert len(set(games)) == 6
+    assert {task_type for task_type, _ in games} == set(TaskType)
+    env.reset(seed=7, options={"split": "ood"})
+    assert env.game.folder.parent.parent.name == "valid_unseen"
+
+
 def test_where_no_game_of_seen_rooms_is_held_out_evaluations_play_those_of_training(
     games_root: Path, tmp_path: Path
 ) -> None:
