@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from shared.instances import EVALUATION_SEEDS
 from shared.settings import CustomResources, Fraction, NodeLabels, Settings
 from shared.task_settings import AlfworldSettings, NumberLineSettings, TaskSettings
 
@@ -201,7 +202,7 @@ class EvaluationSettings(Settings):
     every: int = Field(20, ge=1, description="Learner steps between evaluations.")
     instances: int = Field(30, ge=1, le=100_000, description="Task instances of one evaluation.")
     samples: int = Field(8, ge=1, le=1024, description="N of Div@N: trajectories per instance.")
-    seed: int = Field(10_000_019, ge=0, lt=2**29, description="Seed of the evaluation instances.")
+    seed: int = Field(10_000_019, ge=0, lt=EVALUATION_SEEDS.stop // 2, description="Seed of the evaluation instances.")
     at_start: bool = Field(True, description="Evaluate the base model before the first learner step.")
 
 

@@ -94,7 +94,7 @@ class AlfworldSettings(EpisodeSettings):
         "and `gflowvlm play` `valid_seen`, where there are such.",
     )
     train_games: int | None = Field(
-        None, ge=1, description="How many of the `train` games are played, as many of each type; all by default."
+        None, ge=1, description="How many of the `train` games are played, of each type in proportion; all by default."
     )
     task_types: tuple[AlfworldTaskType, ...] = Field(
         get_args(AlfworldTaskType), min_length=1, description="Task types to play; all six by default."

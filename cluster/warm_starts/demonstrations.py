@@ -155,15 +155,19 @@ class Demonstrations:
             return None
         if rng.random() >= self._noise:
             return expert
-        choices = [a for a in environment.admissible_actions if self._with_done or a != DONE_TOKEN]
-        return choices[int(rng.integers(len(choices)))]
+        return _random_action(environment, rng, stop=self._with_done) or expert
 
     def _played(self, environment: TaskEnv, demonstrated: str, rng: np.random.Generator) -> str:
         """Returns what is played after an action was demonstrated: that, or a detour, which never stops."""
-        choices = [a for a in environment.admissible_actions if a != DONE_TOKEN]
-        if self._detours == 0 or len(choices) == 0 or rng.random() >= self._detours:
+        if self._detours == 0 or rng.random() >= self._detours:
             return demonstrated
-        return choices[int(rng.integers(len(choices)))]
+        return _random_action(environment, rng, stop=False) or demonstrated
+
+
+def _random_action(environment: TaskEnv, rng: np.random.Generator, stop: bool) -> str | None:
+    """Returns a random admissible action, with or without the stop action among them; None where there is none."""
+    choices = [a for a in environment.admissible_actions if stop or a != DONE_TOKEN]
+    return choices[int(rng.integers(len(choices)))] if choices else None
 
 
 class RepeatedExamples:

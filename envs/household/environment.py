@@ -9,7 +9,15 @@ from PIL import Image
 
 from envs.base import TaskEnv
 from envs.household import prompts
-from envs.household.games import Game, find_games, games_there, official_data
+from envs.household.games import (
+    SEEN_FOLDER,
+    TRAIN_FOLDER,
+    UNSEEN_FOLDER,
+    Game,
+    find_games,
+    games_there,
+    official_data,
+)
 from envs.household.sessions import Session, TextSession
 from envs.household.starter import starter_set
 from envs.household.tasks import SUB_GOALS, TaskType
@@ -20,7 +28,6 @@ from shared.trajectory import EndReason
 
 GOAL_REWARD = AlfworldSettings.largest_reward
 REWARD_FLOOR = 0.1
-TRAIN_FOLDER, SEEN_FOLDER, UNSEEN_FOLDER = "train", "valid_seen", "valid_unseen"
 
 
 class AlfworldEnv(TaskEnv):

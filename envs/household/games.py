@@ -18,6 +18,7 @@ DATA_VARIABLE = "ALFWORLD_DATA"
 ALFWORLD_CACHE = Path("~/.cache/alfworld")
 """Where `alfworld-download` puts the official games, and what alfworld sets the variable to."""
 VERSION_FOLDER = "json_2.1.1"
+TRAIN_FOLDER, SEEN_FOLDER, UNSEEN_FOLDER = "train", "valid_seen", "valid_unseen"
 GAME_FILE, TASK_FILE = "game.tw-pddl", "traj_data.json"
 LEFT_OUT = ("movable", "Sliced")
 """Words in the path of games that ALFWorld's environments skip."""

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from envs.household.engine import GameEngine
-from envs.household.games import GAME_FILE, TASK_FILE, VERSION_FOLDER
+from envs.household.games import GAME_FILE, SEEN_FOLDER, TASK_FILE, TRAIN_FOLDER, UNSEEN_FOLDER, VERSION_FOLDER
 from envs.household.pddl import problem
 from envs.household.scenes import SIZES, Room, floor_plan, make_room, plan_numbers, tasks_of
 from envs.household.tasks import TaskType, sub_goals_reached
 from shared.errors import UserError
 
-FOLDERS = ("train", "valid_seen", "valid_unseen")
+FOLDERS = (TRAIN_FOLDER, SEEN_FOLDER, UNSEEN_FOLDER)
 LONGEST_PLAN = 30
 """Commands; leaves a few of the 35 steps for looking around and for the stop action."""
 ATTEMPTS = 50
@@ -117,7 +117,7 @@ def _engine() -> GameEngine:
 
 def _generate_one(root: Path, spec: GameSpec) -> Path:
     _engine()  # First of all: it says in words what is not installed.
-    numbers = plan_numbers(unseen=spec.folder == "valid_unseen")
+    numbers = plan_numbers(unseen=spec.folder == UNSEEN_FOLDER)
     key = [spec.seed, FOLDERS.index(spec.folder), list(TaskType).index(spec.task_type), spec.number]
     rng = np.random.default_rng(key)
     for _ in range(ATTEMPTS):
