@@ -13,7 +13,7 @@ from cluster.cli import app
 from cluster.experiments.catalog import EXPERIMENTS
 from cluster.experiments.results import CURVES, PICTURE, RAW, TABLE
 from shared.run_folder import RunFolder
-from tests.cluster.experiments.test_experiments import finish, select
+from tests.cluster.experiments.small_experiment import finish, select
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = [

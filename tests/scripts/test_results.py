@@ -8,7 +8,7 @@ from results import keep, with_table
 
 from cluster.experiments.results import write_results
 from shared.errors import UserError
-from tests.cluster.experiments.test_experiments import SMALL, finish, select
+from tests.cluster.experiments.small_experiment import SMALL, finish, select
 
 PAGE = "# Results\n\n<!-- small -->\nold\n<!-- end of small -->\n\nWhy.\n"
 
