@@ -63,12 +63,14 @@ class TrajectoryFiles:
         partial = path.with_name(path.name + ".partial")
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_batches([batch]), sink, compression="zstd")
+        written = [partial]
         try:
             _write_durably(partial, sink.getvalue())
             os.replace(partial, path)
+            written.append(path)
             _sync_directory(self.directory)
         except OSError as error:
-            for leftover in (partial, path):
+            for leftover in written:
                 _remove(leftover)
             raise UserError(
                 f"{path}: trajectories cannot be written ({error.strerror}); free space there, "

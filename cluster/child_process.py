@@ -46,6 +46,10 @@ def run_command(
         try:
             return _wait(child, stop)
         finally:
+            if child.poll() is None:
+                # A second Ctrl-C does not wait for the child to end.
+                child.kill()
+                child.wait(timeout=CHILD_END_S)
             guard.release()
     finally:
         if output is not None:

@@ -101,6 +101,8 @@ def _show_trials(console: Console, selection: "Selection", concurrent: int) -> N
 
     chosen = selection.trials()
     todo = [trial for trial in chosen.chosen if not trial.finished]
+    if any(trial.finished and not trial.recorded for trial in chosen.chosen):
+        raise UserError(f"{selection.out}: holds finished runs made with other settings; name another --out")
     by_name = {trial.variant.slug: trial for trial in chosen.chosen}
     for slug, trial in by_name.items():
         config = trial.run.config
@@ -113,12 +115,12 @@ def _show_trials(console: Console, selection: "Selection", concurrent: int) -> N
         console.print(f"{slug}: {runs}", highlight=False, markup=False, soft_wrap=True)
         console.print(Padding(settings, (0, 0, 0, 4)), highlight=False)
     for line in chosen.left_out:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     for start, folder in chosen.warm_starts:
-        console.print(
-            f"made first: {folder}: gflowvlm sft {' '.join(start.arguments)}", highlight=False, soft_wrap=True
-        )
+        made = f"made first: {folder}: gflowvlm sft {' '.join(start.arguments)}"
+        console.print(made, highlight=False, markup=False, soft_wrap=True)
     longest = max((trial.run.config.learner.steps for trial in todo), default=0)
     per_run = expected_minutes(list(selection.finished()), selection.scale, longest)
     left = said_minutes(minutes_left([0.0] * len(todo), per_run, concurrent))
-    console.print(f"runs to do: {len(todo)}, in {selection.out}; time: {left}", highlight=False, soft_wrap=True)
+    said = f"runs to do: {len(todo)}, in {selection.out}; time: {left}"
+    console.print(said, highlight=False, markup=False, soft_wrap=True)

@@ -12,8 +12,9 @@ from rich.console import Console
 from cluster.experiments.progress import ExperimentDisplay, expected_minutes
 from cluster.experiments.results import CURVES, PICTURE, RAW, TABLE, write_results
 from cluster.experiments.trial_process import last_words
-from cluster.experiments.trials import Selection, Trial, check_models
+from cluster.experiments.trials import Selection, Trial, TrialList, check_models
 from cluster.experiments.warm_starting import is_made, make_warm_start
+from cluster.folder_lock import folder_lock
 from shared.errors import UserError
 
 
@@ -30,32 +31,38 @@ def run_experiment(selection: Selection, console: Console, *, concurrent: int, r
         Whether it came to its end (and was not interrupted).
 
     Raises:
-        UserError: Nothing can be run, the folder holds runs with other settings, or trials failed.
+        UserError: Nothing can be run, the folder holds runs with other settings or is in use, or trials failed.
     """
     chosen = selection.trials()
     for line in chosen.left_out:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if len(chosen.chosen) == 0:
         raise UserError(f"experiment {selection.experiment.name}: {'; '.join(chosen.left_out)}")
     todo = {trial.name: trial for trial in chosen.chosen if not trial.finished}
-    if todo:
-        check_models(todo.values())
+    check_models(todo.values())
+    with folder_lock(selection.out, "another `gflowvlm experiment` is running there; wait, or name another --out"):
         for trial in chosen.chosen:
             trial.prepare()
-        with _stop_file() as stop:
-            made = all(
-                is_made(folder) or make_warm_start(start, folder, stop.exists) for start, folder in chosen.warm_starts
-            )
-            if made and not stop.exists():
-                _run(selection, todo, len(chosen.chosen) - len(todo), stop, console, concurrent, retries)
-            stopped = stop.exists()
-        if stopped:
+        if todo and not _run_all(selection, todo, chosen, console, concurrent, retries):
             return False
-    _show_results(selection, console)
+        _show_results(selection, console)
     failed = [trial for trial in todo.values() if not trial.finished]
     if failed:
         raise UserError(_failures(failed))
     return True
+
+
+def _run_all(
+    selection: Selection, todo: Mapping[str, Trial], chosen: TrialList, console: Console, concurrent: int, retries: int
+) -> bool:
+    """Makes the models that trials start from, then runs the trials; returns whether nobody stopped it."""
+    with _stop_file() as stop:
+        made = all(
+            is_made(folder) or make_warm_start(start, folder, stop.exists) for start, folder in chosen.warm_starts
+        )
+        if made and not stop.exists():
+            _run(selection, todo, len(chosen.chosen) - len(todo), stop, console, concurrent, retries)
+        return not stop.exists()
 
 
 def _run(
@@ -103,9 +110,10 @@ def _show_results(selection: Selection, console: Console) -> None:
     finished = list(selection.finished())
     if len(finished) == 0:
         return
-    console.print(write_results(selection.experiment, finished, selection.out), highlight=False, soft_wrap=True)
+    table = write_results(selection.experiment, finished, selection.out)
+    console.print(table, highlight=False, markup=False, soft_wrap=True)
     written = ", ".join(str(selection.out / name) for name in (TABLE, RAW, PICTURE, CURVES))
-    console.print(f"written: {written}", highlight=False, soft_wrap=True)
+    console.print(f"written: {written}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _failures(failed: Sequence[Trial]) -> str:

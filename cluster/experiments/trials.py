@@ -209,7 +209,10 @@ class Selection:
 
     def _trial(self, variant: Variant, seed: int) -> Trial:
         start = variant.warm_starts.get(self.scale)
-        model = () if start is None else (f"policy.model={(self.out / MODELS / start.name).resolve()}",)
+        # Quoted: a folder's name may hold what means something else in YAML.
+        model: tuple[str, ...] = ()
+        if start is not None:
+            model = (f"policy.model={json.dumps(str((self.out / MODELS / start.name).resolve()))}",)
         config = load_preset(
             variant.preset(self.scale), [*UNATTENDED, *variant.overrides, *model, *self.overrides, f"seed={seed}"]
         )

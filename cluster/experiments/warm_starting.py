@@ -1,7 +1,6 @@
 """Making the models that an experiment's runs start from."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,11 +41,7 @@ def make_warm_start(start: WarmStart, folder: Path, stop: Callable[[], bool]) ->
     Raises:
         UserError: It could not be made.
     """
-    command = warm_start_command(start, folder)
-    if "--resume" not in command and (folder / _REPORT).exists():
-        # It was stopped before its first checkpoint: there is nothing to go on with.
-        shutil.rmtree(folder)
-    status = run_command(command, stop=stop)
+    status = run_command(warm_start_command(start, folder), stop=stop)
     if status == INTERRUPTED:
         return False
     if status != 0 or not is_made(folder):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.folder_lock import LOCK, folder_lock
 from shared.config import RunConfig
 from shared.config_io import dump_config, load_config
 from shared.errors import UserError
@@ -16,9 +17,13 @@ from shared.run_folder import RunFolder
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file so that a reader sees all of it or none."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def new_run(config: RunConfig, directory: Path | None) -> RunFolder:
@@ -64,17 +69,10 @@ def run_lock(folder: RunFolder) -> Iterator[None]:
     Raises:
         UserError: Another driver is running it.
     """
-    descriptor = os.open(_lock(folder), os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder.root}: another `gflowvlm train` is running this run") from None
+    with folder_lock(folder.root, "another `gflowvlm train` is running this run") as descriptor:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, socket.gethostname().encode(), 0)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def driver_holds(folder: RunFolder) -> bool | None:
@@ -83,7 +81,7 @@ def driver_holds(folder: RunFolder) -> bool | None:
     Not every shared file system shows one machine the locks of another.
     """
     try:
-        descriptor = os.open(_lock(folder), os.O_RDONLY)
+        descriptor = os.open(folder.root / LOCK, os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
@@ -94,7 +92,3 @@ def driver_holds(folder: RunFolder) -> bool | None:
     finally:
         os.close(descriptor)
     return False if host in ("", socket.gethostname()) else None
-
-
-def _lock(folder: RunFolder) -> Path:
-    return folder.root / ".lock"

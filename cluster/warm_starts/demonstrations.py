@@ -10,7 +10,7 @@ hold it, and who learns from it takes things that are not there.
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -101,7 +101,7 @@ class Demonstrations:
             reading: Where the first steps are played, with the prompt left out: a policy with random weights
                 learns to read much faster from short sequences whose two numbers are independent.
             reading_steps: About how many steps (whole blocks) that lasts.
-            detours: Probability that a random admissible action is played instead of the demonstrated one.
+            detours: Probability that another admissible action, at random, is played than the demonstrated one.
         """
         self._environments = [(make_env(place.settings), place) for place in places]
         self._reading = None if reading is None else (make_env(reading.settings), reading)
@@ -111,6 +111,11 @@ class Demonstrations:
         self._detours = detours
         self._seed = seed
         self._block = lru_cache(maxsize=1)(self._play_block)
+
+    @property
+    def reading_steps(self) -> int:
+        """How many steps teach reading only."""
+        return 0 if self._reading is None else self._reading_blocks * _BLOCK_BATCHES
 
     def batch(self, step: int, size: int) -> list[SftExample]:
         """Returns the examples of a step; the same ones at every call."""
@@ -155,18 +160,18 @@ class Demonstrations:
             return None
         if rng.random() >= self._noise:
             return expert
-        return _random_action(environment, rng, stop=self._with_done) or expert
+        return _random_action(environment, rng, () if self._with_done else (DONE_TOKEN,)) or expert
 
     def _played(self, environment: TaskEnv, demonstrated: str, rng: np.random.Generator) -> str:
         """Returns what is played after an action was demonstrated: that, or a detour, which never stops."""
         if self._detours == 0 or rng.random() >= self._detours:
             return demonstrated
-        return _random_action(environment, rng, stop=False) or demonstrated
+        return _random_action(environment, rng, (DONE_TOKEN, demonstrated)) or demonstrated
 
 
-def _random_action(environment: TaskEnv, rng: np.random.Generator, stop: bool) -> str | None:
-    """Returns a random admissible action, with or without the stop action among them; None where there is none."""
-    choices = [a for a in environment.admissible_actions if stop or a != DONE_TOKEN]
+def _random_action(environment: TaskEnv, rng: np.random.Generator, but: Collection[str]) -> str | None:
+    """Returns a random admissible action that is none of some; None where there is none."""
+    choices = [action for action in environment.admissible_actions if action not in but]
     return choices[int(rng.integers(len(choices)))] if choices else None
 
 
@@ -176,23 +181,26 @@ class RepeatedExamples:
     Where playing costs more than learning does, as in ALFWorld.
     """
 
-    def __init__(self, source: ExampleSource, fresh_steps: int) -> None:
+    def __init__(self, source: ExampleSource, fresh_steps: int, once: int = 0) -> None:
         """Sets the repetition up.
 
         Args:
             source: Where the examples of the first steps come from.
             fresh_steps: How many steps these are.
+            once: How many of them, from the first on, are not repeated.
         """
         self._source = source
         self._fresh_steps = fresh_steps
+        self._once = once
         self._kept: dict[int, list[SftExample]] = {}
 
     def batch(self, step: int, size: int) -> list[SftExample]:
         """Returns the examples of a step; the same ones at every call."""
-        repetition, place = divmod(step, self._fresh_steps)
-        if repetition == 0:
-            return self._fresh(place, size)
-        examples = [example for fresh in range(self._fresh_steps) for example in self._fresh(fresh, size)]
+        if step < self._fresh_steps:
+            return self._fresh(step, size)
+        repetition, place = divmod(step - self._once, self._fresh_steps - self._once)
+        repeated = range(self._once, self._fresh_steps)
+        examples = [example for fresh in repeated for example in self._fresh(fresh, size)]
         order = np.random.default_rng(repetition).permutation(len(examples))
         return [examples[index] for index in order[place * size : (place + 1) * size]]
 

@@ -20,6 +20,7 @@ from actors.environments import EnvironmentLostError, EpisodeEnvironment, LocalE
 from actors.episode import play_demonstration
 from actors.groups import GroupRequest
 from actors.trajectory_files import TrajectoryFiles, trajectory_files
+from cluster.folder_lock import LOCK, folder_lock
 from cluster.models import resolve_model
 from cluster.run.run_setup import write_whole
 from envs.registry import make_env
@@ -47,11 +48,21 @@ def make_demonstrations(
         on_progress: Called with the number of trajectories there are, now and then.
 
     Raises:
-        UserError: The folder holds something else or cannot be written, or the expert cannot play as asked.
+        UserError: The folder holds something else, is in use or cannot be written, or the expert cannot play as asked.
     """
     inputs = PolicyInputs.load(resolve_model(request.model))
-    if _is_finished(request, folder):
-        return DemonstrationSet(folder)
+    if folder.is_dir() and not (folder / MANIFEST).exists() and any(path.name != LOCK for path in folder.iterdir()):
+        raise UserError(f"{folder}: is not empty, and holds no demonstrations; choose another --out")
+    with folder_lock(folder, "another `gflowvlm demonstrate` is writing there; wait for it, or choose another --out"):
+        if not _is_finished(request, folder):
+            _make(request, folder, inputs, on_progress)
+    return DemonstrationSet(folder)
+
+
+def _make(
+    request: DemonstrationRequest, folder: Path, inputs: PolicyInputs, on_progress: Callable[[int], None]
+) -> None:
+    """Plays what the set still lacks."""
     directory = RunFolder(folder).trajectories
     files = TrajectoryFiles(directory)
     there = trajectory_files(directory)
@@ -73,7 +84,6 @@ def make_demonstrations(
             in_vain = 0 if len(chosen) > 0 else in_vain + chunk
     on_progress(kept)
     _write_manifest(folder, DemonstrationManifest(request=request, figures=_figures(request, directory)))
-    return DemonstrationSet(folder)
 
 
 def _is_finished(request: DemonstrationRequest, folder: Path) -> bool:
@@ -85,9 +95,6 @@ def _is_finished(request: DemonstrationRequest, folder: Path) -> bool:
                 if value != getattr(request, key):
                     raise UserError(f"{folder}: holds demonstrations made with another {key}; choose another --out")
             return manifest.figures is not None
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UserError(f"{folder}: is not empty, and holds no demonstrations; choose another --out")
         _write_manifest(folder, DemonstrationManifest(request=request))
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written ({error.strerror or error})") from None

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from actors.demonstration_set import DemonstrationSet
+from cluster.folder_lock import folder_lock
+from cluster.interruption import sigterm_as_interrupt
 from cluster.models import resolve_model
 from cluster.run.progress import PLAIN_INTERVAL_S
+from cluster.run.run_setup import write_whole
 from cluster.warm_starts.demonstrations import (
     Demonstrations,
     RecordedExamples,
@@ -79,14 +82,16 @@ def start(request: SftRequest, out: Path, console: Console) -> bool:
     """Trains from the beginning and writes the model into `out`.
 
     Returns:
-        Whether training was finished (and not stopped by Ctrl-C).
+        Whether it came to its end (and was not stopped by Ctrl-C).
 
     Raises:
         UserError: `out` is in use or cannot be written, or the model, the demonstrations or what the final figures are
             played on cannot be loaded.
     """
-    if (out / _CHECKPOINT).exists() or (out / _REPORT).exists():
-        raise UserError(f"{out}: holds a model or an unfinished training; go on with --resume, or choose another --out")
+    if (out / _CHECKPOINT).exists():
+        raise UserError(f"{out}: holds an unfinished training; go on with --resume, or choose another --out")
+    if (out / "config.json").exists():
+        raise UserError(f"{out}: holds a model, which would be written over; choose another --out")
     source = _source(request)
     _check_instances(request)
     with tempfile.TemporaryDirectory(prefix="gflowvlm-tiny-") as folder:
@@ -100,19 +105,16 @@ def start(request: SftRequest, out: Path, console: Console) -> bool:
     report = {"command": shlex.join(["gflowvlm", *sys.argv[1:]]), "request": request.model_dump()}
     if (Path(model) / _REPORT).exists():
         report["made_from"] = _read_report(Path(model))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    with _held(out):
         _write_report(out, report)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from None
-    return _train(SftTrainer(network, inputs, request.sft), source, request, out, console)
+        return _train(SftTrainer(network, inputs, request.sft), source, request, out, console)
 
 
 def resume(out: Path, console: Console) -> bool:
     """Goes on with a stopped training, with the settings it was started with.
 
     Returns:
-        Whether training was finished (and not stopped by Ctrl-C).
+        Whether it came to its end (and was not stopped by Ctrl-C).
 
     Raises:
         UserError: There is no stopped training in `out`.
@@ -121,7 +123,12 @@ def resume(out: Path, console: Console) -> bool:
         request = SftRequest.model_validate(_read_report(out)["request"])
     except (KeyError, ValidationError):
         raise UserError(f"{out}: its {_REPORT} holds no request; nothing there can be resumed") from None
-    return _train(SftTrainer.resume(out / _CHECKPOINT, request.sft), _source(request), request, out, console)
+    with _held(out):
+        return _train(SftTrainer.resume(out / _CHECKPOINT, request.sft), _source(request), request, out, console)
+
+
+def _held(out: Path) -> AbstractContextManager[int]:
+    return folder_lock(out, "another `gflowvlm sft` is writing there; wait for it, or choose another --out")
 
 
 def _lexicon(settings: TaskSettings) -> Lexicon | None:
@@ -147,7 +154,14 @@ def _source(request: SftRequest) -> ExampleSource:
         request.reading_steps,
         request.detours,
     )
-    return RepeatedExamples(played, request.fresh_steps) if request.fresh_steps > 0 else played
+    if request.fresh_steps == 0:
+        return played
+    if request.fresh_steps <= played.reading_steps:
+        raise UserError(
+            f"--fresh-steps {request.fresh_steps}: the first {played.reading_steps} steps teach reading only, and no "
+            "later one would have a prompt; ask for more, or for fewer --reading-steps"
+        )
+    return RepeatedExamples(played, request.fresh_steps, played.reading_steps)
 
 
 def _check_instances(request: SftRequest) -> None:
@@ -162,33 +176,51 @@ def _check_instances(request: SftRequest) -> None:
 def _train(trainer: SftTrainer, source: ExampleSource, request: SftRequest, out: Path, console: Console) -> bool:
     size = sum(parameter.numel() for parameter in trainer.network.parameters())
     console.print(f"Training all {size / 1e6:.2f} M parameters on {trainer.network.device}, {request.sft.steps} steps.")
-    started, first_step = time.monotonic(), trainer.step
-    with _interrupt_flag() as interrupted, _Display(console, request.sft.steps, first_step) as display:
+    started, report = time.monotonic(), _read_report(out)
+    took = report.get("wall_seconds", 0.0)
+    with _interrupt_flag() as interrupted, _Display(console, request.sft.steps, trainer.step) as display:
         try:
             finished = trainer.train(source, out / _CHECKPOINT, display.show, lambda: bool(interrupted))
         except OSError as error:
             raise UserError(f"{out}: a checkpoint cannot be written ({error.strerror or error})") from None
-    report = _read_report(out)
-    report["wall_seconds"] = round(report.get("wall_seconds", 0.0) + time.monotonic() - started, 1)
-    if not finished:
-        _write_report(out, report)
-        console.print(f"Stopped at step {trainer.step}. Go on: gflowvlm sft --resume --out {out}", soft_wrap=True)
+    if display.loss is not None:
+        report["loss"] = round(display.loss, 4)
+    report["wall_seconds"] = round(took + time.monotonic() - started, 1)
+    _write_report(out, report)
+    figures = _figures(trainer, request, console) if finished and not interrupted else None
+    if figures is None:
+        if finished:
+            trainer.save_checkpoint(out / _CHECKPOINT)
+        said = f"Stopped at step {trainer.step}. Go on: gflowvlm sft --resume --out {out}"
+        console.print(said, markup=False, soft_wrap=True)
         return False
     trainer.save_model(out)
-    report |= {"parameters": size, "final_loss": round(display.loss, 4), "torch": torch.__version__}
-    report["figures"] = [figures.as_json() for figures in _figures(trainer, request, console)]
+    report["parameters"], report["torch"] = size, torch.__version__
+    report["final_loss"] = report.pop("loss", None)
+    report["figures"] = [each.as_json() for each in figures]
+    report["wall_seconds"] = round(took + time.monotonic() - started, 1)
     _write_report(out, report)
     trainer.drop_checkpoint(out / _CHECKPOINT)
-    console.print(f"Model and figures: {out}. Train on: gflowvlm train policy.model={out}", soft_wrap=True)
+    said = f"Model and figures: {out}. Train on: gflowvlm train policy.model={out}"
+    console.print(said, markup=False, soft_wrap=True)
     return True
 
 
-def _figures(trainer: SftTrainer, request: SftRequest, console: Console) -> list[WarmStartFigures]:
+def _figures(trainer: SftTrainer, request: SftRequest, console: Console) -> list[WarmStartFigures] | None:
+    """Returns what the model can do; None when it was interrupted while it played."""
     if request.episodes == 0:
         return []
     console.print("Playing to see what it can do.")
     trainer.network.eval()
     trainer.network.config.use_cache = True
+    try:
+        with sigterm_as_interrupt():
+            return _measured(trainer, request, console)
+    except KeyboardInterrupt:
+        return None
+
+
+def _measured(trainer: SftTrainer, request: SftRequest, console: Console) -> list[WarmStartFigures]:
     measured = []
     for split in SPLITS:
         for temperature in (1.0, 0.0):
@@ -210,7 +242,7 @@ class _Display:
     """Progress bar on a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self, console: Console, steps: int, first_step: int) -> None:
-        self.loss = float("nan")
+        self.loss: float | None = None
         self._console = console
         self._printed = time.monotonic()
         self._bar = Progress(
@@ -233,8 +265,8 @@ class _Display:
 
     def show(self, progress: SftProgress) -> None:
         """Shows a step; the loss is smoothed."""
-        self.loss = progress.loss if progress.step == 1 or self.loss != self.loss else self.loss
-        self.loss += 0.05 * (progress.loss - self.loss)
+        before = progress.loss if self.loss is None else self.loss
+        self.loss = before + 0.05 * (progress.loss - before)
         self._bar.update(self._task, completed=progress.step, description=f"loss {self.loss:.3f}")
         last = progress.step == self._steps
         if not self._console.is_terminal and (last or time.monotonic() - self._printed >= PLAIN_INTERVAL_S):
@@ -244,7 +276,7 @@ class _Display:
 
 @contextmanager
 def _interrupt_flag() -> Iterator[list[int]]:
-    """Collects the first Ctrl-C in a list, so that a step is never cut in half; the second one interrupts."""
+    """Collects the first Ctrl-C or SIGTERM, so that a step is never cut in half; the second one interrupts."""
     received: list[int] = []
 
     def remember(number: int, frame: Any) -> None:
@@ -252,11 +284,12 @@ def _interrupt_flag() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = signal.signal(signal.SIGINT, remember)
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _read_report(folder: Path) -> dict[str, Any]:
@@ -271,6 +304,7 @@ def _read_report(folder: Path) -> dict[str, Any]:
 
 
 def _write_report(out: Path, report: dict[str, Any]) -> None:
-    partial = out / f"{_REPORT}.partial"
-    partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    partial.replace(out / _REPORT)
+    try:
+        write_whole(out / _REPORT, json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{out / _REPORT}: cannot be written ({error.strerror or error})") from None

@@ -96,3 +96,36 @@ def test_a_command_does_not_outlive_the_process_that_runs_it(commands, tmp_path)
         parent.wait(timeout=30)
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive
+
+
+def test_a_second_ctrl_c_ends_a_command_that_does_not_heed_the_first(tmp_path, monkeypatch):
+    package, log = tmp_path / "cluster", tmp_path / "log"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "cli.py").write_text(
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGINT, lambda *_: print('heard', flush=True))\n"
+        "print('asked', os.getpid(), flush=True)\n"
+        "while True: time.sleep(1)\n"
+    )
+    monkeypatch.setattr(child_process, "POLL_S", 0.05)
+    here = threading.get_ident()
+
+    def again():
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and "heard" not in log.read_text():
+            time.sleep(0.05)
+        signal.pthread_kill(here, signal.SIGINT)
+
+    impatient = threading.Thread(target=again)
+
+    def stop():
+        if not (log.exists() and "asked" in log.read_text()):
+            return False
+        impatient.start()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_command(["60", "0"], log=log, stop=stop, directory=str(tmp_path), environment={"PATH": os.environ["PATH"]})
+    impatient.join(timeout=30)
+    assert not psutil.pid_exists(int(log.read_text().split()[1]))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import typer
 from typer.testing import CliRunner, Result
 
 from cluster.commands import sft
+from cluster.folder_lock import folder_lock
 from cluster.models import resolve_model, shipped_models
+from cluster.warm_starts import supervised
 from envs.household.generation import generate, specs
 from learner.sft import SftExample
 from shared.errors import UserError
@@ -177,3 +180,57 @@ def test_a_damaged_set_is_a_user_error_before_anything_is_made(spoil: Callable[[
     assert isinstance(error, UserError)
     assert str(folder) in str(error)
     assert not (tmp_path / "made").exists()
+
+
+def test_a_folder_with_a_model_that_it_did_not_make_is_left_alone(tmp_path: Path) -> None:
+    shutil.copytree(resolve_model("numberline-tiny"), tmp_path / "model")
+    (tmp_path / "model" / "training.json").unlink()
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    refused = run("--model", str(tmp_path / "model"), "--out", str(tmp_path / "model"), "--steps", "1")
+    assert isinstance(refused.exception, UserError)
+    assert "holds a model" in str(refused.exception)
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_repeated_steps_that_would_teach_reading_alone_are_refused(tmp_path: Path) -> None:
+    refused = run("--out", str(tmp_path / "made"), "--fresh-steps", "500", "--steps", "2000")
+    assert isinstance(refused.exception, UserError)
+    assert "--fresh-steps 500" in str(refused.exception)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_training_that_is_running_is_left_alone(tmp_path: Path) -> None:
+    with folder_lock(tmp_path, ""):
+        refused = run("--out", str(tmp_path), "--steps", "1", "--batch", "2", "--episodes", "0")
+    assert isinstance(refused.exception, UserError)
+    assert "another `gflowvlm sft`" in str(refused.exception)
+    assert not (tmp_path / "training.json").exists()
+
+
+def test_a_training_that_died_before_its_first_checkpoint_is_begun_anew(tmp_path: Path) -> None:
+    (tmp_path / "training.json").write_text(json.dumps({"request": {}, "wall_seconds": 7}))
+    result = run("--out", str(tmp_path), "--steps", "1", "--batch", "2", "--episodes", "0")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "training.json").read_text())["final_loss"] > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_training_stopped_while_it_plays_at_the_end_plays_again(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def play(*arguments: object) -> None:
+        signal.raise_signal(number)
+        raise AssertionError("not interrupted")
+
+    options = ("--out", str(tmp_path), "--steps", "2", "--batch", "2", "--episodes", "1")
+    with monkeypatch.context() as patched:
+        patched.setattr(supervised, "play_and_measure", play)
+        stopped = run(*options)
+    assert stopped.exit_code == 130
+    assert "Stopped at step 2" in stopped.output
+    assert not (tmp_path / "config.json").exists()
+    result = run("--resume", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "training.json").read_text())
+    assert report["final_loss"] > 0
+    assert len(report["figures"]) == 4

@@ -6,6 +6,7 @@ from rich.console import Console
 from cluster.experiments.catalog import EXPERIMENTS
 from cluster.experiments.results import TABLE
 from cluster.experiments.running import run_experiment
+from cluster.folder_lock import folder_lock
 from shared.errors import UserError
 from tests.cluster.experiments.small_experiment import finish, select
 
@@ -51,3 +52,19 @@ def test_an_experiment_goes_on_in_another_folder_than_the_one_where_it_was_begun
     with pytest.raises(UserError, match="db-1 failed"):
         run_experiment(select(tmp_path / "moved", only=["db"]), Console(quiet=True), concurrent=1, retries=0)
     assert [trial.name for trial in ran] == ["db-1"]
+
+
+def test_finished_runs_of_other_settings_are_not_passed_over_in_silence(tmp_path):
+    for trial in select(tmp_path, only=["sub-tb"], seeds=1).trials().chosen:
+        finish(trial, 0.8)
+    other = select(tmp_path, only=["sub-tb"], seeds=1, overrides=["learner.steps=7"])
+    with pytest.raises(UserError, match="other settings"):
+        run_experiment(other, Console(quiet=True), concurrent=1, retries=0)
+
+
+def test_an_experiment_that_is_running_is_left_alone(tmp_path):
+    chosen = select(tmp_path, only=["sub-tb"], seeds=1)
+    held = folder_lock(tmp_path, "")
+    with held, pytest.raises(UserError, match="another `gflowvlm experiment` is running there"):
+        run_experiment(chosen, Console(quiet=True), concurrent=1, retries=0)
+    assert not chosen.trials().chosen[0].run.folder.root.exists()

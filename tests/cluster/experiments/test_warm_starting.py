@@ -52,10 +52,8 @@ def test_a_warm_start_that_stopped_before_its_first_checkpoint_is_begun_anew(tmp
 
     def run_command(arguments, *, stop):
         asked.append(arguments)
-        assert not folder.exists()
         if len(asked) == 1:
             return INTERRUPTED
-        folder.mkdir()
         (folder / "training.json").write_text('{"final_loss": 0.1}')
         return 0
 
@@ -63,3 +61,10 @@ def test_a_warm_start_that_stopped_before_its_first_checkpoint_is_begun_anew(tmp
     assert not make_warm_start(STARTED, folder, lambda: False)
     assert make_warm_start(STARTED, folder, lambda: False)
     assert asked == [("sft", "--out", str(folder), *STARTED.arguments)] * 2
+
+
+def test_a_warm_start_is_found_below_a_folder_whose_name_means_something_in_yaml(tmp_path):
+    out = tmp_path / "runs #1: [new]"
+    (trial,) = select(out, seeds=1, only=["db"]).trials().chosen
+    assert trial.run.config.policy.model == str(out.resolve() / "models" / "taught")
+    assert list(select(out, seeds=1).trials().warm_starts) == [(STARTED, out.resolve() / "models" / "taught")]

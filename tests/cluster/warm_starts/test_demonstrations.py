@@ -14,9 +14,10 @@ from cluster.warm_starts.demonstrations import (
     playgrounds,
     reading_room,
 )
+from envs.registry import make_env
 from learner.sft import SftExample
 from shared.errors import UserError
-from shared.response import parse_response
+from shared.response import DONE_TOKEN, parse_response
 from shared.task_settings import BlackjackSettings, NumberLineSettings, NumberSequenceSettings, TaskSettings
 from tests.actors.made_demonstrations import make_set
 
@@ -123,6 +124,28 @@ def test_repeated_examples_are_those_of_the_first_steps_in_another_order_each_ti
     assert rounds[1] != rounds[2]
     again = RepeatedExamples(Demonstrations(playgrounds(SETTINGS, False), 0.5, True, seed=0), 3)
     assert again.batch(7, 32) == source.batch(7, 32)
+
+
+def test_examples_that_teach_reading_are_not_repeated() -> None:
+    reading = reading_room(SETTINGS, True)
+    played = Demonstrations(playgrounds(SETTINGS, False), 0.5, True, seed=0, reading=reading, reading_steps=16)
+    assert played.reading_steps == 16
+    source = RepeatedExamples(played, 18, played.reading_steps)
+    assert all(e.prompt == "" for step in range(16) for e in source.batch(step, 8))
+    fresh = Counter(repr(e) for step in (16, 17) for e in source.batch(step, 8))
+    for first in (18, 20):
+        assert Counter(repr(e) for step in (first, first + 1) for e in source.batch(step, 8)) == fresh
+
+
+def test_a_detour_is_never_the_demonstrated_action() -> None:
+    played = Demonstrations(playgrounds(SETTINGS, False), 0.0, True, seed=0, detours=1.0)
+    environment = make_env(SETTINGS)
+    rng = np.random.default_rng(0)
+    for seed in range(20):
+        environment.reset(seed=seed)
+        actions = [action for action in environment.admissible_actions if action != DONE_TOKEN]
+        for action in actions:
+            assert played._played(environment, action, rng) != action
 
 
 def test_recorded_examples_are_those_of_the_set_in_another_order_in_each_pass(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from actors.demonstration_set import DemonstrationRequest, DemonstrationSet
+from cluster.folder_lock import LOCK, folder_lock
 from cluster.warm_starts import recording
 from cluster.warm_starts.recording import make_demonstrations
 from envs.household.generation import generate, specs
@@ -136,6 +137,13 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path: Path) 
     with pytest.raises(UserError, match="is not empty"):
         make_set(tmp_path)
     assert content(tmp_path) == {"letter.txt": b"dear"}
+
+
+def test_a_set_that_is_being_made_is_left_alone(tmp_path: Path) -> None:
+    with folder_lock(tmp_path, ""), pytest.raises(UserError, match="another `gflowvlm demonstrate` is writing there"):
+        make_set(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    make_set(tmp_path)
 
 
 def test_an_expert_that_never_succeeds_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
