@@ -5,6 +5,7 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from cluster.commands import (
     alfworld,
@@ -71,7 +72,9 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True).print(f"[red]gflowvlm:[/red] {error}", highlight=False, soft_wrap=True)
+        # As text: a path or a model's answer may hold brackets.
+        said = Text.assemble(("gflowvlm:", "red"), f" {error}")
+        Console(stderr=True).print(said, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

@@ -245,3 +245,16 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     if table is None:
         raise UserError(f"{path}: not in the trajectory schema version {SCHEMA_VERSION}; made by another release?")
     return table
+
+
+def read_trajectories(path: Path) -> list[Trajectory]:
+    """Returns the trajectories of one file.
+
+    Raises:
+        UserError: The file cannot be read, or holds something other than trajectories.
+    """
+    table = read_parquet(path)
+    try:
+        return from_arrow(table)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: holds what is no trajectory ({error}); remove or restore it") from None

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cluster.interruption import INTERRUPTED, sigterm_as_interrupt
-from envs.household.games import DATA_VARIABLE, find_games, official_data
+from envs.household.games import DATA_VARIABLE, VERSION_FOLDER, games_there, official_data
 from envs.household.generation import FOLDERS, GameSpec, generate, missing, specs
 from envs.household.scenes import SIZES
 from envs.household.starter import starter_set
@@ -61,15 +61,22 @@ def register(app: typer.Typer) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: cannot be made ({error.strerror}); name another folder") from None
-        wanted = specs(dict(zip(FOLDERS, (train, seen, unseen), strict=True)), size, seed, task_type or tuple(TaskType))
+        types = tuple(dict.fromkeys(task_type or TaskType))
+        wanted = specs(dict(zip(FOLDERS, (train, seen, unseen), strict=True)), size, seed, types)
         left = missing(folder, wanted)
         if len(left) < len(wanted):
             console.print(f"{len(wanted) - len(left)} of {len(wanted)} games are there already", highlight=False)
         with sigterm_as_interrupt():
             try:
                 _generate(console, folder, left, min(workers or os.cpu_count() or 1, max(len(left), 1)))
+            except OSError as error:
+                raise UserError(
+                    f"{folder}: a game cannot be written ({error.strerror or error}); those written stay, and the "
+                    "same command goes on"
+                ) from None
             except KeyboardInterrupt:
-                console.print(f"interrupted; finished games stay in {folder}, the same command goes on")
+                told = f"interrupted; finished games stay in {folder}, the same command goes on"
+                console.print(told, highlight=False, markup=False, soft_wrap=True)
                 raise typer.Exit(INTERRUPTED) from None
         console.print(_table(folder))
 
@@ -86,7 +93,10 @@ def register(app: typer.Typer) -> None:
         """
         console = Console()
         root = folder or official_data() or starter_set()
-        console.print(f"games in {root} (another folder: {DATA_VARIABLE}=FOLDER)", highlight=False, soft_wrap=True)
+        if not (root / VERSION_FOLDER).is_dir():
+            raise UserError(f"{root}: no {VERSION_FOLDER} in it; `gflowvlm alfworld generate {root}` makes games")
+        told = f"games in {root} (another folder: {DATA_VARIABLE}=FOLDER)"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
         console.print(_table(root))
 
 
@@ -103,17 +113,9 @@ def _generate(console: Console, folder: Path, left: list[GameSpec], workers: int
 
 def _table(root: Path) -> Table:
     table = Table("task type", *FOLDERS)
-    counts = [_counts(root, folder) for folder in FOLDERS]
+    counts = [Counter(game.task_type for game in games_there(root, folder, tuple(TaskType))) for folder in FOLDERS]
     for task_type in TaskType:
         table.add_row(task_type.value, *(str(count[task_type]) for count in counts))
     table.add_section()
     table.add_row("all", *(str(count.total()) for count in counts))
     return table
-
-
-def _counts(root: Path, folder: str) -> Counter[TaskType]:
-    try:
-        return Counter(game.task_type for game in find_games(root, folder, tuple(TaskType)))
-    except UserError:
-        # A split without games.
-        return Counter()

@@ -72,6 +72,7 @@ def _compare(console: Console, configs: list[RunConfig], out: Path, exact_instan
         TABLE,
         ComparedRun,
         exact_check,
+        exact_of,
         measure_exact,
         write_comparison,
     )
@@ -81,7 +82,7 @@ def _compare(console: Console, configs: list[RunConfig], out: Path, exact_instan
         run.prepare()
     check = None
     for number, run in enumerate(runs, start=1):
-        if run.finished and (run.exact.exists() or exact_instances == 0):
+        if run.finished and (exact_instances == 0 or exact_of(run) == exact_instances):
             continue
         console.rule(f"run {number} of {len(runs)}: {run.variant}, seed {run.seed}")
         status = 0 if run.finished else _train(run.folder.root)
@@ -98,8 +99,9 @@ def _compare(console: Console, configs: list[RunConfig], out: Path, exact_instan
             measure_exact(run, check)
         write_comparison(runs, out)
     console.rule("comparison")
-    console.print(write_comparison(runs, out), highlight=False, soft_wrap=True)
-    console.print(f"written: {out / TABLE}, {out / RAW}, {out / CURVES}", highlight=False, soft_wrap=True)
+    console.print(write_comparison(runs, out), highlight=False, markup=False, soft_wrap=True)
+    told = f"written: {out / TABLE}, {out / RAW}, {out / CURVES}"
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def _train(folder: Path) -> int:

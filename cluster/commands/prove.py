@@ -93,7 +93,8 @@ def _prove(console: Console, names: Sequence[str], seeds: int, quick: bool, out:
             console.print(f"interrupted; finished cells are kept in {out}, the same command goes on", highlight=False)
             raise typer.Exit(INTERRUPTED) from None
     console.print(folder.write(cells), highlight=False, soft_wrap=True, markup=False)
-    console.print(f"written: {out / TABLE}, {out / RAW}, {out / CURVES}", highlight=False, soft_wrap=True)
+    told = f"written: {out / TABLE}, {out / RAW}, {out / CURVES}"
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def _train(console: Console, folder: "ProvingFolder", cells: Sequence["Cell"]) -> None:

@@ -98,9 +98,9 @@ def find_trajectories(run: Path, filters: Filters, limit: int | None) -> tuple[l
             for row in filters.by_version(batch):
                 found.append(batch.slice(row, 1))
                 passed += 1
-    except (OSError, pa.ArrowException) as error:
+        return from_arrow(pa.Table.from_batches(found, schema=TRAJECTORY_SCHEMA)), passed
+    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
         raise UserError(f"{run}: its trajectories cannot be read ({_one_line(error)})") from None
-    return from_arrow(pa.Table.from_batches(found, schema=TRAJECTORY_SCHEMA)), passed
 
 
 def _open(run: Path) -> ds.Dataset:

@@ -23,7 +23,10 @@ def register(app: typer.Typer) -> None:
     def report(
         run: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.", show_default=False)],
         out: Annotated[
-            Path | None, typer.Option(help="HTML file to write [default: report.html in the run].", show_default=False)
+            Path | None,
+            typer.Option(
+                help="HTML file to write [default: report.html in the run].", show_default=False, dir_okay=False
+            ),
         ] = None,
         limit: Annotated[int, typer.Option(min=1, help="The most trajectories to show.")] = LIMIT,
         instance: Annotated[
@@ -49,7 +52,8 @@ def register(app: typer.Typer) -> None:
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); name another file with --out") from None
         size = path.stat().st_size / 1e6
-        Console().print(f"{path} ({size:.1f} MB); open it in a browser", highlight=False, soft_wrap=True)
+        told = f"{path} ({size:.1f} MB); open it in a browser"
+        Console().print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def run_page(run: Path, limit: int, instance: str | None) -> str:

@@ -140,7 +140,7 @@ class ExperimentDisplay:
 
     def say(self, text: str) -> None:
         """Prints a line above the bars."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def finish(self, name: str, per_run: float | None) -> None:
         """Notes that a trial is finished, and what a run is expected to take from now on."""

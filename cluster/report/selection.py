@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from actors.trajectory_files import trajectory_files
 from shared.errors import UserError
-from shared.trajectory import Trajectory, from_arrow, read_parquet
+from shared.trajectory import Trajectory, read_trajectories
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def select_trajectories(folder: Path, limit: int, instance: str | None = None) -
     wanted = Counter({(group.path, group.group_id): group.size for group in chosen})
     files = {group.path for group in chosen}
     for path in dict.fromkeys(group.path for group in groups if group.path in files):
-        for trajectory in from_arrow(read_parquet(path)):
+        for trajectory in read_trajectories(path):
             if wanted[path, trajectory.group_id] > 0:
                 wanted[path, trajectory.group_id] -= 1
                 trajectories.append(trajectory)

@@ -5,12 +5,13 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +92,13 @@ def generate(root: Path, wanted: Iterable[GameSpec], workers: int) -> Iterator[P
 
     Raises:
         UserError: A worker process died.
+        OSError: A game cannot be written; nothing of it is left.
         RuntimeError: The floor plans allow no such game.
     """
     if workers == 1:
         yield from (_generate_one(root, spec) for spec in wanted)
         return
-    # Ctrl-C reaches the whole process group; the workers finish their game, this process stops handing out more.
-    ignore = (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, ignore) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker) as pool:
         jobs = [pool.submit(_generate_one, root, spec) for spec in wanted]
         try:
             for job in as_completed(jobs):
@@ -107,6 +107,20 @@ def generate(root: Path, wanted: Iterable[GameSpec], workers: int) -> Iterator[P
             raise UserError(f"{root}: a worker process died, for lack of memory perhaps; fewer --workers?") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    # Ctrl-C reaches the whole process group; the workers finish their game, the parent stops handing out more.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends a worker whose parent was killed: the pool's queue would have it wait for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @cache
@@ -183,15 +197,15 @@ def _write(root: Path, spec: GameSpec, room: Room, game: dict[str, Any]) -> Path
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=root))
-    (partial / GAME_FILE).write_text(json.dumps(game), encoding="utf-8")
-    (partial / TASK_FILE).write_text(json.dumps(description, indent=1), encoding="utf-8")
-    (partial / "initial_state.pddl").write_text(game["pddl_problem"], encoding="utf-8")
-    partial.chmod(0o755)
     try:
+        (partial / GAME_FILE).write_text(json.dumps(game), encoding="utf-8")
+        (partial / TASK_FILE).write_text(json.dumps(description, indent=1), encoding="utf-8")
+        (partial / "initial_state.pddl").write_text(game["pddl_problem"], encoding="utf-8")
+        partial.chmod(0o755)
         os.rename(partial, target)
-    except OSError:
-        # Another process has just made the same game.
-        shutil.rmtree(partial)
-        if not target.is_dir():
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        # Another process may just have made the same game.
+        if not (isinstance(error, OSError) and target.is_dir()):
             raise
     return target

@@ -8,11 +8,13 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 import typer
 from typer.testing import CliRunner, Result
 
 from cluster.commands import alfworld, play
+from shared.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SIX = ("--train", "6", "--seen", "0", "--unseen", "0", "--workers", "1")
@@ -91,3 +93,45 @@ def test_interrupted_generation_keeps_its_games_and_says_how_to_go_on(tmp_path: 
     made = len(list(tmp_path.rglob("game.tw-pddl")))
     assert 3 <= made < 200
     assert list(tmp_path.glob(".partial*")) == []
+
+
+def test_a_type_named_twice_is_made_once(tmp_path: Path) -> None:
+    pick, few = ("--task-type", "pick_and_place_simple"), ("--train", "2", "--seen", "0", "--unseen", "0")
+    result = run("alfworld", "generate", str(tmp_path), *pick, *pick, *few, "--workers", "1")
+    assert result.exit_code == 0, result.output
+    assert len(list(tmp_path.rglob("game.tw-pddl"))) == 2
+
+
+def test_games_that_cannot_be_written_or_read_are_named_and_nothing_half_made_stays(tmp_path: Path) -> None:
+    full, damaged = tmp_path / "full", tmp_path / "damaged"
+    full.mkdir()
+    (full / "json_2.1.1").touch()
+    told = run("alfworld", "generate", str(full), "--train", "1", "--seen", "0", "--unseen", "0", "--workers", "1")
+    assert isinstance(told.exception, UserError)
+    assert "cannot be written" in str(told.exception)
+    assert [path.name for path in full.iterdir()] == ["json_2.1.1"]
+    game = damaged / "json_2.1.1" / "train" / "pick_and_place_simple-Mug-None-Desk-301" / "trial" / "game.tw-pddl"
+    game.parent.mkdir(parents=True)
+    game.write_bytes(b"\xff")
+    (game.parent / "traj_data.json").write_text("{}")
+    told = run("alfworld", "games", str(damaged))
+    assert isinstance(told.exception, UserError)
+    assert "not a readable game" in str(told.exception)
+
+
+@pytest.mark.slow
+def test_workers_of_a_generation_that_was_killed_end(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cluster.cli", "alfworld", "generate", str(tmp_path), "--workers", "2"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.rglob("game.tw-pddl"))) < 1:
+            assert time.monotonic() < deadline, "no games within 120 s"
+            time.sleep(0.1)
+        children = psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.kill()
+        process.wait(30)
+    assert len(children) >= 2
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive

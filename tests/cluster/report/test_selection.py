@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from actors.replay_buffer import ReplayBuffer
@@ -70,3 +72,12 @@ def test_a_damaged_file_is_named(folder: Path) -> None:
     (folder / "00000004.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"00000004\.parquet: not a readable trajectory file"):
         select_trajectories(folder, 3)
+
+
+def test_a_file_with_a_value_that_no_trajectory_has_is_named(folder: Path) -> None:
+    path = sorted(folder.glob("*.parquet"))[0]
+    table = pq.read_table(path)
+    ends = pa.array(["bogus"] * table.num_rows, table.schema.field("end").type)
+    pq.write_table(table.set_column(table.schema.get_field_index("end"), table.schema.field("end"), ends), path)
+    with pytest.raises(UserError, match=rf"{path.name}: holds what is no trajectory"):
+        select_trajectories(folder, 100)
