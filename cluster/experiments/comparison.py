@@ -2,10 +2,11 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -22,6 +23,7 @@ from cluster.experiments.sweep import (
     evaluations,
     markdown,
     report_figures,
+    reported,
 )
 from cluster.run.run_setup import write_whole
 from cluster.tables import csv_text
@@ -107,13 +109,29 @@ def figures(run: ComparedRun) -> Figures:
         UserError: Its summary cannot be read.
     """
     row: Figures = {"loss": run.variant, "seed": run.seed, **report_figures(run.folder)}
-    if run.exact.exists():
-        try:
-            exact = json.loads(run.exact.read_text(encoding="utf-8"))
+    with _exact_of(run) as exact:
+        if exact is not None:
             row |= {f"exact_{n}_{when}": exact[when][n] for when in ("before", "after") for n in EXACT_COMPARED}
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{run.exact}: is no exact match ({error}); remove it and run again") from None
     return row
+
+
+def exact_of(run: ComparedRun) -> int:
+    """Returns of how many instances a run's exact match is; 0 where it was not measured.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    with _exact_of(run) as exact:
+        return 0 if exact is None else int(exact["instances"])
+
+
+@contextmanager
+def _exact_of(run: ComparedRun) -> Iterator[dict[str, Any] | None]:
+    """Yields a run's exact match; what is missing inside is the file's fault."""
+    try:
+        yield json.loads(run.exact.read_text(encoding="utf-8")) if run.exact.exists() else None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{run.exact}: is no exact match ({error}); remove it and run again") from None
 
 
 def exact_check(config: RunConfig, instances: int, console: Console) -> "ExactCheck":
@@ -166,8 +184,8 @@ def at_env_steps(evaluated: Sequence[EvaluatedAt], env_steps: int) -> Figures:
     """
     found: Figures = {"at_env_steps": env_steps}
     for name in PANELS:
-        points = [e for e in evaluated if e.row[name] is not None]
-        at, values = [float(e.env_steps) for e in points], [float(e.row[name]) for e in points]
+        points = [(e.env_steps, value) for e in evaluated if (value := reported(e.row, name)) is not None]
+        at, values = [float(step) for step, _ in points], [float(value) for _, value in points]
         found[f"{name}_at_env_steps"] = float(np.interp(env_steps, at, values)) if points else None
     return found
 

@@ -212,7 +212,7 @@ def draw_curves(
 
 def _draw_panel(panel: Any, by_variant: _Curves, name: str, names: Mapping[str, str] | None, axis: Axis) -> None:
     for index, (variant, at) in enumerate(by_variant.items()):
-        steps = sorted(step for step, found in at.items() if all(e.row[name] is not None for e in found))
+        steps = sorted(step for step, found in at.items() if all(reported(e.row, name) is not None for e in found))
         if len(steps) > 0:
             label = variant if names is None else names[variant]
             style = {"color": f"C{index % 10}", "linestyle": _LINES[index // 10 % len(_LINES)]}

@@ -11,12 +11,14 @@ from cluster.experiments.comparison import (
     RAW,
     TABLE,
     ComparedRun,
+    at_env_steps,
+    exact_of,
     figures,
     markdown_table,
     measure_exact,
     write_comparison,
 )
-from cluster.experiments.sweep import cell
+from cluster.experiments.sweep import EvaluatedAt, cell
 from cluster.run.run_log import append_row
 from shared.config import RunConfig
 from shared.errors import UserError
@@ -185,3 +187,20 @@ def test_nothing_is_written_where_the_trees_are_too_large(make_run):
     measure_exact(run, check)
     assert check.measured == []
     assert not run.exact.exists()
+
+
+def test_an_exact_match_says_of_how_many_instances_it_is(make_run):
+    run = make_run("var_tb", 0, 0.8)
+    assert exact_of(run) == 0
+    measure_exact(run, KnownCheck())
+    assert exact_of(run) == 3
+    run.exact.write_text("[]")
+    with pytest.raises(UserError, match="is no exact match"):
+        exact_of(run)
+
+
+def test_between_evaluations_diversity_counts_only_those_that_solved_something():
+    rows = [(0, 0.0), (100, 0.5), (200, 0.5)]
+    evaluated = [EvaluatedAt(at, at, {**report(1, "id", success), "div_at_n": 4 * success}) for at, success in rows]
+    assert at_env_steps(evaluated, 50)["div_at_n_at_env_steps"] == 2.0
+    assert at_env_steps(evaluated, 50)["success_at_env_steps"] == 0.25

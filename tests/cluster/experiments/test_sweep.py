@@ -35,3 +35,16 @@ def test_each_task_has_its_own_row_of_curves(tmp_path, monkeypatch):
     sweep.draw_curves(runs, tmp_path / CURVES)
     labels = [[line.get_label() for line in axes.lines] for axes in drawn]
     assert labels == [["db (1 seed)"]] * 3 + [["cards (1 seed)"]] * 3
+
+
+def test_curves_leave_out_the_diversity_of_an_evaluation_that_solved_nothing(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(sweep, "save_picture", lambda figure, _: drawn.extend(figure.axes))
+    (trial,) = select(tmp_path, seeds=1, only=["db"]).trials().chosen
+    trial.run.prepare()
+    for step, success in ((0, 0.0), (10, 0.5), (20, 0.5)):
+        append_row(trial.run.folder.metrics, "evaluation", {"step": step, **report(step, "id", success)})
+    sweep.draw_curves([trial.run], tmp_path / CURVES)
+    points = {axes.get_title(): list(axes.lines[0].get_xdata()) for axes in drawn}
+    assert points.pop("Div@N") == [10, 20]
+    assert all(found == [0, 10, 20] for found in points.values())
