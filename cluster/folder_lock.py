@@ -13,12 +13,12 @@ LOCK = ".lock"
 
 
 @contextmanager
-def folder_lock(folder: Path, refusal: str) -> Iterator[int]:
+def folder_lock(folder: Path, refusal: UserError) -> Iterator[int]:
     """Holds a folder, which is made where it is missing, for one process.
 
     Args:
         folder: The folder.
-        refusal: What is said where another process holds it.
+        refusal: What is raised where another process holds it.
 
     Yields:
         The descriptor of the lock's file.
@@ -35,7 +35,7 @@ def folder_lock(folder: Path, refusal: str) -> Iterator[int]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder}: {refusal}") from None
+            raise refusal from None
         yield descriptor
     finally:
         os.close(descriptor)

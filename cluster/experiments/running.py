@@ -40,7 +40,8 @@ def run_experiment(selection: Selection, console: Console, *, concurrent: int, r
         raise UserError(f"experiment {selection.experiment.name}: {'; '.join(chosen.left_out)}")
     todo = {trial.name: trial for trial in chosen.chosen if not trial.finished}
     check_models(todo.values())
-    with folder_lock(selection.out, "another `gflowvlm experiment` is running there; wait, or name another --out"):
+    held = UserError(f"{selection.out}: another `gflowvlm experiment` is running there; wait, or name another --out")
+    with folder_lock(selection.out, held):
         for trial in chosen.chosen:
             trial.prepare()
         if todo and not _run_all(selection, todo, chosen, console, concurrent, retries):

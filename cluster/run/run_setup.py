@@ -69,7 +69,8 @@ def run_lock(folder: RunFolder) -> Iterator[None]:
     Raises:
         UserError: Another driver is running it.
     """
-    with folder_lock(folder.root, "another `gflowvlm train` is running this run") as descriptor:
+    held = UserError(f"{folder.root}: another `gflowvlm train` is running this run")
+    with folder_lock(folder.root, held) as descriptor:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, socket.gethostname().encode(), 0)
         yield

@@ -53,7 +53,8 @@ def make_demonstrations(
     inputs = PolicyInputs.load(resolve_model(request.model))
     if folder.is_dir() and not (folder / MANIFEST).exists() and any(path.name != LOCK for path in folder.iterdir()):
         raise UserError(f"{folder}: is not empty, and holds no demonstrations; choose another --out")
-    with folder_lock(folder, "another `gflowvlm demonstrate` is writing there; wait for it, or choose another --out"):
+    held = UserError(f"{folder}: another `gflowvlm demonstrate` is writing there; wait for it, or choose another --out")
+    with folder_lock(folder, held):
         if not _is_finished(request, folder):
             _make(request, folder, inputs, on_progress)
     return DemonstrationSet(folder)

@@ -128,7 +128,8 @@ def resume(out: Path, console: Console) -> bool:
 
 
 def _held(out: Path) -> AbstractContextManager[int]:
-    return folder_lock(out, "another `gflowvlm sft` is writing there; wait for it, or choose another --out")
+    held = UserError(f"{out}: another `gflowvlm sft` is writing there; wait for it, or choose another --out")
+    return folder_lock(out, held)
 
 
 def _lexicon(settings: TaskSettings) -> Lexicon | None:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from cluster.cli import app
 from cluster.experiments.catalog import EXPERIMENTS
 from cluster.experiments.results import CURVES, PICTURE, RAW, TABLE
+from cluster.folder_lock import LOCK
 from shared.run_folder import RunFolder
 from tests.cluster.experiments.small_experiment import finish, select
 
@@ -87,4 +88,4 @@ def test_failed_trials_are_tried_again_and_finished_ones_never(tmp_path):
     assert all((out / name).exists() for name in (TABLE, PICTURE, CURVES))
     # Nothing of Tune's is shown or kept.
     assert "Trial run_trial" not in result.stdout
-    assert {path.name for path in out.iterdir()} == {"sft-0", "gflownet-var-tb-0", TABLE, RAW, PICTURE, CURVES}
+    assert {path.name for path in out.iterdir()} == {"sft-0", "gflownet-var-tb-0", TABLE, RAW, PICTURE, CURVES, LOCK}

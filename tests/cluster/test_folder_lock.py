@@ -10,7 +10,8 @@ from shared.errors import UserError
 ROOT = Path(__file__).parents[2]
 HOLD = (
     "import sys, time; from pathlib import Path; from cluster.folder_lock import folder_lock\n"
-    "with folder_lock(Path(sys.argv[1]), 'held'): print('held', flush=True); time.sleep(60)\n"
+    "from shared.errors import UserError\n"
+    "with folder_lock(Path(sys.argv[1]), UserError('held')): print('held', flush=True); time.sleep(60)\n"
 )
 
 
@@ -20,16 +21,17 @@ def test_a_folder_that_another_process_holds_is_refused_until_that_is_gone(tmp_p
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=r"folder: somebody is there"), folder_lock(folder, "somebody is there"):
+        with pytest.raises(UserError, match="somebody is there"), folder_lock(folder, UserError("somebody is there")):
             pass
     finally:
         holder.kill()
         holder.communicate(timeout=30)
-    with folder_lock(folder, "somebody is there"):
+    with folder_lock(folder, UserError("somebody is there")):
         pass
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/folder: cannot be written"), folder_lock(tmp_path / "file/folder", ""):
+    lock = folder_lock(tmp_path / "file" / "folder", UserError("held"))
+    with pytest.raises(UserError, match=r"file/folder: cannot be written"), lock:
         pass

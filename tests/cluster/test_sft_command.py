@@ -200,7 +200,7 @@ def test_repeated_steps_that_would_teach_reading_alone_are_refused(tmp_path: Pat
 
 
 def test_a_training_that_is_running_is_left_alone(tmp_path: Path) -> None:
-    with folder_lock(tmp_path, ""):
+    with folder_lock(tmp_path, UserError("held")):
         refused = run("--out", str(tmp_path), "--steps", "1", "--batch", "2", "--episodes", "0")
     assert isinstance(refused.exception, UserError)
     assert "another `gflowvlm sft`" in str(refused.exception)

@@ -64,7 +64,7 @@ def test_finished_runs_of_other_settings_are_not_passed_over_in_silence(tmp_path
 
 def test_an_experiment_that_is_running_is_left_alone(tmp_path):
     chosen = select(tmp_path, only=["sub-tb"], seeds=1)
-    held = folder_lock(tmp_path, "")
+    held = folder_lock(tmp_path, UserError("held"))
     with held, pytest.raises(UserError, match="another `gflowvlm experiment` is running there"):
         run_experiment(chosen, Console(quiet=True), concurrent=1, retries=0)
     assert not chosen.trials().chosen[0].run.folder.root.exists()

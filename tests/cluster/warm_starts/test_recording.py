@@ -140,7 +140,10 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path: Path) 
 
 
 def test_a_set_that_is_being_made_is_left_alone(tmp_path: Path) -> None:
-    with folder_lock(tmp_path, ""), pytest.raises(UserError, match="another `gflowvlm demonstrate` is writing there"):
+    with (
+        folder_lock(tmp_path, UserError("held")),
+        pytest.raises(UserError, match="another `gflowvlm demonstrate` is writing there"),
+    ):
         make_set(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [LOCK]
     make_set(tmp_path)
