@@ -8,7 +8,7 @@ from html import escape
 from cluster.run.run_log import Row
 
 WIDTH, HEIGHT = 420, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 36
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 24, 10, 36
 _TICKS = 5
 
 Point = tuple[float, float]
