@@ -15,6 +15,7 @@ from cluster.experiments.trial_process import last_words
 from cluster.experiments.trials import Selection, Trial, TrialList, check_models
 from cluster.experiments.warm_starting import is_made, make_warm_start
 from cluster.folder_lock import folder_lock
+from cluster.interruption import handled_by
 from shared.errors import UserError
 
 
@@ -134,9 +135,5 @@ def _stop_file() -> Iterator[Path]:
                 raise KeyboardInterrupt
             stop.touch()
 
-        before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with handled_by(remember, signal.SIGINT, signal.SIGTERM):
             yield stop
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

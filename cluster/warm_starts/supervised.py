@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from actors.demonstration_set import DemonstrationSet
 from cluster.folder_lock import folder_lock
-from cluster.interruption import sigterm_as_interrupt
+from cluster.interruption import handled_by, sigterm_as_interrupt
 from cluster.models import resolve_model
 from cluster.run.progress import PLAIN_INTERVAL_S
 from cluster.run.run_setup import write_whole
@@ -88,10 +88,7 @@ def start(request: SftRequest, out: Path, console: Console) -> bool:
         UserError: `out` is in use or cannot be written, or the model, the demonstrations or what the final figures are
             played on cannot be loaded.
     """
-    if (out / _CHECKPOINT).exists():
-        raise UserError(f"{out}: holds an unfinished training; go on with --resume, or choose another --out")
-    if (out / "config.json").exists():
-        raise UserError(f"{out}: holds a model, which would be written over; choose another --out")
+    _refuse_used(out)
     source = _source(request)
     _check_instances(request)
     with tempfile.TemporaryDirectory(prefix="gflowvlm-tiny-") as folder:
@@ -106,6 +103,8 @@ def start(request: SftRequest, out: Path, console: Console) -> bool:
     if (Path(model) / _REPORT).exists():
         report["made_from"] = _read_report(Path(model))
     with _held(out):
+        # Another training may have ended there since.
+        _refuse_used(out)
         _write_report(out, report)
         return _train(SftTrainer(network, inputs, request.sft), source, request, out, console)
 
@@ -125,6 +124,13 @@ def resume(out: Path, console: Console) -> bool:
         raise UserError(f"{out}: its {_REPORT} holds no request; nothing there can be resumed") from None
     with _held(out):
         return _train(SftTrainer.resume(out / _CHECKPOINT, request.sft), _source(request), request, out, console)
+
+
+def _refuse_used(out: Path) -> None:
+    if (out / _CHECKPOINT).exists():
+        raise UserError(f"{out}: holds an unfinished training; go on with --resume, or choose another --out")
+    if (out / "config.json").exists():
+        raise UserError(f"{out}: holds a model, which would be written over; choose another --out")
 
 
 def _held(out: Path) -> AbstractContextManager[int]:
@@ -285,12 +291,8 @@ def _interrupt_flag() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled_by(remember, signal.SIGINT, signal.SIGTERM):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _read_report(folder: Path) -> dict[str, Any]:

@@ -203,9 +203,10 @@ def _write(root: Path, spec: GameSpec, room: Room, game: dict[str, Any]) -> Path
         (partial / "initial_state.pddl").write_text(game["pddl_problem"], encoding="utf-8")
         partial.chmod(0o755)
         os.rename(partial, target)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+    except OSError:
         # Another process may just have made the same game.
-        if not (isinstance(error, OSError) and target.is_dir()):
+        if not target.is_dir():
             raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return target

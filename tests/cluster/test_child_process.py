@@ -18,13 +18,19 @@ from cluster.interruption import INTERRUPTED
 ROOT = Path(__file__).parents[2]
 
 
+def stand_in(folder, code):
+    """Has commands that run in a folder run some code."""
+    package = folder / "cluster"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "cli.py").write_text(code)
+
+
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
     """Stands a module in for the command line: it says what it was asked, and does it."""
-    package = tmp_path / "cluster"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "cli.py").write_text(
+    stand_in(
+        tmp_path,
         "import os, sys, time\n"
         "print('asked:', *sys.argv[1:], os.environ.get('TOLD'), flush=True)\n"
         "try:\n"
@@ -32,7 +38,7 @@ def commands(tmp_path, monkeypatch):
         "except KeyboardInterrupt:\n"
         "    print('interrupted', flush=True)\n"
         "    sys.exit(5)\n"
-        "sys.exit(int(sys.argv[2]))\n"
+        "sys.exit(int(sys.argv[2]))\n",
     )
     monkeypatch.setattr(child_process, "POLL_S", 0.05)
     return {"directory": str(tmp_path), "environment": {"PATH": os.environ["PATH"], "TOLD": "yes"}}
@@ -99,14 +105,13 @@ def test_a_command_does_not_outlive_the_process_that_runs_it(commands, tmp_path)
 
 
 def test_a_second_ctrl_c_ends_a_command_that_does_not_heed_the_first(tmp_path, monkeypatch):
-    package, log = tmp_path / "cluster", tmp_path / "log"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "cli.py").write_text(
+    log = tmp_path / "log"
+    stand_in(
+        tmp_path,
         "import os, signal, time\n"
         "signal.signal(signal.SIGINT, lambda *_: print('heard', flush=True))\n"
         "print('asked', os.getpid(), flush=True)\n"
-        "while True: time.sleep(1)\n"
+        "while True: time.sleep(1)\n",
     )
     monkeypatch.setattr(child_process, "POLL_S", 0.05)
     here = threading.get_ident()
