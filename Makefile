@@ -11,7 +11,8 @@ ALFWORLD_STAMP := .venv/.set-up-alfworld
 DOCS_STAMP := .venv/.set-up-docs
 # A file's tests stay together, in the order in which tests/conftest.py has put them.
 TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
-SOURCES := shared envs actors learner cluster tests scripts
+# The folders, not the links to them in gflowvlm/.
+SOURCES := gflowvlm/*.py shared envs actors learner run evaluation warm_starts cluster studies cli tests scripts
 
 .DEFAULT_GOAL := help
 .PHONY: help setup alfworld train test test-fast lint audit format docs reference bench chaos compare-torchgfn
@@ -76,5 +77,5 @@ chaos: setup ## run a real job on a local cluster of several nodes, kill parts o
 compare-torchgfn: ## check the losses against torchgfn's, and race it (makes .venv-torchgfn)
 	@if [ -z "$(PYTHON)" ]; then echo "compare-torchgfn: no Python 3.11 or later found;" \
 	"install one, or name it: make compare-torchgfn PYTHON=/path/to/python3.11" >&2; exit 2; fi
-	@PYTHONPATH=scripts $(PYTHON) -m compare_torchgfn.environment
-	@OMP_NUM_THREADS=1 PYTHONPATH=scripts .venv-torchgfn/bin/python -m compare_torchgfn $(ARGS)
+	@PYTHONPATH=scripts $(PYTHON) -m torchgfn_environment
+	@OMP_NUM_THREADS=1 PYTHONPATH=. .venv-torchgfn/bin/python -m gflowvlm.studies.proving.torchgfn $(ARGS)

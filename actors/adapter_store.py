@@ -14,10 +14,11 @@ from typing import Any
 import ray
 from safetensors import SafetensorError, safe_open
 
-from actors.sampling import BASE_VERSION, UnknownVersionError
-from shared.config import ClusterSettings
-from shared.errors import UserError
-from shared.run_folder import RunFolder
+from gflowvlm.actors.sampling import UnknownVersionError
+from gflowvlm.run.folder import RunFolder
+from gflowvlm.shared.config import ClusterSettings
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.trajectory import BASE_VERSION
 
 NAMESPACE = "gflowvlm"
 """Ray namespace of the run's named actors: Serve replicas live in a namespace of their own."""

@@ -11,11 +11,11 @@ import pyarrow as pa
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.adapter_store import NAMESPACE
-from actors.replay_buffer import ReplayBuffer
-from shared.config import BufferSettings, RunConfig
-from shared.errors import UserError
-from shared.run_folder import RunFolder
+from gflowvlm.actors.adapter_store import NAMESPACE
+from gflowvlm.actors.replay_buffer import ReplayBuffer
+from gflowvlm.run.folder import RunFolder
+from gflowvlm.shared.config import BufferSettings, RunConfig
+from gflowvlm.shared.errors import UserError
 
 START_TIMEOUT_S = 300.0
 """Longest wait for the actor, which reads the run's trajectories at start."""

@@ -1,8 +1,9 @@
 """LoRA in vLLM's CPU engine by one matrix product for each adapter of a batch.
 
 vLLM's own CPU kernels copy the adapter's weights once for every token of the batch, which is most of a small
-model's time. A platform plugin is vLLM's public way to bring another implementation (`actors.cpu_platform`). Where the
-project runs without being installed vLLM finds no plugin and uses its own kernels: slower, with the same results.
+model's time. A platform plugin is vLLM's public way to bring another implementation
+(`gflowvlm.actors.cpu_platform`). Where the project runs without being installed vLLM finds no plugin and uses its own
+kernels: slower, with the same results.
 """
 
 from typing import Any

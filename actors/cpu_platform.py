@@ -5,12 +5,12 @@ from vllm.platforms.cpu import CpuPlatform
 
 
 class CpuLoraPlatform(CpuPlatform):
-    """vLLM's CPU platform with `actors.cpu_lora.MatmulPunicaWrapper`."""
+    """vLLM's CPU platform with `gflowvlm.actors.cpu_lora.MatmulPunicaWrapper`."""
 
     @classmethod
     def get_punica_wrapper(cls) -> str:
         """Returns the import path of the wrapper; its module can be imported once the platform is chosen."""
-        return "actors.cpu_lora.MatmulPunicaWrapper"
+        return "gflowvlm.actors.cpu_lora.MatmulPunicaWrapper"
 
 
 def cpu_lora_platform() -> str | None:

@@ -14,14 +14,14 @@ from typing import Literal
 from PIL import Image
 from pydantic import Field, ValidationError
 
-from actors.trajectory_files import trajectory_files
-from shared.config import RunConfig
-from shared.errors import UserError
-from shared.instances import DEMONSTRATION_SEEDS
-from shared.run_folder import RunFolder
-from shared.settings import Fraction, Settings
-from shared.task_settings import TaskSettings
-from shared.trajectory import Trajectory, from_arrow, read_parquet
+from gflowvlm.actors.trajectory_files import trajectory_files
+from gflowvlm.run.folder import RunFolder
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.instances import DEMONSTRATION_SEEDS
+from gflowvlm.shared.settings import Fraction, Settings
+from gflowvlm.shared.task_settings import TaskSettings
+from gflowvlm.shared.trajectory import Trajectory, from_arrow, read_parquet
 
 MANIFEST = "demonstrations.json"
 

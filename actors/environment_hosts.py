@@ -11,15 +11,15 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from typing import Any
 
-from actors.environments import EnvironmentLostError, Seat, View
-from actors.process_guard import ProcessGuard
-from envs.registry import make_env
-from shared.task_settings import TaskSettings
+from gflowvlm.actors.environments import EnvironmentLostError, InstanceSlot, View
+from gflowvlm.actors.process_guard import ProcessGuard
+from gflowvlm.envs.registry import make_env
+from gflowvlm.shared.task_settings import TaskSettings
 
 ANSWER_S = 300.0
 """Longest an environment may take for one call: covers making a task's first games."""
 
-_seats: dict[int, Seat] = {}
+_seats: dict[int, InstanceSlot] = {}
 """In a host's process: its environments by number."""
 
 
@@ -52,7 +52,7 @@ class EnvironmentHosts:
 
 
 class HostedEnvironment:
-    """An environment in another process; see `actors.environments.EpisodeEnvironment`.
+    """An environment in another process; see `gflowvlm.actors.environments.EpisodeEnvironment`.
 
     Every call raises `EnvironmentLostError` when its process has died since `start` or does not answer: the
     state is gone, and the episode has to be played again.
@@ -161,7 +161,7 @@ _IGNORE_CTRL_C = (signal.SIGINT, signal.SIG_IGN)
 
 
 def _start(number: int, settings: TaskSettings, seed: int, split: str, wording: list[int]) -> View:
-    return _seats.setdefault(number, Seat(make_env(settings))).start(seed, split, wording)
+    return _seats.setdefault(number, InstanceSlot(make_env(settings))).start(seed, split, wording)
 
 
 def _act(number: int, action: str) -> View:

@@ -7,8 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
-from envs.base import TaskEnv
-from shared.trajectory import EndReason
+from gflowvlm.envs.base import TaskEnv
+from gflowvlm.shared.trajectory import EndReason
 
 
 class EnvironmentLostError(RuntimeError):
@@ -60,7 +60,7 @@ class EpisodeEnvironment(Protocol):
         """Lets the environment go; calls that still run are not waited for."""
 
 
-class Seat:
+class InstanceSlot:
     """An environment and the view of it."""
 
     def __init__(self, env: TaskEnv) -> None:
@@ -105,7 +105,7 @@ class LocalEnvironment:
     """An environment in this process, for tasks whose steps take less time than a trip to another process."""
 
     def __init__(self, env: TaskEnv) -> None:
-        self._seat = Seat(env)
+        self._seat = InstanceSlot(env)
 
     async def start(self, seed: int, split: str, wording: Sequence[int]) -> View:
         """See `EpisodeEnvironment.start`."""

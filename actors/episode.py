@@ -9,13 +9,13 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from actors.environments import EpisodeEnvironment, View
-from actors.groups import GroupRequest, PlaySettings, new_group_id
-from actors.sampling import SampleRequest, SampleResponse
-from shared.errors import UserError
-from shared.policy_inputs import PolicyInputs
-from shared.response import parse_response, token_spans
-from shared.trajectory import EndReason, Step, Trajectory, Validity
+from gflowvlm.actors.environments import EpisodeEnvironment, View
+from gflowvlm.actors.groups import GroupRequest, PlaySettings, new_group_id
+from gflowvlm.actors.sampling import SampleRequest, SampleResponse
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.response import parse_response, token_spans
+from gflowvlm.shared.trajectory import EndReason, Step, Trajectory, Validity
 
 _Result = TypeVar("_Result")
 

@@ -10,8 +10,8 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from actors.sampling import SampleRequest, SampleResponse, SamplerUnavailableError
-from shared.config import RunConfig
+from gflowvlm.actors.sampling import SampleRequest, SampleResponse, SamplerUnavailableError
+from gflowvlm.shared.config import RunConfig
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 2.0
@@ -114,13 +114,13 @@ class PolicyClient:
         # In parts, so that more than one replica has some.
         for start in range(0, len(waiting), TOGETHER):
             part = waiting[start : start + TOGETHER]
-            exchange = asyncio.get_running_loop().create_task(self._exchange(part))
+            exchange = asyncio.get_running_loop().create_task(self._sample_batch(part))
             self._exchanges.add(exchange)
             exchange.add_done_callback(self._exchanges.discard)
             for _, answer in part:
                 answer.add_done_callback(partial(_end_if_given_up, exchange, part))
 
-    async def _exchange(self, waiting: "list[_Waiting]") -> None:
+    async def _sample_batch(self, waiting: "list[_Waiting]") -> None:
         """Asks a replica for several responses, and hands each over when it comes."""
         stream = self._sample_together.remote([request for request, _ in waiting])
         try:

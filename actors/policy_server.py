@@ -17,16 +17,16 @@ from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
-from actors.adapter_store import find_adapter_store
-from actors.samplers import SamplerFactory, make_sampler
-from actors.sampling import (
+from gflowvlm.actors.adapter_store import find_adapter_store
+from gflowvlm.actors.samplers import SamplerFactory, make_sampler
+from gflowvlm.actors.sampling import (
     SampleRequest,
     SampleResponse,
     SamplerUnavailableError,
     UnknownVersionError,
 )
-from shared.config import RunConfig, SamplerSettings
-from shared.errors import UserError
+from gflowvlm.shared.config import RunConfig, SamplerSettings
+from gflowvlm.shared.errors import UserError
 
 log = logging.getLogger(__name__)
 

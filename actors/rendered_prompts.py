@@ -5,7 +5,7 @@ import hashlib
 import time
 from typing import Any
 
-from shared.policy_inputs import PolicyInputs, decode_image
+from gflowvlm.shared.policy_inputs import PolicyInputs, decode_image
 
 CACHE_GIB = 0.25
 """Rendered prompts kept, least recently used dropped first. The K rollouts of a group begin in the same state."""

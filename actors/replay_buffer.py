@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from actors.groups import index_of_group
-from actors.trajectory_files import TrajectoryFiles
-from shared.config import BufferSettings
-from shared.errors import UserError
-from shared.trajectory import SCHEMA_VERSION, TRAJECTORY_SCHEMA, python_values
+from gflowvlm.actors.groups import index_of_group
+from gflowvlm.actors.trajectory_files import TrajectoryFiles
+from gflowvlm.shared.config import BufferSettings
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.trajectory import SCHEMA_VERSION, TRAJECTORY_SCHEMA, python_values
 
 NEWEST_WINDOW = 128
 """Policy trajectories over which the newest success rate is taken."""
@@ -324,15 +324,15 @@ class ReplayBuffer:
                 self._evict(group_id)
         spared = int(self.settings.capacity * self.settings.newest_share)
         while self._spared_weight > spared and len(self._spared) > 1:
-            self._unspare_oldest()
+            self._make_oldest_evictable()
         while self._weight > self.settings.capacity and len(self._groups) > 1:
             while len(self._by_priority) == 0:
-                self._unspare_oldest()
+                self._make_oldest_evictable()
             _, order, group_id = heapq.heappop(self._by_priority)
             if self._is_alive(order, group_id):
                 self._evict(group_id)
 
-    def _unspare_oldest(self) -> None:
+    def _make_oldest_evictable(self) -> None:
         order, group_id = self._spared.popleft()
         if self._is_alive(order, group_id):
             group = self._groups[group_id]

@@ -13,21 +13,21 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.env.env_runner import EnvRunner
 
-from actors.buffer_actor import get_buffer
-from actors.demonstration_set import DemonstrationSet
-from actors.environment_hosts import EnvironmentHosts
-from actors.environments import EnvironmentLostError, EpisodeEnvironment, LocalEnvironment
-from actors.episode import PlayedGroup, ResponseSource, as_member, play_group
-from actors.event_loop import EventLoopThread
-from actors.groups import GroupRequest, GroupSummary, PlaySettings
-from actors.policy_client import PolicyServerError
-from actors.sampling import SamplerUnavailableError, UnknownVersionError
-from envs.base import TaskEnv
-from envs.registry import make_env
-from shared.config import RunConfig
-from shared.errors import UserError
-from shared.policy_inputs import PolicyInputs
-from shared.trajectory import Trajectory, Validity, to_record_batch
+from gflowvlm.actors.buffer_actor import get_buffer
+from gflowvlm.actors.demonstration_set import DemonstrationSet
+from gflowvlm.actors.environment_hosts import EnvironmentHosts
+from gflowvlm.actors.environments import EnvironmentLostError, EpisodeEnvironment, LocalEnvironment
+from gflowvlm.actors.episode import PlayedGroup, ResponseSource, as_member, play_group
+from gflowvlm.actors.event_loop import EventLoopThread
+from gflowvlm.actors.groups import GroupRequest, GroupSummary, PlaySettings
+from gflowvlm.actors.policy_client import PolicyServerError
+from gflowvlm.actors.sampling import SamplerUnavailableError, UnknownVersionError
+from gflowvlm.envs.base import TaskEnv
+from gflowvlm.envs.registry import make_env
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.trajectory import Trajectory, Validity, to_record_batch
 
 APPEND_TRY_S = 60.0
 """Longest one append may take before it is sent again."""

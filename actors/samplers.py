@@ -3,8 +3,8 @@
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from actors.sampling import PolicySampler
-from shared.config import RunConfig
+from gflowvlm.actors.sampling import PolicySampler
+from gflowvlm.shared.config import RunConfig
 
 SamplerFactory = Callable[[RunConfig, str, str, Callable[[int], Awaitable[Path]] | None], PolicySampler]
 """Starts a sampler: see `make_sampler`."""
@@ -29,9 +29,9 @@ def make_sampler(
     """
     # Imported here: each engine brings libraries that the other, and the driver, can do without.
     if engine == "vllm":
-        from actors.vllm_sampler import VllmSampler
+        from gflowvlm.actors.vllm_sampler import VllmSampler
 
         return VllmSampler(config, model_path, path_of)
-    from actors.transformers_sampler import TransformersSampler
+    from gflowvlm.actors.transformers_sampler import TransformersSampler
 
     return TransformersSampler(config, model_path, path_of)

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-BASE_VERSION = 0
-"""The policy version that is the base model without an adapter."""
+from gflowvlm.shared.trajectory import BASE_VERSION
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.errors import UserError
-from shared.trajectory import read_parquet
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.trajectory import read_parquet
 
 _NAME = re.compile(r"(\d{8,})\.parquet")
 

@@ -13,16 +13,16 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from actors.sampling import (
-    BASE_VERSION,
+from gflowvlm.actors.sampling import (
     AdapterVersions,
     SampleRequest,
     SampleResponse,
     SamplerUnavailableError,
 )
-from shared.config import RunConfig
-from shared.errors import UserError
-from shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.trajectory import BASE_VERSION
 
 GATHER_S = 0.005
 """How long the first request of a batch waits for company."""

@@ -10,18 +10,18 @@ from typing import Any, get_args
 
 import torch
 
-from actors.process_guard import ProcessGuard
-from actors.rendered_prompts import RenderedPrompts
-from actors.sampling import (
-    BASE_VERSION,
+from gflowvlm.actors.process_guard import ProcessGuard
+from gflowvlm.actors.rendered_prompts import RenderedPrompts
+from gflowvlm.actors.sampling import (
     AdapterVersions,
     SampleRequest,
     SampleResponse,
     SamplerUnavailableError,
 )
-from shared.config import RunConfig
-from shared.errors import UserError
-from shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.trajectory import BASE_VERSION
 
 ADAPTERS = 3
 """Adapter versions held, and mixed in one batch: the newest, the one before it, and one under evaluation."""

@@ -1,1 +1,1 @@
-"""How a run is put together: command line, presets, placement, driver, checkpoints, monitoring."""
+"""What runs on a cluster: launch, the driver and its parts, scaling, serving, monitoring."""

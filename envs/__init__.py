@@ -6,5 +6,5 @@ Importing this package registers the tasks with gymnasium: ``gymnasium.make("gfl
 import gymnasium
 
 for _name in ("NumberLine", "Blackjack", "NumberSequence"):
-    gymnasium.register(id=f"gflowvlm/{_name}-v0", entry_point=f"envs.{_name.lower()}.environment:{_name}Env")
-gymnasium.register(id="gflowvlm/Alfworld-v0", entry_point="envs.household.environment:AlfworldEnv")
+    gymnasium.register(id=f"gflowvlm/{_name}-v0", entry_point=f"gflowvlm.envs.{_name.lower()}.environment:{_name}Env")
+gymnasium.register(id="gflowvlm/Alfworld-v0", entry_point="gflowvlm.envs.household.environment:AlfworldEnv")

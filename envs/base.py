@@ -19,10 +19,10 @@ from gymnasium.spaces import Box, Text
 from numpy.typing import NDArray
 from PIL import Image
 
-from shared.errors import UserError
-from shared.response import DONE_TOKEN
-from shared.task_settings import EpisodeSettings
-from shared.trajectory import EndReason
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.response import DONE_TOKEN
+from gflowvlm.shared.task_settings import EpisodeSettings
+from gflowvlm.shared.trajectory import EndReason
 
 SPLITS = ("id", "ood")
 """In distribution, out of distribution."""

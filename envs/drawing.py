@@ -23,7 +23,7 @@ def colour(values: np.ndarray) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def paper_and_ink(rng: np.random.Generator) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+def background_and_text_colours(rng: np.random.Generator) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Returns a light and a dark colour; light ink on dark paper kept a tiny policy from learning to read."""
     ink = colour(rng.integers(0, 80, 3))
     return colour(rng.integers(200, 256, 3)), ink

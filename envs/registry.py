@@ -2,13 +2,13 @@
 
 from pydantic import TypeAdapter, ValidationError
 
-from envs.base import TaskEnv
-from envs.blackjack.environment import BlackjackEnv
-from envs.household.environment import AlfworldEnv
-from envs.numberline.environment import NumberLineEnv
-from envs.numbersequence.environment import NumberSequenceEnv
-from shared.errors import UserError
-from shared.task_settings import (
+from gflowvlm.envs.base import TaskEnv
+from gflowvlm.envs.blackjack.environment import BlackjackEnv
+from gflowvlm.envs.household.environment import AlfworldEnv
+from gflowvlm.envs.numberline.environment import NumberLineEnv
+from gflowvlm.envs.numbersequence.environment import NumberSequenceEnv
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.task_settings import (
     AlfworldSettings,
     BlackjackSettings,
     NumberLineSettings,

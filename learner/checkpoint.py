@@ -30,9 +30,9 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
 
-from learner.heads import StateHead
-from learner.optimization import Counters, Optimization
-from shared.errors import UserError
+from gflowvlm.learner.heads import StateHead
+from gflowvlm.learner.optimization import Counters, Optimization
+from gflowvlm.shared.errors import UserError
 
 FORMAT = 1
 _ADAPTER = "adapter/adapter_model.safetensors"

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shared.trajectory import Trajectory
+from gflowvlm.shared.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

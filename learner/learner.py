@@ -9,21 +9,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from learner.checkpoint import load_checkpoint, save_adapter, save_checkpoint
-from learner.distributed import Ranks
-from learner.heads import StateHead
-from learner.metrics import StepMetrics
-from learner.mismatch import Mismatch, compare
-from learner.model import adapter_parameters, default_device, load_policy
-from learner.objectives import ScoredBatch, make_objective
-from learner.optimization import Optimization
-from learner.packing import MicroBatch, steps_of
-from learner.reference import ReferenceScores
-from learner.scoring import Scorer, StepScores
-from learner.sharding import load_sharded_policy
-from shared.config import RunConfig
-from shared.policy_inputs import PolicyInputs
-from shared.trajectory import Trajectory
+from gflowvlm.learner.checkpoint import load_checkpoint, save_adapter, save_checkpoint
+from gflowvlm.learner.distributed import Ranks
+from gflowvlm.learner.heads import StateHead
+from gflowvlm.learner.metrics import StepMetrics
+from gflowvlm.learner.mismatch import Mismatch, compare
+from gflowvlm.learner.model import adapter_parameters, default_device, load_policy
+from gflowvlm.learner.objectives import ScoredBatch, make_objective
+from gflowvlm.learner.optimization import Optimization
+from gflowvlm.learner.packing import MicroBatch, steps_of
+from gflowvlm.learner.reference import ReferenceScores
+from gflowvlm.learner.scoring import Scorer, StepScores
+from gflowvlm.learner.sharding import load_sharded_policy
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.trajectory import Trajectory
 
 
 class Learner:
@@ -72,8 +72,8 @@ class Learner:
             trajectories: The whole batch, the same on every rank; each takes its share of the instances.
 
         Returns:
-            Metrics, the same on every rank: those of the objective (`learner.losses.output`,
-            `learner.baselines`; of the last epoch), among them ``loss``, ``trajectories_used``,
+            Metrics, the same on every rank: those of the objective (`gflowvlm.learner.losses.output`,
+            `gflowvlm.learner.baselines`; of the last epoch), among them ``loss``, ``trajectories_used``,
             ``trajectories_dropped`` and ``log_pf_mean`` (nats per transition, of the policy alone), and for
             losses that estimate it ``log_z`` (nats); ``grad_norm`` (of the adapter, before clipping),
             ``head_grad_norm`` (likewise, where the objective has a head), ``lr``, ``updated``,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from learner.distributed import Ranks
+from gflowvlm.learner.distributed import Ranks
 
 
 @dataclass(frozen=True)

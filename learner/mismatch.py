@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shared.trajectory import Trajectory
+from gflowvlm.shared.trajectory import Trajectory
 
 WORST_SHOWN = 5
 """Tokens that `Mismatch.worst` lists."""

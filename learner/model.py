@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
-from shared.config import PolicySettings
-from shared.errors import UserError
-from shared.policy_inputs import directory_or_hub_name
+from gflowvlm.shared.config import PolicySettings
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.policy_inputs import directory_or_hub_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from shared.config import LearnerSettings
-from shared.errors import UserError
+from gflowvlm.shared.config import LearnerSettings
+from gflowvlm.shared.errors import UserError
 
 MAX_SKIPPED_IN_A_ROW = 5
 """So many non-finite gradients one after the other end the run."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from PIL import Image
 from torch import Tensor
 
-from shared.policy_inputs import PolicyInputs
-from shared.trajectory import Step, Trajectory
+from gflowvlm.shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.trajectory import Step, Trajectory
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learner.model import reference_policy
-from learner.packing import MicroBatch, steps_of
-from learner.scoring import Scorer
-from shared.trajectory import Trajectory
+from gflowvlm.learner.model import reference_policy
+from gflowvlm.learner.packing import MicroBatch, steps_of
+from gflowvlm.learner.scoring import Scorer
+from gflowvlm.shared.trajectory import Trajectory
 
 
 class ReferenceScores:

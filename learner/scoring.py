@@ -1,6 +1,6 @@
 """Log-probabilities of the sampler's exact response tokens: log P_Act, log P_CoT and log P(⊤).
 
-One forward pass gives all of them (GFlowVLM eq. 2-5). A micro-batch (`learner.packing`) is left-padded prompts
+One forward pass gives all of them (GFlowVLM eq. 2-5). A micro-batch (`gflowvlm.learner.packing`) is left-padded prompts
 followed by right-padded responses, so that all responses start in the same column and only their logits are
 computed. The column before is the last prompt token: its last hidden state, which the output layer is given anyway,
 stands for the state z_t.
@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from learner.distributed import Ranks
-from learner.packing import MicroBatch, Packer, ScoredStep
-from shared.errors import UserError
-from shared.policy_inputs import PolicyInputs
+from gflowvlm.learner.distributed import Ranks
+from gflowvlm.learner.packing import MicroBatch, Packer, ScoredStep
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.policy_inputs import PolicyInputs
 
 LOG_ACT, LOG_COT, LOG_STOP, LOG_REST = range(4)
 """Columns of `StepScores.stacked`."""

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from shared.config import Precision
-from shared.errors import UserError
-from shared.policy_inputs import PolicyInputs
-from shared.response import DONE_TOKEN
-from shared.settings import Settings
+from gflowvlm.shared.config import Precision
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.response import DONE_TOKEN
+from gflowvlm.shared.settings import Settings
 
 IGNORED = -100
 """Label of positions that carry no loss."""

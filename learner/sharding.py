@@ -4,7 +4,7 @@ Fully sharded data parallelism (Zhao et al. 2023, arXiv 2304.11277; torch's `ful
 
 Every rank holds 1/N of each frozen weight and gathers one transformer block at a time while it passes through it.
 The adapter stays whole on every rank: it is small, its gradients are summed once a step instead of once a pass
-(`learner.distributed`), and what is saved neither needs the other ranks nor tells how many there were.
+(`gflowvlm.learner.distributed`), and what is saved neither needs the other ranks nor tells how many there were.
 
 Nothing is cast: the base model is in `policy.dtype` already and the adapter stays in float32, so that a sharded model
 computes what a whole one does, bit by bit.
@@ -24,16 +24,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from learner.distributed import Ranks
-from learner.model import empty_policy, load_policy
-from shared.config import PolicySettings
-from shared.errors import UserError
+from gflowvlm.learner.distributed import Ranks
+from gflowvlm.learner.model import empty_policy, load_policy
+from gflowvlm.shared.config import PolicySettings
+from gflowvlm.shared.errors import UserError
 
 _WITHOUT = "it can be trained with learner.sharding=none only"
 
 
 def load_sharded_policy(settings: PolicySettings, model_path: str, *, seed: int, ranks: Ranks) -> Any:
-    """Loads the policy that `learner.model.load_policy` loads, its base model divided among the ranks.
+    """Loads the policy that `gflowvlm.learner.model.load_policy` loads, its base model divided among the ranks.
 
     From then on every forward and every backward pass is a collective: all ranks must make the same ones, in the
     same order. Passes of different inputs are fine. Rank 0 alone reads the weights, into main memory, and sends
@@ -59,7 +59,7 @@ def load_sharded_policy(settings: PolicySettings, model_path: str, *, seed: int,
         raise UserError(f"model {model_path!r}: it keeps some weights in a precision of their own; {_WITHOUT}")
     _divide(policy, ranks)
     policy.to_empty(device=ranks.device)
-    _send_round(policy, whole, ranks)
+    _broadcast_weights(policy, whole, ranks)
     return policy
 
 
@@ -76,7 +76,7 @@ def _divide(policy: Any, ranks: Ranks) -> None:
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=adapter)
 
 
-def _send_round(policy: Any, whole: Any | None, ranks: Ranks) -> None:
+def _broadcast_weights(policy: Any, whole: Any | None, ranks: Ranks) -> None:
     """Fills every rank's parts and its adapter with rank 0's numbers, one tensor after the other."""
     known = {} if whole is None else dict(_tensors(whole))
     with torch.no_grad():

@@ -58,8 +58,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.heads import HEAD_OF_LOSS, HeadKind, first_estimates
-from shared.trajectory import EndReason, Step, Trajectory
+from gflowvlm.learner.heads import HEAD_OF_LOSS, HeadKind, first_estimates
+from gflowvlm.shared.trajectory import EndReason, Step, Trajectory
 
 STATE_WISE = frozenset({"db", "subtb"})
 """Losses that use log P(⊤) at inner states."""
@@ -218,7 +218,7 @@ def loss_inputs(
     stopped = torch.tensor([layout.stopped for layout in layouts], dtype=torch.bool)
     borrows = torch.tensor([layout.borrows for layout in layouts], dtype=torch.bool)
     scored_first = torch.tensor([0 in layout.stop_node for layout in layouts], dtype=torch.bool)
-    log_p_stop, without = _borrow_first_flow(log_p_stop, log_reward, instance, borrows, scored_first)
+    log_p_stop, without = _share_first_flow_of_group(log_p_stop, log_reward, instance, borrows, scored_first)
     log_flow, from_head = _log_flow(scores, layouts, log_reward, target)
     return LossInputs(
         log_pf=log_pf,
@@ -302,7 +302,7 @@ def _placed(values: Tensor, columns: Sequence[Sequence[int | None]], width: int)
     return placed.view(len(columns), width)
 
 
-def _borrow_first_flow(
+def _share_first_flow_of_group(
     log_p_stop: Tensor, log_reward: Tensor, instance: Tensor, borrows: Tensor, scored_first: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gives state 0 of trajectories that began malformed the flow that their companions estimate.

@@ -1,6 +1,6 @@
 """A vision-language model small enough to be trained on two CPU cores: tiny Idefics3, own tokenizer.
 
-The weights are random; `learner.sft` teaches them. The folder that is written loads like any other
+The weights are random; `gflowvlm.learner.sft` teaches them. The folder that is written loads like any other
 checkpoint (`AutoProcessor`, `AutoModelForImageTextToText`, vLLM).
 """
 
@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from shared.response import DONE_TOKEN
+from gflowvlm.shared.response import DONE_TOKEN
 
 IMAGE_SIZE = 64
 """Side of the square picture the model sees, pixels; other pictures are resized to it."""

@@ -12,12 +12,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.experiments.catalog import EXPERIMENTS, find_experiment
-from cluster.experiments.description import Experiment, Scale
-from cluster.experiments.results import CURVES, PICTURE, write_results
-from cluster.experiments.trials import Selection, Trial
-from cluster.run.run_log import read_rows
-from shared.errors import UserError
+from gflowvlm.run.log import read_rows
+from gflowvlm.shared.errors import UserError
+from gflowvlm.studies.experiments.catalog import EXPERIMENTS, find_experiment
+from gflowvlm.studies.experiments.description import Experiment, Scale
+from gflowvlm.studies.experiments.results import CURVES, PICTURE, write_results
+from gflowvlm.studies.experiments.trials import Selection, Trial
 
 ROOT = Path(__file__).resolve().parent.parent
 SCALE: Scale = "tiny"

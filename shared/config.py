@@ -4,9 +4,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from shared.instances import EVALUATION_SEEDS
-from shared.settings import CustomResources, Fraction, NodeLabels, Settings
-from shared.task_settings import AlfworldSettings, NumberLineSettings, TaskSettings
+from gflowvlm.shared.instances import EVALUATION_SEEDS
+from gflowvlm.shared.settings import CustomResources, Fraction, NodeLabels, Settings
+from gflowvlm.shared.task_settings import AlfworldSettings, NumberLineSettings, TaskSettings
 
 Precision = Literal["float32", "bfloat16"]
 LossName = Literal["tb", "var_tb", "db", "subtb", "flow_db", "flow_subtb", "fl_db", "fl_subtb", "sft", "ppo", "grpo"]

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from shared.config import RunConfig
-from shared.errors import UserError
-from shared.task_settings import EpisodeSettings
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.task_settings import EpisodeSettings
 
 Settings = TypeVar("Settings", bound=EpisodeSettings)
 

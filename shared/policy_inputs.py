@@ -14,8 +14,8 @@ from typing import Any
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature
 
-from shared.errors import UserError
-from shared.response import DONE_TOKEN
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.response import DONE_TOKEN
 
 
 @dataclass

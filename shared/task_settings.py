@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from shared.settings import Fraction, Settings
+from gflowvlm.shared.settings import Fraction, Settings
 
 DEFAULT_TASK = "numberline"
 

@@ -15,9 +15,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.errors import UserError
+from gflowvlm.shared.errors import UserError
 
 SCHEMA_VERSION = 1
+
+BASE_VERSION = 0
+"""The policy version that is the base model without an adapter."""
 
 
 class Validity(StrEnum):

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
@@ -15,8 +14,11 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import gflowvlm
+
 ROOT = Path(__file__).resolve().parent.parent
-OURS = ("shared", "envs", "actors", "learner", "cluster")
+PACKAGE = "gflowvlm"
+ROOMS = tuple(sorted(path.name for path in (ROOT / PACKAGE).iterdir() if path.is_symlink()))
 # constraints.txt says why these are left out on machines without a GPU.
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec", "triton"}
 
@@ -48,8 +50,8 @@ def run_outside(*command: str, cwd: Path, **environment: str) -> subprocess.Comp
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from a copy of the tree, so that the build leaves nothing in the tree."""
     source = tmp_path_factory.mktemp("source")
-    for folder in OURS:
-        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in (PACKAGE, *ROOMS):
+        shutil.copytree(ROOT / folder, source / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     target = tmp_path_factory.mktemp("wheel")
@@ -68,23 +70,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_no_installed_distribution_owns_one_of_our_names() -> None:
-    owners = metadata.packages_distributions()
-    foreign = {name: set(owners.get(name, [])) - {"gflowvlm"} for name in OURS}
-    assert all(not distributions for distributions in foreign.values()), foreign
+def test_no_other_distribution_owns_our_name() -> None:
+    assert set(metadata.packages_distributions().get(PACKAGE, [])) <= {"gflowvlm"}
 
 
-def test_no_folder_in_site_packages_has_one_of_our_names() -> None:
-    for scheme in ("purelib", "platlib"):
-        folder = Path(sysconfig.get_paths()[scheme])
-        assert [name for name in OURS for _ in folder.glob(f"{name}.py")] == []
-        assert [name for name in OURS if (folder / name).exists()] == []
-
-
-def test_our_names_come_from_this_checkout() -> None:
-    for name in OURS:
-        module = __import__(name)
-        assert Path(str(module.__file__)).parent == ROOT / name
+def test_our_package_comes_from_this_checkout() -> None:
+    assert Path(str(gflowvlm.__file__)).parent == ROOT / PACKAGE
 
 
 def test_every_direct_dependency_is_pinned_within_its_bounds() -> None:
@@ -153,15 +144,15 @@ def test_wheel_holds_sources_and_data_and_nothing_else(wheel: Path) -> None:
         (metadata_name,) = [name for name in names if name.endswith(".dist-info/METADATA")]
         (entry_points,) = [name for name in names if name.endswith(".dist-info/entry_points.txt")]
         header = archive.read(metadata_name).decode()
-        assert "gflowvlm = cluster.cli:main" in archive.read(entry_points).decode()
+        assert "gflowvlm = gflowvlm.cli.main:main" in archive.read(entry_points).decode()
     assert "License-Expression: Apache-2.0" in header
     assert re.search(r"^Requires-Python: >=3\.11$", header, re.MULTILINE)
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == set(OURS)
+    assert tops == {PACKAGE}
     expected = {
-        str(file.relative_to(ROOT))
-        for folder in OURS
+        f"{PACKAGE}/{file.relative_to(ROOT)}"
+        for folder in ROOMS
         for file in (ROOT / folder).rglob("*")
         if file.is_file() and "__pycache__" not in file.parts
     }
@@ -174,9 +165,9 @@ def test_installed_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) 
     target = tmp_path / "target"
     install = ("-m", "pip", "install", "--no-deps", "--no-index", "--target", str(target), str(wheel))
     run_outside(sys.executable, *install, cwd=tmp_path)
-    where = "import shared, envs, actors, learner, cluster.cli; print(cluster.cli.__file__)"
+    where = "import gflowvlm.cli.main; print(gflowvlm.cli.main.__file__)"
     found = run_outside(sys.executable, "-c", where, cwd=tmp_path, PYTHONPATH=str(target))
-    assert found.stdout.strip() == str(target / "cluster" / "cli.py")
+    assert found.stdout.strip() == str(target / "gflowvlm" / "cli" / "main.py")
     told = run_outside(str(target / "bin" / "gflowvlm"), "--help", cwd=tmp_path, PYTHONPATH=str(target))
     for command in ("train", "eval", "play", "bench", "doctor"):
         assert command in told.stdout

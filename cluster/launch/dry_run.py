@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from cluster.launch.placement import (
+from gflowvlm.cluster.launch.placement import (
     BUFFER,
     NODE_ID_LABEL,
     STORE,
@@ -14,8 +14,8 @@ from cluster.launch.placement import (
     resource_plan,
     selectors,
 )
-from cluster.launch.ray_runtime import cluster_nodes, ray_cluster
-from shared.config import RunConfig
+from gflowvlm.cluster.launch.ray_runtime import cluster_nodes, ray_cluster
+from gflowvlm.shared.config import RunConfig
 
 _SHOWN_APART = ("CPU", "GPU", "memory", "object_store_memory")
 

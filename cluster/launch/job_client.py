@@ -10,7 +10,7 @@ from typing import Any
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from shared.errors import UserError
+from gflowvlm.shared.errors import UserError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 10.0, 120.0

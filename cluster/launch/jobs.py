@@ -16,11 +16,11 @@ from typing import Any
 import aiohttp
 from ray.job_submission import JobStatus
 
-from cluster.launch.job_client import connect, explained, job_address
-from cluster.launch.packing import installation, pack
-from shared.config import ClusterSettings, RunConfig
-from shared.config_io import dump_config
-from shared.errors import UserError
+from gflowvlm.cluster.launch.job_client import connect, explained, job_address
+from gflowvlm.cluster.launch.packing import installation, pack
+from gflowvlm.shared.config import ClusterSettings, RunConfig
+from gflowvlm.shared.config_io import dump_config
+from gflowvlm.shared.errors import UserError
 
 DEFAULT_RUNS = "${GFLOWVLM_RUNS:-$HOME/gflowvlm-runs}"
 """Where runs stand on the cluster, as its shell reads it."""
@@ -131,7 +131,7 @@ class Jobs:
         before = [job for job in jobs if job.run == name]
         if before:
             raise UserError(_sent_before(before[0]))
-        command = f"exec python -m cluster.cli train --config {_CONFIG_FILE} --run {_shell_path(name, folder)}"
+        command = f"exec python -m gflowvlm train --config {_CONFIG_FILE} --run {_shell_path(name, folder)}"
         return self._send(_free_id(name, jobs), name, command, folder or "", placement_of(config.cluster), config, say)
 
     def resume(
@@ -156,7 +156,7 @@ class Jobs:
         if before:
             folder = before[0].folder if folder is None else folder
             placement = before[0].placement if placement is None else placement
-        command = f"exec python -m cluster.cli train --resume {_shell_path(name, folder or None)}"
+        command = f"exec python -m gflowvlm train --resume {_shell_path(name, folder or None)}"
         return self._send(_free_id(name, jobs), name, command, folder or "", placement or {}, None, say)
 
     def follow(self, job: Job, write: Callable[[str], None], say: Callable[[str], None]) -> Job:
@@ -209,7 +209,7 @@ class Jobs:
             UserError: The command failed, in its own words, or did not end in time.
         """
         path = _shell_path(job.run, job.folder or None)
-        line = f"exec python -m cluster.cli {command} {path} {shlex.join(arguments)}"
+        line = f"exec python -m gflowvlm {command} {path} {shlex.join(arguments)}"
         sent = f"{job.run}-{command}-{secrets.token_hex(4)}"
         self._start(sent, line, {}, {}, None, lambda line: None)
         try:

@@ -1,13 +1,14 @@
-"""What of this installation travels to a cluster: the five packages, whether a source tree or a wheel holds them."""
+"""What of this installation travels to a cluster: the package, whether a source tree or a wheel holds it."""
 
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from shared.errors import UserError
+import gflowvlm
+from gflowvlm.shared.errors import UserError
 
-PACKAGES = ("shared", "envs", "actors", "learner", "cluster")
+PACKAGE = "gflowvlm"
 MAX_MIB = 64.0
 """Most that travels, MiB."""
 
@@ -16,18 +17,22 @@ _NAMED_FILES = 3
 
 
 def installation() -> Path:
-    """Returns the folder that holds the packages of this process."""
-    return Path(__file__).resolve().parents[2]
+    """Returns the folder that holds the package of this process."""
+    return Path(gflowvlm.__file__).parents[1]
 
 
 def travelling_files(root: Path) -> Iterator[Path]:
     """Yields the files that travel, relative to `root`.
 
-    Only the five packages are looked at, so that neither tests nor what lies beside them (``.git``, ``.venv``,
-    ``runs``) is. Inside, what is hidden, caches, links, virtual environments and folders of runs are left out.
+    Only the package is looked at, so that neither tests nor what lies beside it (``.git``, ``.venv``, ``runs``) is.
+    In a source tree its rooms are links, which are followed; inside them, what is hidden, caches, links, virtual
+    environments and folders of runs are left out.
     """
-    for package in PACKAGES:
-        for where, folders, files in os.walk(root / package):
+    package = root / PACKAGE
+    rooms = sorted(path for path in package.iterdir() if path.is_dir() and _may_travel(path))
+    yield from sorted(path.relative_to(root) for path in package.iterdir() if path.is_file() and path.suffix == ".py")
+    for room in rooms:
+        for where, folders, files in os.walk(room):
             folders[:] = sorted(name for name in folders if _travels(Path(where, name)))
             for name in sorted(files):
                 path = Path(where, name)
@@ -36,15 +41,19 @@ def travelling_files(root: Path) -> Iterator[Path]:
 
 
 def _travels(folder: Path) -> bool:
+    return _may_travel(folder) and not folder.is_symlink()
+
+
+def _may_travel(folder: Path) -> bool:
     hidden = folder.name.startswith(".") or folder.name in ("__pycache__", "runs")
-    return not (hidden or folder.is_symlink() or (folder / "pyvenv.cfg").exists())
+    return not (hidden or (folder / "pyvenv.cfg").exists())
 
 
 def pack(root: Path, target: Path, limit_mib: float = MAX_MIB) -> float:
     """Copies what travels into an empty folder.
 
     Args:
-        root: The folder that holds the packages.
+        root: The folder that holds the package.
         target: Where to.
         limit_mib: Most that may travel, MiB.
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shared.config import RunConfig
+from gflowvlm.shared.config import RunConfig
 
 NODE_ID_LABEL = "ray.io/node-id"
 # Small control actors of ours and Ray's that take a slot each.
@@ -269,13 +269,13 @@ def _place(bundle: Mapping[str, float], count: int, free: Sequence[dict[str, flo
         if not able:
             return placed
         # Nodes with what the bundle does not ask for (GPUs, say) are left to those that do.
-        node = min(able, key=lambda node: (_unasked(node, bundle), sum(node.get(name, 0.0) for name in bundle)))
+        node = min(able, key=lambda n: (_unrequested_kinds(n, bundle), sum(n.get(name, 0.0) for name in bundle)))
         for name, amount in bundle.items():
             node[name] -= amount
     return count
 
 
-def _unasked(node: Mapping[str, float], bundle: Mapping[str, float]) -> int:
+def _unrequested_kinds(node: Mapping[str, float], bundle: Mapping[str, float]) -> int:
     ordinary = ("CPU", "memory", "object_store_memory")
     return sum(
         amount > 0 and name not in bundle and name not in ordinary and not name.startswith("node:")

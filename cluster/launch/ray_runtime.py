@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import site
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -13,11 +14,12 @@ from pathlib import Path
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from cluster.interruption import sigterm_as_interrupt
-from cluster.launch.placement import Node, ResourcePlan, amounts, lacking, largest, resource_plan, selectors
-from cluster.launch.process_environment import PROCESS_ENVIRONMENT
-from shared.config import RunConfig
-from shared.errors import UserError
+import gflowvlm
+from gflowvlm.cluster.launch.placement import Node, ResourcePlan, amounts, lacking, largest, resource_plan, selectors
+from gflowvlm.cluster.launch.process_environment import PROCESS_ENVIRONMENT
+from gflowvlm.run.interruption import sigterm_as_interrupt
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.errors import UserError
 
 # Ray's job supervisor puts the job's own runtime environment here.
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -157,9 +159,15 @@ def _lacks(plan: ResourcePlan) -> str:
 
 def worker_environment() -> dict[str, str]:
     """Returns the environment variables that processes which Ray starts need to find and run our code."""
-    root = str(Path(__file__).parents[2])
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    root = str(Path(gflowvlm.__file__).parents[1])
+    # An installed package is found by itself, and the rest of its folder must not come before the standard library.
+    own = [] if root in _site_packages() else [root]
+    paths = [*own, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), **_process_environment()}
+
+
+def _site_packages() -> set[str]:
+    return {*site.getsitepackages(), site.getusersitepackages()}
 
 
 def _process_environment() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The trained policy behind vLLM's OpenAI-compatible API: a Ray Serve application.
 
-`app` is what a Serve configuration imports (``cluster.serving.application:app``), on KubeRay as on any cluster;
-`gflowvlm serve` runs the same application on a Ray of its own.
+`app` is what a Serve configuration imports (``gflowvlm.cluster.serving.application:app``), on KubeRay as on any
+cluster; `gflowvlm serve` runs the same application on a Ray of its own.
 """
 
 import os
@@ -10,9 +10,9 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from actors.policy_server import replica_options
-from cluster.serving.served_policy import API_KEY_VARIABLE, ServeArguments, ServedPolicy, served_policy
-from shared.errors import UserError
+from gflowvlm.actors.policy_server import replica_options
+from gflowvlm.cluster.serving.served_policy import API_KEY_VARIABLE, ServeArguments, ServedPolicy, served_policy
+from gflowvlm.shared.errors import UserError
 
 DEPLOYMENT = "PolicyAPI"
 
@@ -45,7 +45,7 @@ class PolicyAPI:
         """
         api_key = api_key_for(policy)
         # vLLM is imported where an engine runs, and nowhere else.
-        from cluster.serving.openai_server import OpenAIServer
+        from gflowvlm.cluster.serving.openai_server import OpenAIServer
 
         self._server = OpenAIServer(policy, api_key)
 

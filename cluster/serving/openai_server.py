@@ -17,10 +17,10 @@ from vllm.entrypoints.launchers.cli_args import FrontendArgs
 from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from actors.vllm_sampler import GuardedEngine, engine_arguments
-from cluster.serving.served_policy import ServedPolicy
-from shared.errors import UserError
-from shared.policy_inputs import PolicyInputs
+from gflowvlm.actors.vllm_sampler import GuardedEngine, engine_arguments
+from gflowvlm.cluster.serving.served_policy import ServedPolicy
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.policy_inputs import PolicyInputs
 
 NO_MEDIA_DOMAIN = "only-data-urls.invalid"
 """The one host that pictures may be fetched from; it cannot exist (RFC 2606). Pictures come as data URLs."""

@@ -8,15 +8,15 @@ from pathlib import Path
 from pydantic import Field
 from safetensors import safe_open
 
-from actors.adapter_store import CONFIG_FILE, WEIGHTS_FILE, check_adapter
-from actors.sampling import BASE_VERSION
-from cluster.models import resolve_model
-from cluster.playing import best_version
-from shared.config import RunConfig
-from shared.config_io import apply_overrides, load_config, parse_config
-from shared.errors import UserError
-from shared.run_folder import RunFolder
-from shared.settings import Settings
+from gflowvlm.actors.adapter_store import CONFIG_FILE, WEIGHTS_FILE, check_adapter
+from gflowvlm.evaluation.playing import best_version
+from gflowvlm.run.folder import RunFolder
+from gflowvlm.run.models import resolve_model
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.config_io import apply_overrides, load_config, parse_config
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.settings import Settings
+from gflowvlm.shared.trajectory import BASE_VERSION
 
 API_KEY_VARIABLE = "GFLOWVLM_API_KEY"
 """Environment variable of the key that requests must carry; read where a replica runs, never passed on."""

@@ -13,13 +13,13 @@ from ray.exceptions import RayError
 from ray.serve.schema import ApplicationStatus
 from rich.console import Console
 
-from actors.policy_server import quiet_logging, shutdown_policy_server, wait_until_running
-from cluster.interruption import sigterm_as_interrupt
-from cluster.launch.ray_runtime import dashboard_line, ray_cluster
-from cluster.serving.application import DEPLOYMENT, application
-from cluster.serving.served_policy import API_KEY_VARIABLE, ServedPolicy
-from shared.config import LearnerSettings, RolloutSettings, RunConfig
-from shared.errors import UserError
+from gflowvlm.actors.policy_server import quiet_logging, shutdown_policy_server, wait_until_running
+from gflowvlm.cluster.launch.ray_runtime import dashboard_line, ray_cluster
+from gflowvlm.cluster.serving.application import DEPLOYMENT, application
+from gflowvlm.cluster.serving.served_policy import API_KEY_VARIABLE, ServedPolicy
+from gflowvlm.run.interruption import sigterm_as_interrupt
+from gflowvlm.shared.config import LearnerSettings, RolloutSettings, RunConfig
+from gflowvlm.shared.errors import UserError
 
 APPLICATION = "policy"
 
@@ -86,14 +86,14 @@ def serve_until_stopped(policy: ServedPolicy, address: Address, console: Console
     if importlib.util.find_spec("vllm") is None:
         raise UserError("serving needs vLLM, which is not installed; install the extra `cpu` or `gpu` (make setup)")
     policy = replace(policy, config=_own_cluster(policy.config))
-    _say_what(policy, console)
+    _print_policy(policy, console)
     try:
         with sigterm_as_interrupt(), ray_cluster(policy.config) as dashboard:
             try:
                 _start(policy, address)
                 if policy.config.cluster.dashboard:
                     console.print(dashboard_line(dashboard), highlight=False)
-                _say_where(policy, address, console)
+                _print_address(policy, address, console)
                 _watch(console)
             finally:
                 shutdown_policy_server(APPLICATION)
@@ -146,7 +146,7 @@ def _watch(console: Console) -> None:
             console.print(f"{time.strftime('%H:%M:%S')} the policy is {status.value}", highlight=False)
 
 
-def _say_what(policy: ServedPolicy, console: Console) -> None:
+def _print_policy(policy: ServedPolicy, console: Console) -> None:
     if policy.adapter is None:
         what = f"{policy.model} without an adapter"
     elif policy.version is None:
@@ -158,7 +158,7 @@ def _say_what(policy: ServedPolicy, console: Console) -> None:
     console.print(f"starting {engines}: {what}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _say_where(policy: ServedPolicy, address: Address, console: Console) -> None:
+def _print_address(policy: ServedPolicy, address: Address, console: Console) -> None:
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 

@@ -5,12 +5,12 @@ import math
 import numpy as np
 from PIL import Image
 
-from envs.base import TaskEnv
-from envs.blackjack import cards, prompts, rendering
-from envs.blackjack.cards import Card
-from shared.response import DONE_TOKEN
-from shared.task_settings import BlackjackSettings
-from shared.trajectory import EndReason
+from gflowvlm.envs.base import TaskEnv
+from gflowvlm.envs.blackjack import cards, prompts, rendering
+from gflowvlm.envs.blackjack.cards import Card
+from gflowvlm.shared.response import DONE_TOKEN
+from gflowvlm.shared.task_settings import BlackjackSettings
+from gflowvlm.shared.trajectory import EndReason
 
 HIT, STAND = "hit", "stand"
 REWARD_FLOOR = 1e-10

@@ -5,9 +5,9 @@ The policy has to read the cards from the picture: the prompt names none of the 
 
 from collections.abc import Sequence
 
-from envs.blackjack.cards import DEALER_STANDS_AT, Card, total
-from envs.wording import comparisons
-from shared.response import format_response
+from gflowvlm.envs.blackjack.cards import DEALER_STANDS_AT, Card, total
+from gflowvlm.envs.wording import comparisons
+from gflowvlm.shared.response import format_response
 
 GOAL = "Beat the dealer without going over 21. hit takes a card, stand and [DONE] end the hand."
 ANSWER = 'Answer: {"dealer": "", "player": "", "total": , "thoughts": "", "action": ""}'

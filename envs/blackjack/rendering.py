@@ -11,8 +11,8 @@ from pathlib import Path
 import gymnasium
 from PIL import Image
 
-from envs.blackjack.cards import Card
-from envs.drawing import scaled
+from gflowvlm.envs.blackjack.cards import Card
+from gflowvlm.envs.drawing import scaled
 
 TABLE = (7, 99, 36)
 """The green of gymnasium's table."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import UserError
+from gflowvlm.shared.errors import UserError
 
 Fact = tuple[str, ...]
 """A predicate and its arguments by their names in the game: ``("inreceptacle", "apple 1", "fridge 1")``."""
@@ -44,7 +44,7 @@ class GameEngine:
             from textworld import EnvInfos
             from textworld.envs.pddl import PddlEnv
 
-            from envs.household import memoization
+            from gflowvlm.envs.household import memoization
         except ImportError as error:
             package = (error.name or "alfworld").split(".")[0]
             raise UserError(f"task alfworld: package {package!r} is not installed; {INSTALL}") from None

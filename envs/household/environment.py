@@ -7,9 +7,9 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from envs.base import TaskEnv
-from envs.household import prompts
-from envs.household.games import (
+from gflowvlm.envs.base import TaskEnv
+from gflowvlm.envs.household import prompts
+from gflowvlm.envs.household.games import (
     SEEN_FOLDER,
     TRAIN_FOLDER,
     UNSEEN_FOLDER,
@@ -18,13 +18,13 @@ from envs.household.games import (
     games_there,
     official_data,
 )
-from envs.household.sessions import Session, TextSession
-from envs.household.starter import starter_set
-from envs.household.tasks import SUB_GOALS, TaskType
-from shared.instances import EVALUATION_SEEDS
-from shared.response import DONE_TOKEN
-from shared.task_settings import AlfworldSettings
-from shared.trajectory import EndReason
+from gflowvlm.envs.household.sessions import Session, TextSession
+from gflowvlm.envs.household.starter import starter_set
+from gflowvlm.envs.household.tasks import SUB_GOALS, TaskType
+from gflowvlm.shared.instances import EVALUATION_SEEDS
+from gflowvlm.shared.response import DONE_TOKEN
+from gflowvlm.shared.task_settings import AlfworldSettings
+from gflowvlm.shared.trajectory import EndReason
 
 GOAL_REWARD = AlfworldSettings.largest_reward
 REWARD_FLOOR = 0.1
@@ -134,7 +134,7 @@ class AlfworldEnv(TaskEnv):
     def _open(self, game: Game) -> Session:
         if self.settings.view == "facts":
             return TextSession(game)
-        from envs.household.thor import ThorSession
+        from gflowvlm.envs.household.thor import ThorSession
 
         return ThorSession(game)
 

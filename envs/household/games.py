@@ -10,9 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from envs.household.engine import read_game
-from envs.household.tasks import Task, TaskType
-from shared.errors import UserError
+from gflowvlm.envs.household.engine import read_game
+from gflowvlm.envs.household.tasks import Task, TaskType
+from gflowvlm.shared.errors import UserError
 
 DATA_VARIABLE = "ALFWORLD_DATA"
 ALFWORLD_CACHE = Path("~/.cache/alfworld")

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from envs.household.engine import GameEngine
-from envs.household.games import GAME_FILE, SEEN_FOLDER, TASK_FILE, TRAIN_FOLDER, UNSEEN_FOLDER, VERSION_FOLDER
-from envs.household.pddl import problem
-from envs.household.scenes import SIZES, Room, floor_plan, make_room, plan_numbers, tasks_of
-from envs.household.tasks import TaskType, sub_goals_reached
-from shared.errors import UserError
+from gflowvlm.envs.household.engine import GameEngine
+from gflowvlm.envs.household.games import GAME_FILE, SEEN_FOLDER, TASK_FILE, TRAIN_FOLDER, UNSEEN_FOLDER, VERSION_FOLDER
+from gflowvlm.envs.household.pddl import problem
+from gflowvlm.envs.household.scenes import SIZES, Room, floor_plan, make_room, plan_numbers, tasks_of
+from gflowvlm.envs.household.tasks import TaskType, sub_goals_reached
+from gflowvlm.shared.errors import UserError
 
 FOLDERS = (TRAIN_FOLDER, SEEN_FOLDER, UNSEEN_FOLDER)
 LONGEST_PLAN = 30

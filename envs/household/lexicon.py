@@ -7,11 +7,11 @@ of text of which all prompts without history and all responses are made.
 
 import re
 
-from envs.household.engine import INSTALL
-from envs.household.prompts import ANSWER, NOTHING, NOWHERE, RULES, wordings
-from envs.household.tasks import TaskType
-from shared.errors import UserError
-from shared.response import DONE_TOKEN
+from gflowvlm.envs.household.engine import INSTALL
+from gflowvlm.envs.household.prompts import ANSWER, NOTHING, NOWHERE, RULES, wordings
+from gflowvlm.envs.household.tasks import TaskType
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.response import DONE_TOKEN
 
 VERBS = ("go to ", "take ", "move ", "open ", "close ", "examine ", "use ", "clean ", "heat ", "cool ", "slice ")
 BARE_COMMANDS = ("help", "inventory", "look")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from envs.household.scenes import Room, affords, holdable
+from gflowvlm.envs.household.scenes import Room, affords, holdable
 
 AFFORDANCES = {"Heatable": "heatable", "Coolable": "coolable", "Cleanable": "cleanable", "Sliceable": "sliceable"}
 MANGLED = {"|": "_bar_", "-": "_minus_", "+": "_plus_", ".": "_dot_"}
@@ -23,14 +23,14 @@ def problem(room: Room, name: str) -> str:
     lines += [f"{kind}Type - otype" for kind in sorted({kind for _, kind, _ in room.objects})]
     lines += [f"{kind}Type - rtype" for kind in sorted({kind for _, kind in room.receptacles})]
     lines += [f"loc{index} - location" for index in range(len(room.receptacles) + 1)]
-    lines += [f"{mangled(r)} - receptacle" for r, _ in room.receptacles]
-    lines += [f"{mangled(o)} - object" for o, _, _ in room.objects]
+    lines += [f"{pddl_name(r)} - receptacle" for r, _ in room.receptacles]
+    lines += [f"{pddl_name(o)} - object" for o, _, _ in room.objects]
     lines += [")", "(:init", "(= (total-cost) 0)", *_facts(room), ")"]
     # The library writes its types with "#", for its own formatting.
     return "\n".join(lines) + goal.replace("#", "-")
 
 
-def mangled(identifier: str) -> str:
+def pddl_name(identifier: str) -> str:
     """Returns an id as PDDL spells it, which alfworld turns into names like ``apple 1``."""
     return "".join(MANGLED.get(character, character) for character in identifier)
 
@@ -45,15 +45,15 @@ def _facts(room: Room) -> Iterator[str]:
     for kind in sorted({kind for _, kind in room.receptacles}):
         yield from (f"(canContain {kind}Type {thing}Type)" for thing in sorted(holdable(kind) & things))
     for place, kind in room.receptacles:
-        yield f"(receptacleType {mangled(place)} {kind}Type)"
-        yield f"(receptacleAtLocation {mangled(place)} {location[place]})"
+        yield f"(receptacleType {pddl_name(place)} {kind}Type)"
+        yield f"(receptacleAtLocation {pddl_name(place)} {location[place]})"
         if kind in constants.OPENABLE_CLASS_SET:
-            yield f"(openable {mangled(place)})"
+            yield f"(openable {pddl_name(place)})"
     for thing, kind, place in room.objects:
-        yield f"(objectType {mangled(thing)} {kind}Type)"
-        yield f"(inReceptacle {mangled(thing)} {mangled(place)})"
-        yield f"(objectAtLocation {mangled(thing)} {location[place]})"
-        yield f"({'toggleable' if kind == room.task.lamp else 'pickupable'} {mangled(thing)})"
+        yield f"(objectType {pddl_name(thing)} {kind}Type)"
+        yield f"(inReceptacle {pddl_name(thing)} {pddl_name(place)})"
+        yield f"(objectAtLocation {pddl_name(thing)} {location[place]})"
+        yield f"({'toggleable' if kind == room.task.lamp else 'pickupable'} {pddl_name(thing)})"
         yield from (
-            f"({predicate} {mangled(thing)})" for word, predicate in AFFORDANCES.items() if kind in affords(word)
+            f"({predicate} {pddl_name(thing)})" for word, predicate in AFFORDANCES.items() if kind in affords(word)
         )

@@ -6,10 +6,10 @@ and the thing in hand, thinks about what is left to do, and gives one of the adm
 
 from collections.abc import Sequence
 
-from envs.household.engine import Observation
-from envs.household.tasks import SUB_GOALS, TREATED, Task, TaskType
-from envs.household.view import View
-from shared.response import format_response
+from gflowvlm.envs.household.engine import Observation
+from gflowvlm.envs.household.tasks import SUB_GOALS, TREATED, Task, TaskType
+from gflowvlm.envs.household.view import View
+from gflowvlm.shared.response import format_response
 
 RULES = "One command a step; [DONE] stops when the task is done."
 ANSWER = 'Answer: {"place": "", "hand": "", "thoughts": "", "action": ""}'

@@ -6,10 +6,10 @@ of 100 units a side.
 
 from PIL import Image, ImageDraw
 
-from envs.drawing import font
-from envs.household import icons
-from envs.household.icons import Box
-from envs.household.view import Place, Thing, View, kind_of
+from gflowvlm.envs.drawing import font
+from gflowvlm.envs.household import icons
+from gflowvlm.envs.household.icons import Box
+from gflowvlm.envs.household.view import Place, Thing, View, kind_of
 
 GRID = 100
 FONT = "DejaVuSans.ttf"

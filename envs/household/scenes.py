@@ -9,7 +9,7 @@ from importlib.resources import files
 
 import numpy as np
 
-from envs.household.tasks import Task, TaskType
+from gflowvlm.envs.household.tasks import Task, TaskType
 
 LAMP = "DeskLamp"
 LAMP_PLACES = ("Desk", "SideTable", "Dresser", "Shelf")

@@ -7,11 +7,11 @@ from typing import Protocol
 
 from PIL import Image
 
-from envs.household.engine import GameEngine, Observation
-from envs.household.games import Game
-from envs.household.rendering import draw
-from envs.household.tasks import Task, sub_goals_reached
-from envs.household.view import View, view
+from gflowvlm.envs.household.engine import GameEngine, Observation
+from gflowvlm.envs.household.games import Game
+from gflowvlm.envs.household.rendering import draw
+from gflowvlm.envs.household.tasks import Task, sub_goals_reached
+from gflowvlm.envs.household.view import View, view
 
 
 class Session(Protocol):
@@ -46,7 +46,7 @@ class TextSession:
     def __init__(self, game: Game) -> None:
         self.task = game.task()
         self._engine = _engines.take(game)
-        weakref.finalize(self, _engines.give_back, game.folder, self._engine).atexit = False
+        weakref.finalize(self, _engines.release, game.folder, self._engine).atexit = False
         self.observation = self._engine.reset()
         self._plan = self._engine.walkthrough
 
@@ -98,7 +98,7 @@ class _Engines:
         engine.load(game.content())
         return engine
 
-    def give_back(self, folder: Path, engine: GameEngine) -> None:
+    def release(self, folder: Path, engine: GameEngine) -> None:
         """Takes an engine back, still loaded with its game."""
         with self._lock:
             self._idle.append((folder, engine))

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from envs.household.generation import generate, missing, specs
-from shared.errors import UserError
+from gflowvlm.envs.household.generation import generate, missing, specs
+from gflowvlm.shared.errors import UserError
 
 CACHE_VARIABLE = "GFLOWVLM_CACHE"
 NAME = "starter-2"

@@ -4,7 +4,7 @@ from collections.abc import Set
 from dataclasses import dataclass
 from enum import StrEnum
 
-from envs.household.engine import Fact
+from gflowvlm.envs.household.engine import Fact
 
 
 class TaskType(StrEnum):

@@ -12,11 +12,11 @@ from typing import Any
 
 from PIL import Image
 
-from envs.household.engine import Observation
-from envs.household.games import TASK_FILE, Game
-from envs.household.tasks import SUB_GOALS
-from envs.household.view import Place, Thing, View
-from shared.errors import UserError
+from gflowvlm.envs.household.engine import Observation
+from gflowvlm.envs.household.games import TASK_FILE, Game
+from gflowvlm.envs.household.tasks import SUB_GOALS
+from gflowvlm.envs.household.view import Place, Thing, View
+from gflowvlm.shared.errors import UserError
 
 SCREEN = 300
 NO_LIMIT = 10**6

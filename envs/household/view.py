@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Set
 from dataclasses import dataclass
 
-from envs.household.engine import Fact
+from gflowvlm.envs.household.engine import Fact
 
 # In the order in which they are shown. `ison` and the negated facts are unreliable, so neither is read.
 MARKS = {"ishot": "hot", "iscool": "cold", "isclean": "clean", "issliced": "sliced", "istoggled": "on"}

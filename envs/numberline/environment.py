@@ -3,11 +3,11 @@
 import numpy as np
 from PIL import Image
 
-from envs.base import TaskEnv
-from envs.numberline import prompts, rendering, target
-from shared.response import DONE_TOKEN
-from shared.task_settings import NumberLineSettings
-from shared.trajectory import EndReason
+from gflowvlm.envs.base import TaskEnv
+from gflowvlm.envs.numberline import prompts, rendering, target
+from gflowvlm.shared.response import DONE_TOKEN
+from gflowvlm.shared.task_settings import NumberLineSettings
+from gflowvlm.shared.trajectory import EndReason
 
 
 class NumberLineEnv(TaskEnv):

@@ -4,8 +4,8 @@ The policy has to read the two numbers from the picture: the prompt names neithe
 current number.
 """
 
-from envs.wording import comparisons
-from shared.response import format_response
+from gflowvlm.envs.wording import comparisons
+from gflowvlm.shared.response import format_response
 
 GOAL = "Make the current number equal to the target number. + adds 1, - takes 1 away, [DONE] stops."
 ANSWER = 'Answer: {"current": , "target": , "thoughts": "", "action": ""}'

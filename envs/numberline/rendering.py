@@ -7,7 +7,7 @@ dozen pictures by heart. Everything is laid out on a 64 x 64 grid and scaled.
 import numpy as np
 from PIL import Image, ImageDraw
 
-from envs.drawing import FONTS, font, paper_and_ink, scaled, shift
+from gflowvlm.envs.drawing import FONTS, background_and_text_colours, font, scaled, shift
 
 NUMBER_SIZES = (20, 22, 24)
 """Font sizes of the numbers, in units of the grid; two digits of the widest font fit."""
@@ -22,7 +22,7 @@ def draw(target: int, current: int, size: int, rng: np.random.Generator) -> Imag
     """Returns the RGB picture, `size` pixels a side; `rng` alone decides its looks."""
     number_font = font(FONTS[rng.integers(len(FONTS))], scaled(rng.choice(NUMBER_SIZES), size))
     label_font = font(None, scaled(LABEL_SIZE, size))
-    paper, ink = paper_and_ink(rng)
+    paper, ink = background_and_text_colours(rng)
     shifts = rng.random((2, 2))
     image = Image.new("RGB", (size, size), paper)
     canvas = ImageDraw.Draw(image)

@@ -5,10 +5,10 @@ import math
 import numpy as np
 from PIL import Image
 
-from envs.base import TaskEnv
-from envs.numbersequence import prompts, rendering, sequences
-from shared.response import DONE_TOKEN
-from shared.task_settings import NumberSequenceSettings
+from gflowvlm.envs.base import TaskEnv
+from gflowvlm.envs.numbersequence import prompts, rendering, sequences
+from gflowvlm.shared.response import DONE_TOKEN
+from gflowvlm.shared.task_settings import NumberSequenceSettings
 
 LOG_REWARD = math.log(100.0)
 """log R of a right continuation, nats; everything else is at the floor, R = 1."""

@@ -5,7 +5,7 @@ The policy has to read the sequence from the picture: the prompt names none of i
 
 from collections.abc import Collection, Sequence
 
-from shared.response import format_response
+from gflowvlm.shared.response import format_response
 
 GOAL = (
     "Fill each ? of the sequence: add the same step each time, or add the two numbers before. [DONE] when no ? is left."

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from envs.drawing import FONTS, font, paper_and_ink, shift
+from gflowvlm.envs.drawing import FONTS, background_and_text_colours, font, shift
 
 SIZES = (0.56, 0.62, 0.68)
 """Font sizes as shares of a cell's side; wide numbers get a smaller one."""
@@ -25,7 +25,7 @@ def draw(numbers: Sequence[int], missing: int, size: int, rng: np.random.Generat
     top = (size - math.ceil(len(texts) / columns) * cell) // 2
     file = FONTS[rng.integers(len(FONTS))]
     chosen = _fitting(file, texts, round(cell * rng.choice(SIZES)), cell - 2)
-    paper, ink = paper_and_ink(rng)
+    paper, ink = background_and_text_colours(rng)
     image = Image.new("RGB", (size, size), paper)
     canvas = ImageDraw.Draw(image)
     for place, text in enumerate(texts):

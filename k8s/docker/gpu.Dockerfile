@@ -10,11 +10,18 @@ RUN apt-get update \
 WORKDIR /app
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY scripts scripts
+# The rooms, and the package that links them under one name.
+COPY gflowvlm gflowvlm
 COPY shared shared
 COPY envs envs
 COPY actors actors
 COPY learner learner
+COPY run run
+COPY evaluation evaluation
+COPY warm_starts warm_starts
 COPY cluster cluster
+COPY studies studies
+COPY cli cli
 RUN --mount=type=cache,target=/root/.cache/pip python3.11 scripts/set_up.py --engine gpu
 
 FROM debian:bookworm-slim

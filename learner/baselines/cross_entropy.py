@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from learner.losses.output import LossOutput
+from gflowvlm.learner.losses.output import LossOutput
 
 
 def cross_entropy(*, log_prob: Tensor, tokens: Tensor, chosen: Tensor) -> LossOutput:

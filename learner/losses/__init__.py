@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from learner.losses.db import db
-from learner.losses.fl_db import fl_db
-from learner.losses.fl_subtb import fl_subtb
-from learner.losses.flow_db import flow_db
-from learner.losses.flow_subtb import flow_subtb
-from learner.losses.output import LossOutput
-from learner.losses.subtb import subtb
-from learner.losses.tb import tb
-from learner.losses.var_tb import var_tb
+from gflowvlm.learner.losses.db import db
+from gflowvlm.learner.losses.fl_db import fl_db
+from gflowvlm.learner.losses.fl_subtb import fl_subtb
+from gflowvlm.learner.losses.flow_db import flow_db
+from gflowvlm.learner.losses.flow_subtb import flow_subtb
+from gflowvlm.learner.losses.output import LossOutput
+from gflowvlm.learner.losses.subtb import subtb
+from gflowvlm.learner.losses.tb import tb
+from gflowvlm.learner.losses.var_tb import var_tb
 
 LossFunction = Callable[..., LossOutput]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from learner.losses.output import LossOutput, mask_batch, penalise
+from gflowvlm.learner.losses.output import LossOutput, mask_batch, penalise
 
 
 def db(

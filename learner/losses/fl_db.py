@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from learner.losses.flow import mask_flow_batch
-from learner.losses.output import LossOutput, penalise
+from gflowvlm.learner.losses.flow import mask_flow_batch
+from gflowvlm.learner.losses.output import LossOutput, penalise
 
 
 def fl_db(

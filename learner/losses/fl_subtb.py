@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from learner.losses.flow import mask_flow_batch
-from learner.losses.output import LossOutput
-from learner.losses.subtb import later_minus_earlier, log_path_between, penalise_pairs
+from gflowvlm.learner.losses.flow import mask_flow_batch
+from gflowvlm.learner.losses.output import LossOutput
+from gflowvlm.learner.losses.subtb import later_minus_earlier, log_path_between, penalise_pairs
 
 
 def fl_subtb(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from learner.losses.output import MaskedBatch, mask_batch
+from gflowvlm.learner.losses.output import MaskedBatch, mask_batch
 
 
 @dataclass(frozen=True, slots=True)

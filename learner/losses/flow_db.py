@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from learner.losses.flow import mask_flow_batch
-from learner.losses.output import LossOutput, penalise
+from gflowvlm.learner.losses.flow import mask_flow_batch
+from gflowvlm.learner.losses.output import LossOutput, penalise
 
 
 def flow_db(

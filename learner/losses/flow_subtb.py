@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from learner.losses.flow import mask_flow_batch
-from learner.losses.output import LossOutput
-from learner.losses.subtb import later_minus_earlier, log_path_between, penalise_pairs
+from gflowvlm.learner.losses.flow import mask_flow_batch
+from gflowvlm.learner.losses.output import LossOutput
+from gflowvlm.learner.losses.subtb import later_minus_earlier, log_path_between, penalise_pairs
 
 
 def flow_subtb(

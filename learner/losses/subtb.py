@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from learner.losses.output import LossOutput, mask_batch, penalise
+from gflowvlm.learner.losses.output import LossOutput, mask_batch, penalise
 
 
 def subtb(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from learner.losses import LOSSES
-from learner.objectives.balance import BalanceObjective
-from learner.objectives.base import LossOfScores, Objective, ObjectiveOutput, ScoredBatch
-from learner.objectives.imitation import ImitationObjective
-from learner.objectives.policy_gradient import GrpoObjective, PpoObjective
-from shared.config import RunConfig
+from gflowvlm.learner.losses import LOSSES
+from gflowvlm.learner.objectives.balance import BalanceObjective
+from gflowvlm.learner.objectives.base import LossOfScores, Objective, ObjectiveOutput, ScoredBatch
+from gflowvlm.learner.objectives.imitation import ImitationObjective
+from gflowvlm.learner.objectives.policy_gradient import GrpoObjective, PpoObjective
+from gflowvlm.shared.config import RunConfig
 
 OBJECTIVES: dict[str, Callable[[RunConfig], Objective]] = {
     **dict.fromkeys(LOSSES, BalanceObjective),

@@ -7,19 +7,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from learner.distributed import Ranks
-from learner.losses import LOSSES, LossOutput
-from learner.metrics import StepMetrics
-from learner.objectives.base import LossOfScores, Objective, ObjectiveOutput, ScoredBatch
-from learner.targets import LossInputs, Target, loss_inputs
-from shared.config import RunConfig
+from gflowvlm.learner.distributed import Ranks
+from gflowvlm.learner.losses import LOSSES, LossOutput
+from gflowvlm.learner.metrics import StepMetrics
+from gflowvlm.learner.objectives.base import LossOfScores, Objective, ObjectiveOutput, ScoredBatch
+from gflowvlm.learner.targets import LossInputs, Target, loss_inputs
+from gflowvlm.shared.config import RunConfig
 
 _SUMMED = ("trajectories_used", "trajectories_dropped", "groups", "groups_of_one")
 _MAXIMAL = ("residual_abs_max",)
 
 
 class BalanceObjective(Objective):
-    """One of `learner.losses`, towards the target that the configuration describes (`learner.targets`).
+    """One of `gflowvlm.learner.losses`, towards the configured target (`gflowvlm.learner.targets`).
 
     Args:
         config: The run's configuration.

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from learner.distributed import Ranks
-from learner.heads import HeadKind
-from learner.metrics import StepMetrics
-from shared.trajectory import Trajectory
+from gflowvlm.learner.distributed import Ranks
+from gflowvlm.learner.heads import HeadKind
+from gflowvlm.learner.metrics import StepMetrics
+from gflowvlm.shared.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from learner.baselines import cross_entropy
-from learner.distributed import Ranks
-from learner.metrics import StepMetrics
-from learner.objectives.base import LossOfScores, Objective, ObjectiveOutput, ScoredBatch
-from learner.scoring import LOG_ACT, LOG_COT, LOG_REST
-from shared.config import RunConfig
-from shared.response import DONE_TOKEN
+from gflowvlm.learner.baselines import cross_entropy
+from gflowvlm.learner.distributed import Ranks
+from gflowvlm.learner.metrics import StepMetrics
+from gflowvlm.learner.objectives.base import LossOfScores, Objective, ObjectiveOutput, ScoredBatch
+from gflowvlm.learner.scoring import LOG_ACT, LOG_COT, LOG_REST
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.response import DONE_TOKEN
 
 
 class ImitationObjective(Objective):

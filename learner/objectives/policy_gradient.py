@@ -12,15 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from learner.baselines import clipped_policy_loss, generalised_advantages, group_advantages, value_loss
-from learner.distributed import Ranks
-from learner.heads import HeadKind
-from learner.metrics import StepMetrics
-from learner.objectives.base import LossOfScores, Objective, ObjectiveOutput, ScoredBatch
-from learner.scoring import LOG_ACT, LOG_COT
-from learner.targets import instance_numbers
-from shared.config import RunConfig
-from shared.trajectory import EndReason, Trajectory
+from gflowvlm.learner.baselines import clipped_policy_loss, generalised_advantages, group_advantages, value_loss
+from gflowvlm.learner.distributed import Ranks
+from gflowvlm.learner.heads import HeadKind
+from gflowvlm.learner.metrics import StepMetrics
+from gflowvlm.learner.objectives.base import LossOfScores, Objective, ObjectiveOutput, ScoredBatch
+from gflowvlm.learner.scoring import LOG_ACT, LOG_COT
+from gflowvlm.learner.targets import instance_numbers
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.trajectory import EndReason, Trajectory
 
 REVISED_REWARD_UNIT = 100.0
 """What the revised reward is divided by: about the tasks' largest R(x)."""
@@ -86,7 +86,7 @@ class GrpoObjective(Objective):
 
 
 class PpoObjective(GrpoObjective):
-    """Proximal policy optimisation with a learned value, read off the state as the flows are (`learner.heads`).
+    """Proximal policy optimisation with a value that is read off the state as the flows are (`gflowvlm.learner.heads`).
 
     The value is in units of the task's largest reward: of rewards of tens, its squared error would move the adapter a
     hundred times as far as the advantages do.

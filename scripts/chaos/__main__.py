@@ -17,13 +17,13 @@ from chaos.records import Records, read_records
 from chaos.report import as_json, as_text
 from chaos.schedule import ENGINE, HEAD, NETWORK, PARTS, Kill, Part, schedule
 from chaos.state_store import state_store
-from cluster.interruption import INTERRUPTED, sigterm_as_interrupt
-from cluster.json_file import write_json_file
-from cluster.launch.placement import resource_plan
-from cluster.preset_library import resolve_config
-from cluster.run.run_setup import new_run
-from shared.config import RunConfig
-from shared.errors import UserError
+from gflowvlm.cli.json_file import write_json_file
+from gflowvlm.cluster.launch.placement import resource_plan
+from gflowvlm.run.interruption import INTERRUPTED, sigterm_as_interrupt
+from gflowvlm.run.preset_library import resolve_config
+from gflowvlm.run.setup import new_run
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.errors import UserError
 
 FAILED, WRONG = 1, 2
 DISTURBED, UNDISTURBED = "disturbed", "undisturbed"

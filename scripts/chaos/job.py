@@ -13,15 +13,15 @@ from unittest.mock import patch
 import ray
 from rich.console import Console
 
-from actors.groups import GroupSummary
-from cluster.interruption import INTERRUPTED, sigterm_as_interrupt
-from cluster.launch.ray_runtime import ray_cluster, wait_for_room
-from cluster.run.run_log import append_row
-from cluster.run.run_setup import open_run, run_lock
-from cluster.run.training_run import TrainingRun
-from shared.config import RunConfig
-from shared.errors import UserError
-from shared.run_folder import RunFolder
+from gflowvlm.actors.groups import GroupSummary
+from gflowvlm.cluster.driver.training_run import TrainingRun
+from gflowvlm.cluster.launch.ray_runtime import ray_cluster, wait_for_room
+from gflowvlm.run.folder import RunFolder
+from gflowvlm.run.interruption import INTERRUPTED, sigterm_as_interrupt
+from gflowvlm.run.log import append_row
+from gflowvlm.run.setup import open_run, run_lock
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.errors import UserError
 
 GROUP = "group"
 

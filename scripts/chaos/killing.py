@@ -12,9 +12,9 @@ import psutil
 
 from chaos.nodes import END_S, LocalCluster
 from chaos.schedule import HEAD, NETWORK, NODE, Kill
-from cluster.run.run_log import RowTail, append_row
-from shared.errors import UserError
-from shared.run_folder import RunFolder
+from gflowvlm.run.folder import RunFolder
+from gflowvlm.run.log import RowTail, append_row
+from gflowvlm.shared.errors import UserError
 
 LOOK_S = 0.1
 STOP_S = 180.0

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from ipaddress import IPv4Network
 
-from shared.errors import UserError
+from gflowvlm.shared.errors import UserError
 
 _COMMAND_S = 20.0
 

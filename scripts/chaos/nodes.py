@@ -19,7 +19,7 @@ import psutil
 
 from chaos.network import Cable, Network
 from chaos.state_store import StateStore
-from shared.errors import UserError
+from gflowvlm.shared.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "GFLOWVLM_CHAOS"

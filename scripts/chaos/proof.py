@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from chaos.records import Records
-from cluster.run.run_log import Row
+from gflowvlm.run.log import Row
 
 NOISE_DEVIATIONS = 2.0
 """How many standard deviations two final success rates may be apart."""

@@ -6,15 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actors.adapter_store import AdapterStore
-from actors.sampling import BASE_VERSION
-from actors.trajectory_files import trajectory_files
 from chaos.killing import JobFiles
-from cluster.run.final_report import before_and_after
-from cluster.run.run_log import Row, RowTail
-from cluster.run.run_setup import open_run
-from shared.config import RunConfig
-from shared.trajectory import read_parquet
+from gflowvlm.actors.adapter_store import AdapterStore
+from gflowvlm.actors.trajectory_files import trajectory_files
+from gflowvlm.run.final_report import before_and_after
+from gflowvlm.run.log import Row, RowTail
+from gflowvlm.run.setup import open_run
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.trajectory import BASE_VERSION, read_parquet
 
 
 @dataclass

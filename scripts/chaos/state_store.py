@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chaos.network import Cable
-from shared.errors import UserError
+from gflowvlm.shared.errors import UserError
 
 _PORT = 6379
 _START_S, _END_S, _LOOK_S = 30.0, 10.0, 0.1

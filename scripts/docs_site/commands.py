@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cluster.cli import app
+from gflowvlm.cli.main import app
 
 NAME = "gflowvlm"
 INTRODUCTION = """\

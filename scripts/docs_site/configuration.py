@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic.fields import FieldInfo
 
-from cluster.preset_library import PRESETS, load_preset, preset_names
-from shared.config import RunConfig
-from shared.settings import Settings
+from gflowvlm.run.preset_library import PRESETS, load_preset, preset_names
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.settings import Settings
 
 INTRODUCTION = """\
 # Configuration

@@ -8,9 +8,9 @@ import typer
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from cluster.cli import app
 from docs_site.commands import NAME, commands_of
 from docs_site.configuration import configuration_page
+from gflowvlm.cli.main import app
 
 _COMMAND = re.compile(rf"(?:^|(?<=[\s(])|(?<=bin/)){NAME} ([^\n|&;>]*)", re.MULTILINE)
 _KUBECTL = re.compile(r"kubectl [^\n]*? -- |kubectl [^\n]*")

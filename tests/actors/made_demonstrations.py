@@ -6,11 +6,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from actors.demonstration_set import DemonstrationRequest, DemonstrationSet
-from cluster.warm_starts.recording import make_demonstrations
-from envs.registry import default_settings
-from shared.task_settings import TaskSettings
-from shared.trajectory import Trajectory, from_arrow, read_parquet, write_parquet
+from gflowvlm.actors.demonstration_set import DemonstrationRequest, DemonstrationSet
+from gflowvlm.envs.registry import default_settings
+from gflowvlm.shared.task_settings import TaskSettings
+from gflowvlm.shared.trajectory import Trajectory, from_arrow, read_parquet, write_parquet
+from gflowvlm.warm_starts.recording import make_demonstrations
 
 
 def make_set(folder: Path, task: str | TaskSettings = "numberline", **options: Any) -> DemonstrationSet:

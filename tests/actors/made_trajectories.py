@@ -2,7 +2,7 @@
 
 import math
 
-from shared.trajectory import EndReason, Step, Trajectory, Validity
+from gflowvlm.shared.trajectory import EndReason, Step, Trajectory, Validity
 
 
 def make_trajectory(

@@ -7,11 +7,11 @@ from functools import cache
 
 import numpy as np
 
-from actors.sampling import SampleRequest, SampleResponse
-from envs.base import TaskEnv
-from envs.registry import make_env
-from shared.policy_inputs import PolicyInputs
-from shared.task_settings import NumberLineSettings
+from gflowvlm.actors.sampling import SampleRequest, SampleResponse
+from gflowvlm.envs.base import TaskEnv
+from gflowvlm.envs.registry import make_env
+from gflowvlm.shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.task_settings import NumberLineSettings
 
 
 @dataclass

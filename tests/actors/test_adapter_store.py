@@ -11,10 +11,10 @@ import pytest
 import ray
 from safetensors.numpy import save_file
 
-from actors.adapter_store import AdapterStore, find_adapter_store, start_adapter_store
-from actors.sampling import UnknownVersionError
-from shared.errors import UserError
-from shared.run_folder import RunFolder
+from gflowvlm.actors.adapter_store import AdapterStore, find_adapter_store, start_adapter_store
+from gflowvlm.actors.sampling import UnknownVersionError
+from gflowvlm.run.folder import RunFolder
+from gflowvlm.shared.errors import UserError
 from tests.actors.local_ray import local_ray
 
 LANGUAGE = "base_model.model.model.text_model.layers.0.self_attn.q_proj.lora_A.weight"

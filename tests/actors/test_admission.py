@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.admission import Admission
+from gflowvlm.actors.admission import Admission
 
 
 def test_generation_runs_ahead_by_exactly_the_staleness_limit() -> None:

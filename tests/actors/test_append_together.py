@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from actors.buffer_actor import APPENDS_PER_FILE, ReplayBufferActor
-from actors.replay_buffer import ReplayBuffer
-from shared.config import BufferSettings
-from shared.errors import UserError
-from shared.trajectory import to_record_batch
+from gflowvlm.actors.buffer_actor import APPENDS_PER_FILE, ReplayBufferActor
+from gflowvlm.actors.replay_buffer import ReplayBuffer
+from gflowvlm.shared.config import BufferSettings
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.trajectory import to_record_batch
 from tests.actors.made_trajectories import make_group
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import ray
 
-from actors.buffer_actor import create_buffer_actor, get_buffer
-from shared.config import RunConfig
-from shared.errors import UserError
-from shared.trajectory import to_record_batch
+from gflowvlm.actors.buffer_actor import create_buffer_actor, get_buffer
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.trajectory import to_record_batch
 from tests.actors.local_ray import local_ray
 from tests.actors.made_trajectories import make_group
 

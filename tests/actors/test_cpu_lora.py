@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 if not current_platform.is_cpu():
     pytest.skip("needs vLLM's CPU build", allow_module_level=True)
 
-from actors.cpu_lora import MatmulPunicaWrapper
+from gflowvlm.actors.cpu_lora import MatmulPunicaWrapper
 
 SLOTS, RANK, INPUTS, SLICES, SCALE = 4, 3, 8, (6, 2, 4), 0.5
 IDS = [11, 12, 13, None]

@@ -10,14 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from actors.demonstration_set import MANIFEST, DemonstrationSet
-from actors.episode import as_member
-from learner.tiny_policy import build_processor
-from shared.config import RunConfig
-from shared.errors import UserError
-from shared.policy_inputs import PolicyInputs
-from shared.response import DONE_TOKEN, parse_response
-from shared.trajectory import Trajectory, to_record_batch, write_parquet
+from gflowvlm.actors.demonstration_set import MANIFEST, DemonstrationSet
+from gflowvlm.actors.episode import as_member
+from gflowvlm.learner.tiny_policy import build_processor
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.response import DONE_TOKEN, parse_response
+from gflowvlm.shared.trajectory import Trajectory, to_record_batch, write_parquet
 from tests.actors.made_demonstrations import copied, damage, files, make_set, rewrite, stored, truncate
 from tests.actors.made_trajectories import make_trajectory
 

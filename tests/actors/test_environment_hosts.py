@@ -13,14 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from actors.environment_hosts import EnvironmentHosts
-from actors.environments import EnvironmentLostError, LocalEnvironment
-from actors.episode import play_group
-from actors.groups import GroupRequest, PlaySettings
-from envs.registry import make_env
-from learner.tiny_policy import build_processor
-from shared.policy_inputs import PolicyInputs
-from shared.task_settings import NumberLineSettings
+from gflowvlm.actors.environment_hosts import EnvironmentHosts
+from gflowvlm.actors.environments import EnvironmentLostError, LocalEnvironment
+from gflowvlm.actors.episode import play_group
+from gflowvlm.actors.groups import GroupRequest, PlaySettings
+from gflowvlm.envs.registry import make_env
+from gflowvlm.learner.tiny_policy import build_processor
+from gflowvlm.shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.task_settings import NumberLineSettings
 from tests.actors.scripted import Texts
 
 PLAY = PlaySettings(group_size=3, temperature=1.0, max_tokens=64, expert_on_failure=True)
@@ -127,8 +127,8 @@ def test_a_process_that_does_not_answer_is_replaced() -> None:
 
 OWNER = """
 import asyncio, os, sys
-from actors.environment_hosts import EnvironmentHosts
-from shared.task_settings import NumberLineSettings
+from gflowvlm.actors.environment_hosts import EnvironmentHosts
+from gflowvlm.shared.task_settings import NumberLineSettings
 
 if __name__ == "__main__":
     hosts = EnvironmentHosts(NumberLineSettings(), 1)

@@ -11,19 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.environments import LocalEnvironment
-from actors.episode import PlayedGroup, ResponseSource, play_group
-from actors.groups import GroupRequest, PlaySettings, index_of_group, new_group_id
-from actors.sampling import SampleRequest, SampleResponse, SamplerUnavailableError
-from actors.transformers_sampler import TransformersSampler
-from envs.numberline.environment import NumberLineEnv
-from envs.registry import make_env
-from learner.tiny_policy import build_processor, build_tiny_policy
-from shared.config import RunConfig
-from shared.policy_inputs import PolicyInputs
-from shared.response import DONE_TOKEN
-from shared.task_settings import NumberLineSettings
-from shared.trajectory import EndReason, Validity, from_arrow, to_record_batch
+from gflowvlm.actors.environments import LocalEnvironment
+from gflowvlm.actors.episode import PlayedGroup, ResponseSource, play_group
+from gflowvlm.actors.groups import GroupRequest, PlaySettings, index_of_group, new_group_id
+from gflowvlm.actors.sampling import SampleRequest, SampleResponse, SamplerUnavailableError
+from gflowvlm.actors.transformers_sampler import TransformersSampler
+from gflowvlm.envs.numberline.environment import NumberLineEnv
+from gflowvlm.envs.registry import make_env
+from gflowvlm.learner.tiny_policy import build_processor, build_tiny_policy
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.response import DONE_TOKEN
+from gflowvlm.shared.task_settings import NumberLineSettings
+from gflowvlm.shared.trajectory import EndReason, Validity, from_arrow, to_record_batch
 from tests.actors.scripted import Player, Texts
 
 PLAY = PlaySettings(group_size=4, temperature=1.0, max_tokens=64)

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from actors.event_loop import EventLoopThread
+from gflowvlm.actors.event_loop import EventLoopThread
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import pytest
 from ray.exceptions import ActorUnavailableError, ObjectLostError, RaySystemError
 from ray.serve.handle import DeploymentHandle
 
-from actors.policy_client import TOGETHER, PolicyClient, PolicyServerError
-from actors.policy_server import Answer
-from actors.sampling import SampleRequest, SampleResponse, SamplerUnavailableError, UnknownVersionError
-from shared.errors import UserError
+from gflowvlm.actors.policy_client import TOGETHER, PolicyClient, PolicyServerError
+from gflowvlm.actors.policy_server import Answer
+from gflowvlm.actors.sampling import SampleRequest, SampleResponse, SamplerUnavailableError, UnknownVersionError
+from gflowvlm.shared.errors import UserError
 
 Part = list[tuple[int, Answer]]
 Behaviour = Callable[[Sequence[SampleRequest]], AsyncIterator[Part]]

@@ -14,12 +14,12 @@ import pytest
 import ray
 from ray import serve
 
-from actors.adapter_store import start_adapter_store
-from actors.policy_client import PolicyClient, PolicyServerError
-from actors.policy_server import deploy_policy_server, scale_policy_server, shutdown_policy_server
-from actors.sampling import SampleResponse, UnknownVersionError
-from shared.config import RunConfig
-from shared.errors import UserError
+from gflowvlm.actors.adapter_store import start_adapter_store
+from gflowvlm.actors.policy_client import PolicyClient, PolicyServerError
+from gflowvlm.actors.policy_server import deploy_policy_server, scale_policy_server, shutdown_policy_server
+from gflowvlm.actors.sampling import SampleResponse, UnknownVersionError
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.errors import UserError
 from tests.actors.local_ray import local_ray
 from tests.actors.tiny_adapters import config, request, write_policy
 

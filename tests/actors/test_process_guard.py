@@ -4,11 +4,11 @@ import subprocess
 import sys
 import time
 
-from actors.process_guard import ProcessGuard
+from gflowvlm.actors.process_guard import ProcessGuard
 
 PARENT = """
 import subprocess, sys, time
-from actors.process_guard import ProcessGuard
+from gflowvlm.actors.process_guard import ProcessGuard
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
 guard = ProcessGuard([child.pid])
 print(child.pid, guard._shell.pid, flush=True)

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.replay_buffer import ReplayBuffer
-from shared.config import BufferSettings
-from shared.errors import UserError
-from shared.trajectory import Trajectory, from_arrow, to_record_batch
+from gflowvlm.actors.replay_buffer import ReplayBuffer
+from gflowvlm.shared.config import BufferSettings
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.trajectory import Trajectory, from_arrow, to_record_batch
 from tests.actors.made_trajectories import make_group, make_trajectory
 
 
@@ -362,9 +362,9 @@ def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from actors.replay_buffer import ReplayBuffer
-from shared.config import BufferSettings
-from shared.trajectory import to_record_batch
+from gflowvlm.actors.replay_buffer import ReplayBuffer
+from gflowvlm.shared.config import BufferSettings
+from gflowvlm.shared.trajectory import to_record_batch
 from tests.actors.made_trajectories import make_group
 
 buffer = ReplayBuffer(BufferSettings(), 0, Path(sys.argv[1]))

@@ -17,16 +17,16 @@ import pytest
 import ray
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
-from actors.buffer_actor import create_buffer_actor
-from actors.groups import GroupRequest, GroupSummary
-from actors.policy_client import PolicyServerError
-from actors.rollout_worker import ReplayBufferError, RolloutWorker, append_group
-from actors.sampling import UnknownVersionError
-from learner.tiny_policy import build_processor
-from shared.config import RolloutSettings, RunConfig
-from shared.errors import UserError
-from shared.task_settings import NumberLineSettings
-from shared.trajectory import EndReason, from_arrow, to_record_batch
+from gflowvlm.actors.buffer_actor import create_buffer_actor
+from gflowvlm.actors.groups import GroupRequest, GroupSummary
+from gflowvlm.actors.policy_client import PolicyServerError
+from gflowvlm.actors.rollout_worker import ReplayBufferError, RolloutWorker, append_group
+from gflowvlm.actors.sampling import UnknownVersionError
+from gflowvlm.learner.tiny_policy import build_processor
+from gflowvlm.shared.config import RolloutSettings, RunConfig
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.task_settings import NumberLineSettings
+from gflowvlm.shared.trajectory import EndReason, from_arrow, to_record_batch
 from tests.actors.local_ray import local_ray
 from tests.actors.made_trajectories import make_group
 from tests.actors.scripted import Fixed

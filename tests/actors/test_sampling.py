@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.sampling import AdapterVersions, UnknownVersionError
+from gflowvlm.actors.sampling import AdapterVersions, UnknownVersionError
 
 
 class Engine:

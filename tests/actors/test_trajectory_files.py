@@ -2,9 +2,9 @@ import os
 
 import pytest
 
-from actors.trajectory_files import TrajectoryFiles, trajectory_files
-from shared.errors import UserError
-from shared.trajectory import to_record_batch
+from gflowvlm.actors.trajectory_files import TrajectoryFiles, trajectory_files
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.trajectory import to_record_batch
 from tests.actors.made_trajectories import make_group
 
 

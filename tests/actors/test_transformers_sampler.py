@@ -11,10 +11,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
-from actors.sampling import SampleRequest, SampleResponse
-from actors.transformers_sampler import TransformersSampler
-from shared.errors import UserError
-from shared.policy_inputs import PolicyInputs
+from gflowvlm.actors.sampling import SampleRequest, SampleResponse
+from gflowvlm.actors.transformers_sampler import TransformersSampler
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.policy_inputs import PolicyInputs
 from tests.actors.tiny_adapters import config, request, write_adapter, write_policy
 
 

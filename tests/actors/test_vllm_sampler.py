@@ -14,11 +14,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
-from actors import rendered_prompts
-from actors.sampling import SampleRequest, SampleResponse, SamplerUnavailableError, UnknownVersionError
-from actors.vllm_sampler import VllmSampler
-from shared.errors import UserError
-from shared.policy_inputs import PolicyInputs, decode_image
+from gflowvlm.actors import rendered_prompts
+from gflowvlm.actors.sampling import SampleRequest, SampleResponse, SamplerUnavailableError, UnknownVersionError
+from gflowvlm.actors.vllm_sampler import VllmSampler
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.policy_inputs import PolicyInputs, decode_image
 from tests.actors.tiny_adapters import config, request, write_policy
 
 pytestmark = pytest.mark.slow

@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from actors.sampling import SampleRequest
-from learner.tiny_policy import build_tiny_policy
-from shared.config import RunConfig, SamplerSettings
+from gflowvlm.actors.sampling import SampleRequest
+from gflowvlm.learner.tiny_policy import build_tiny_policy
+from gflowvlm.shared.config import RunConfig, SamplerSettings
 
 LANGUAGE_LAYERS = r".*text_model.*\.(q_proj|v_proj|o_proj|gate_proj|down_proj)"
 

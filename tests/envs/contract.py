@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from envs.base import TaskEnv
-from envs.registry import default_settings, make_env
-from shared.response import DONE_TOKEN
+from gflowvlm.envs.base import TaskEnv
+from gflowvlm.envs.registry import default_settings, make_env
+from gflowvlm.shared.response import DONE_TOKEN
 
 TASKS = {"numberline": "NumberLine", "blackjack": "Blackjack", "numbersequence": "NumberSequence"}
 """Tasks that keep the whole contract, with their names at gymnasium."""

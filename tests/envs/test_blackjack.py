@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from gymnasium.envs.toy_text.blackjack import BlackjackEnv as GymnasiumBlackjack
 
-from envs.blackjack import cards, rendering
-from envs.blackjack.cards import RANKS, SUITS, Card
-from envs.blackjack.environment import BlackjackEnv
-from shared.response import DONE_TOKEN, parse_response
-from shared.task_settings import BlackjackSettings
-from shared.trajectory import EndReason
+from gflowvlm.envs.blackjack import cards, rendering
+from gflowvlm.envs.blackjack.cards import RANKS, SUITS, Card
+from gflowvlm.envs.blackjack.environment import BlackjackEnv
+from gflowvlm.shared.response import DONE_TOKEN, parse_response
+from gflowvlm.shared.task_settings import BlackjackSettings
+from gflowvlm.shared.trajectory import EndReason
 
 
 def dealt(ranks: str, **changes: object) -> BlackjackEnv:

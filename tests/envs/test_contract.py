@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from envs.base import INVALID_OUTCOME, TaskEnv
-from envs.registry import default_settings
-from shared.errors import UserError
-from shared.response import DONE_TOKEN, parse_response
-from shared.trajectory import EndReason
+from gflowvlm.envs.base import INVALID_OUTCOME, TaskEnv
+from gflowvlm.envs.registry import default_settings
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.response import DONE_TOKEN, parse_response
+from gflowvlm.shared.trajectory import EndReason
 from tests.envs.contract import HOSTILE, PROBE, TASKS, enumerated, made, remembered, wild_responses
 
 ROOT = Path(__file__).resolve().parents[2]

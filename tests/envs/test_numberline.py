@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from envs.base import TaskEnv
-from envs.numberline.environment import NumberLineEnv
-from envs.registry import make_env
-from shared.response import DONE_TOKEN, parse_response
-from shared.task_settings import NumberLineSettings
-from shared.trajectory import EndReason
+from gflowvlm.envs.base import TaskEnv
+from gflowvlm.envs.numberline.environment import NumberLineEnv
+from gflowvlm.envs.registry import make_env
+from gflowvlm.shared.response import DONE_TOKEN, parse_response
+from gflowvlm.shared.task_settings import NumberLineSettings
+from gflowvlm.shared.trajectory import EndReason
 
 
 def started(start: int, target: int, split: str = "id", **changes: object) -> NumberLineEnv:
@@ -224,7 +224,7 @@ def test_numbers_are_drawn_dark_on_light_and_inside_the_picture(size: int, split
 
 
 def test_different_numbers_give_different_pictures_in_the_same_looks() -> None:
-    from envs.numberline import rendering
+    from gflowvlm.envs.numberline import rendering
 
     pictures = {rendering.draw(3, n, 64, np.random.default_rng(5)).tobytes() for n in range(100)}
     assert len(pictures) == 100

@@ -6,9 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from envs.numberline.environment import NumberLineEnv
-from shared.response import DONE_TOKEN
-from shared.task_settings import NumberLineSettings
+from gflowvlm.envs.numberline.environment import NumberLineEnv
+from gflowvlm.shared.response import DONE_TOKEN
+from gflowvlm.shared.task_settings import NumberLineSettings
 
 
 def enumerated(env: NumberLineEnv, seed: int, split: str, beta: float) -> dict[str, float]:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from envs.numbersequence import rendering, sequences
-from envs.numbersequence.environment import NumberSequenceEnv
-from shared.response import DONE_TOKEN, parse_response
-from shared.task_settings import NumberSequenceSettings
-from shared.trajectory import EndReason
+from gflowvlm.envs.numbersequence import rendering, sequences
+from gflowvlm.envs.numbersequence.environment import NumberSequenceEnv
+from gflowvlm.shared.response import DONE_TOKEN, parse_response
+from gflowvlm.shared.task_settings import NumberSequenceSettings
+from gflowvlm.shared.trajectory import EndReason
 from tests.envs.contract import endings
 
 

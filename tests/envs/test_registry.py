@@ -3,11 +3,11 @@
 import pytest
 from pydantic import ValidationError
 
-from envs.registry import TASKS, default_settings, make_env
-from shared.config import RunConfig
-from shared.config_io import parse_config
-from shared.errors import UserError
-from shared.task_settings import BlackjackSettings, NumberLineSettings
+from gflowvlm.envs.registry import TASKS, default_settings, make_env
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.config_io import parse_config
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.task_settings import BlackjackSettings, NumberLineSettings
 
 
 @pytest.mark.parametrize("task", TASKS)

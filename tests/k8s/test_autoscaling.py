@@ -11,9 +11,9 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReply
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import GangResourceRequest
 
-from cluster.launch.placement import resource_plan
-from cluster.preset_library import resolve_config
-from shared.config import RunConfig
+from gflowvlm.cluster.launch.placement import resource_plan
+from gflowvlm.run.preset_library import resolve_config
+from gflowvlm.shared.config import RunConfig
 from tests.k8s.manifests import build, cluster_spec, only
 
 Demand = Mapping[str, float]

@@ -10,9 +10,9 @@ import pytest
 import ray
 from ray import serve
 
-from cluster.dashboards import series
-from cluster.run.telemetry import Telemetry
-from shared.metrics import ALL_METRICS
+from gflowvlm.cluster.monitoring.dashboards import series
+from gflowvlm.cluster.monitoring.telemetry import Telemetry
+from gflowvlm.shared.metrics import ALL_METRICS
 
 TIMEOUT_S = 120.0
 FORGOTTEN_S = 25.0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.launch.process_environment import PROCESS_ENVIRONMENT
+from gflowvlm.cluster.launch.process_environment import PROCESS_ENVIRONMENT
 from tests.k8s.manifests import K8S, ROOT, tool
 
 DOCKER = K8S / "docker"

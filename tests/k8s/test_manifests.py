@@ -11,8 +11,8 @@ import pytest
 import typer
 import yaml
 
-from cluster.cli import app
-from cluster.preset_library import resolve_config
+from gflowvlm.cli.main import app
+from gflowvlm.run.preset_library import resolve_config
 from tests.k8s.manifests import (
     BUILDS,
     CLUSTERS,

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
-from cluster.dashboards import DASHBOARD_FILE, dashboard_text, series
-from cluster.preset_library import load_preset
-from shared.metrics import ALL_METRICS
+from gflowvlm.cluster.monitoring.dashboards import DASHBOARD_FILE, dashboard_text, series
+from gflowvlm.run.preset_library import load_preset
+from gflowvlm.shared.metrics import ALL_METRICS
 from tests.k8s.manifests import K8S, tool
 
 ALERTS = K8S / "components" / "monitoring" / "alerts.yaml"

@@ -7,8 +7,8 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.preset_library import resolve_config
-from cluster.serving.served_policy import API_KEY_VARIABLE, ServeArguments
+from gflowvlm.cluster.serving.served_policy import API_KEY_VARIABLE, ServeArguments
+from gflowvlm.run.preset_library import resolve_config
 from tests.k8s.manifests import SERVICES, Manifest, build, cluster_spec, only, pod_templates, worker_groups
 from tests.k8s.test_autoscaling import autoscale, job_config, launched
 

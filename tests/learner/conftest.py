@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from learner.tiny_policy import build_tiny_policy
-from shared.config import RunConfig
-from shared.policy_inputs import PolicyInputs
-from shared.response import format_response, parse_response, token_spans
-from shared.trajectory import EndReason, Step, Trajectory, Validity
+from gflowvlm.learner.tiny_policy import build_tiny_policy
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.response import format_response, parse_response, token_spans
+from gflowvlm.shared.trajectory import EndReason, Step, Trajectory, Validity
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -7,9 +7,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from learner.learner import Learner
-from learner.model import adapter_parameters
-from shared.errors import UserError
+from gflowvlm.learner.learner import Learner
+from gflowvlm.learner.model import adapter_parameters
+from gflowvlm.shared.errors import UserError
 
 LOSSES_BY_HEAD = ["var_tb", "tb", "flow_subtb", "fl_db"]
 FILES = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "optimizer.safetensors", "state.json"]

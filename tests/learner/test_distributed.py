@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from learner.distributed import Ranks
-from learner.learner import Learner
+from gflowvlm.learner.distributed import Ranks
+from gflowvlm.learner.learner import Learner
 
 PROCESSES = 2
 

@@ -4,12 +4,12 @@ import math
 import pytest
 import torch
 
-from learner.heads import HEAD_OF_LOSS, HeadKind, StateHead
-from learner.learner import Learner
-from learner.losses import LOSSES
-from learner.model import adapter_parameters
-from learner.packing import steps_of
-from shared.trajectory import EndReason
+from gflowvlm.learner.heads import HEAD_OF_LOSS, HeadKind, StateHead
+from gflowvlm.learner.learner import Learner
+from gflowvlm.learner.losses import LOSSES
+from gflowvlm.learner.model import adapter_parameters
+from gflowvlm.learner.packing import steps_of
+from gflowvlm.shared.trajectory import EndReason
 
 WITH_HEAD = sorted(HEAD_OF_LOSS)
 

@@ -4,16 +4,16 @@ import math
 import pytest
 import torch
 
-from learner.learner import Learner
-from learner.losses import LOSSES
-from learner.mismatch import compare
-from learner.model import adapter_parameters
-from learner.optimization import MAX_SKIPPED_IN_A_ROW, learning_rate
-from learner.packing import steps_of
-from shared.config import LearnerSettings
-from shared.errors import UserError
-from shared.metrics import STEP_METRICS
-from shared.trajectory import EndReason
+from gflowvlm.learner.learner import Learner
+from gflowvlm.learner.losses import LOSSES
+from gflowvlm.learner.mismatch import compare
+from gflowvlm.learner.model import adapter_parameters
+from gflowvlm.learner.optimization import MAX_SKIPPED_IN_A_ROW, learning_rate
+from gflowvlm.learner.packing import steps_of
+from gflowvlm.shared.config import LearnerSettings
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.metrics import STEP_METRICS
+from gflowvlm.shared.trajectory import EndReason
 
 
 def gradients(learner):

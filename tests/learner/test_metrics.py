@@ -1,7 +1,7 @@
 import torch
 
-from learner.distributed import Ranks
-from learner.metrics import StepMetrics
+from gflowvlm.learner.distributed import Ranks
+from gflowvlm.learner.metrics import StepMetrics
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

@@ -1,8 +1,8 @@
 import dataclasses
 import math
 
-from learner.mismatch import compare
-from shared.trajectory import EndReason
+from gflowvlm.learner.mismatch import compare
+from gflowvlm.shared.trajectory import EndReason
 
 
 def with_sampler(trajectory, values):

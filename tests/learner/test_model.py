@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from learner.model import adapter_parameters, load_policy, reference_policy
-from learner.tiny_policy import build_tiny_policy
-from shared.config import PolicySettings
-from shared.errors import UserError
+from gflowvlm.learner.model import adapter_parameters, load_policy, reference_policy
+from gflowvlm.learner.tiny_policy import build_tiny_policy
+from gflowvlm.shared.config import PolicySettings
+from gflowvlm.shared.errors import UserError
 
 CPU = torch.device("cpu")
 

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from learner.packing import Packer, image_size, steps_of
+from gflowvlm.learner.packing import Packer, image_size, steps_of
 
 
 @pytest.fixture

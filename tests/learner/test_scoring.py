@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from learner.model import adapter_parameters, load_policy
-from learner.packing import Packer, steps_of
-from learner.scoring import Scorer
-from shared.config import PolicySettings
-from shared.errors import UserError
-from shared.trajectory import EndReason
+from gflowvlm.learner.model import adapter_parameters, load_policy
+from gflowvlm.learner.packing import Packer, steps_of
+from gflowvlm.learner.scoring import Scorer
+from gflowvlm.shared.config import PolicySettings
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.trajectory import EndReason
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
-from learner.sft import (
+from gflowvlm.learner.sft import (
     SftExample,
     SftProgress,
     SftSettings,
@@ -22,10 +22,10 @@ from learner.sft import (
     scale_head,
     sft_loss,
 )
-from learner.tiny_policy import build_tiny_policy
-from shared.errors import UserError
-from shared.policy_inputs import PolicyInputs
-from shared.response import format_response
+from gflowvlm.learner.tiny_policy import build_tiny_policy
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.response import format_response
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, MistralConfig
 
-from learner.distributed import Ranks
-from learner.learner import Learner
-from learner.model import load_policy
-from learner.sharding import load_sharded_policy
-from shared.config import PolicySettings, RunConfig
-from shared.errors import UserError
+from gflowvlm.learner.distributed import Ranks
+from gflowvlm.learner.learner import Learner
+from gflowvlm.learner.model import load_policy
+from gflowvlm.learner.sharding import load_sharded_policy
+from gflowvlm.shared.config import PolicySettings, RunConfig
+from gflowvlm.shared.errors import UserError
 from tests.learner.conftest import TrajectoryMaker
 
 WORLDS = (2, 4)
@@ -238,7 +238,7 @@ def test_the_class_of_the_7b_presets_computes_the_same_sharded_in_bfloat16(found
 
 def test_a_model_without_known_blocks_is_refused(monkeypatch):
     policy = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
-    monkeypatch.setattr("learner.sharding.empty_policy", lambda *_: policy)
-    monkeypatch.setattr("learner.sharding.load_policy", lambda *_, **__: policy)
+    monkeypatch.setattr("gflowvlm.learner.sharding.empty_policy", lambda *_: policy)
+    monkeypatch.setattr("gflowvlm.learner.sharding.load_policy", lambda *_, **__: policy)
     with pytest.raises(UserError, match=r"learner\.sharding: no transformer blocks are known in Sequential"):
         load_sharded_policy(PolicySettings(), "any", seed=0, ranks=Ranks(0, 1, torch.device("cpu")))

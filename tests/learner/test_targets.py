@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from learner.heads import first_estimates
-from learner.losses import LOSSES
-from learner.targets import STATE_WISE, Target, loss_inputs
-from shared.trajectory import EndReason
+from gflowvlm.learner.heads import first_estimates
+from gflowvlm.learner.losses import LOSSES
+from gflowvlm.learner.targets import STATE_WISE, Target, loss_inputs
+from gflowvlm.shared.trajectory import EndReason
 
 BETA, ALPHA, GAMMA = 2.0, 0.3, 0.4
 

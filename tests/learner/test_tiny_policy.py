@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from learner.tiny_policy import Lexicon, build_lexicon_tokenizer, build_tiny_policy
-from shared.policy_inputs import PolicyInputs
-from shared.response import format_response, parse_response, token_spans
+from gflowvlm.learner.tiny_policy import Lexicon, build_lexicon_tokenizer, build_tiny_policy
+from gflowvlm.shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.response import format_response, parse_response, token_spans
 
 
 @pytest.fixture(scope="module")

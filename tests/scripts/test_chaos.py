@@ -19,12 +19,12 @@ from chaos.records import Records, read_records
 from chaos.report import as_json, as_text, recoveries, slowdown
 from chaos.schedule import ENGINE, HEAD, NETWORK, NODE, PARTS, Kill, schedule
 
-from actors.trajectory_files import TrajectoryFiles
-from cluster.preset_library import resolve_config
-from cluster.run.run_log import append_row
-from cluster.run.run_setup import new_run
-from shared.errors import UserError
-from shared.trajectory import Trajectory, to_record_batch
+from gflowvlm.actors.trajectory_files import TrajectoryFiles
+from gflowvlm.run.log import append_row
+from gflowvlm.run.preset_library import resolve_config
+from gflowvlm.run.setup import new_run
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.trajectory import Trajectory, to_record_batch
 from tests.actors.made_trajectories import make_group
 
 STEPS, GROUP_SIZE = 4, 2

@@ -15,7 +15,7 @@ from chaos.nodes import LocalCluster, marked
 from chaos.schedule import HEAD, NETWORK, PARTS
 from chaos.state_store import state_store
 
-from shared.errors import UserError
+from gflowvlm.shared.errors import UserError
 
 PORT, PATIENCE_S = 7001, 20.0
 LISTEN = f"""

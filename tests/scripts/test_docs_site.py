@@ -14,7 +14,7 @@ from docs_site.links import markdown_problems, site_problems
 from docs_site.references import DOCS, PAGES
 from pydantic import Field
 
-from shared.settings import Fraction, Settings
+from gflowvlm.shared.settings import Fraction, Settings
 
 ROOT = DOCS.parent
 needs_sphinx = pytest.mark.skipif(

@@ -14,8 +14,8 @@ ALERTS = ROOT / "k8s" / "components" / "monitoring" / "alerts.yaml"
 def templates() -> set[str]:
     """Every string of the code, with … for each part that is filled in when it runs."""
     found = set()
-    for folder in ("shared", "envs", "actors", "learner", "cluster"):
-        for file in (ROOT / folder).rglob("*.py"):
+    for room in (ROOT / "gflowvlm").iterdir():
+        for file in room.rglob("*.py") if room.is_dir() else ():
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.JoinedStr):
                     parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)

@@ -6,9 +6,9 @@ import pytest
 import results
 from results import keep, with_table
 
-from cluster.experiments.results import write_results
-from shared.errors import UserError
-from tests.cluster.experiments.small_experiment import SMALL, finish, select
+from gflowvlm.shared.errors import UserError
+from gflowvlm.studies.experiments.results import write_results
+from tests.studies.experiments.small_experiment import SMALL, finish, select
 
 PAGE = "# Results\n\n<!-- small -->\nold\n<!-- end of small -->\n\nWhy.\n"
 

@@ -2,9 +2,9 @@ import math
 
 import pytest
 
-from shared.config import RunConfig
-from shared.config_io import apply_overrides, dump_config, load_config, load_yaml, parse_config
-from shared.errors import UserError
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.config_io import apply_overrides, dump_config, load_config, load_yaml, parse_config
+from gflowvlm.shared.errors import UserError
 
 
 def test_a_configuration_comes_back_from_yaml_as_it_was(tmp_path):

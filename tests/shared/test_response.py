@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.response import DONE_TOKEN, format_response, parse_response, token_spans
+from gflowvlm.shared.response import DONE_TOKEN, format_response, parse_response, token_spans
 
 
 def test_a_formatted_response_is_read_back_with_the_actions_place():

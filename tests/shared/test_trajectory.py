@@ -5,8 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shared.errors import UserError
-from shared.trajectory import (
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.trajectory import (
     TRAJECTORY_SCHEMA,
     EndReason,
     Step,

@@ -7,12 +7,12 @@ import threading
 import pytest
 from typer.testing import CliRunner
 
-from cluster.cli import app
-from cluster.launch import jobs as jobs_module
-from cluster.launch.job_client import DEFAULT_ADDRESS, job_address
-from cluster.launch.jobs import Jobs, check_name
-from shared.config import RunConfig
-from shared.errors import UserError
+from gflowvlm.cli.main import app
+from gflowvlm.cluster.launch import jobs as jobs_module
+from gflowvlm.cluster.launch.job_client import DEFAULT_ADDRESS, job_address
+from gflowvlm.cluster.launch.jobs import Jobs, check_name
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 import pytest
 from ray._private.label_utils import validate_label_selector
 
-from cluster.launch.placement import (
+from gflowvlm.cluster.launch.placement import (
     BUFFER,
     LEARNER,
     ROLLOUT,
@@ -17,7 +17,7 @@ from cluster.launch.placement import (
     matches,
     resource_plan,
 )
-from cluster.preset_library import load_preset
+from gflowvlm.run.preset_library import load_preset
 
 
 def node(name="n", *, alive=True, labels=None, **resources):

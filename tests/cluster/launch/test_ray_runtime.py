@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from cluster.launch.process_environment import PROCESS_ENVIRONMENT
-from cluster.launch.ray_runtime import connection_environment, dashboard_line, ray_cluster
-from cluster.preset_library import load_preset
-from shared.errors import UserError
+from gflowvlm.cluster.launch.process_environment import PROCESS_ENVIRONMENT
+from gflowvlm.cluster.launch.ray_runtime import connection_environment, dashboard_line, ray_cluster
+from gflowvlm.run.preset_library import load_preset
+from gflowvlm.shared.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.run.checkpoints import latest_checkpoint
-from cluster.run.run_log import read_rows
-from shared.config_io import load_config
-from shared.run_folder import RunFolder
-from tests.cluster.test_cli_errors import assert_one_line
-from tests.cluster.whole_runs import (
+from gflowvlm.run.checkpoints import latest_checkpoint
+from gflowvlm.run.folder import RunFolder
+from gflowvlm.run.log import read_rows
+from gflowvlm.shared.config_io import load_config
+from tests.cli.test_errors import assert_one_line
+from tests.whole_runs import (
     MARK,
     ROOT,
     acknowledged,
@@ -68,7 +68,7 @@ class Cluster:
     def command(self, *arguments, **environment):
         """What `subprocess` needs for one of our commands against the cluster."""
         return {
-            "args": [sys.executable, "-m", "cluster.cli", *arguments],
+            "args": [sys.executable, "-m", "gflowvlm.cli.main", *arguments],
             "cwd": self.runs.parent,
             "env": {**self.environment, "PYTHONPATH": str(ROOT), "COLUMNS": "400", **environment},
             "stdout": subprocess.PIPE,

@@ -9,14 +9,14 @@ import pytest
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from cluster.cli import app as command_line
-from cluster.models import resolve_model
-from cluster.run.run_setup import new_run
-from cluster.serving.application import DEPLOYMENT, api_key_for, app
-from cluster.serving.served_policy import API_KEY_VARIABLE, ServeArguments, served_policy
-from cluster.serving.session import Address, curl_example
-from shared.config import RunConfig
-from shared.errors import UserError
+from gflowvlm.cli.main import app as command_line
+from gflowvlm.cluster.serving.application import DEPLOYMENT, api_key_for, app
+from gflowvlm.cluster.serving.served_policy import API_KEY_VARIABLE, ServeArguments, served_policy
+from gflowvlm.cluster.serving.session import Address, curl_example
+from gflowvlm.run.models import resolve_model
+from gflowvlm.run.setup import new_run
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.errors import UserError
 
 LAYER = "model.text_model.layers.0.self_attn.q_proj"
 INPUTS, OUTPUTS = 64, 128

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from envs.household.environment import AlfworldEnv
-from envs.household.generation import generate, specs
-from shared.task_settings import AlfworldSettings
+from gflowvlm.envs.household.environment import AlfworldEnv
+from gflowvlm.envs.household.generation import generate, specs
+from gflowvlm.shared.task_settings import AlfworldSettings
 
 
 @pytest.fixture(scope="session")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-import envs
-from envs.household.engine import read_game
-from envs.household.games import find_games
-from envs.household.generation import generate, specs
-from envs.household.sessions import TextSession
-from envs.household.tasks import TaskType
-from shared.errors import UserError
+import gflowvlm
+from gflowvlm.envs.household.engine import read_game
+from gflowvlm.envs.household.games import find_games
+from gflowvlm.envs.household.generation import generate, specs
+from gflowvlm.envs.household.sessions import TextSession
+from gflowvlm.envs.household.tasks import TaskType
+from gflowvlm.shared.errors import UserError
 
 TYPES = tuple(TaskType)
 
@@ -38,7 +38,7 @@ print("RESULT" + json.dumps(out))
 """
 OURS = """
 import json, sys
-from envs.household.engine import GameEngine, read_game
+from gflowvlm.envs.household.engine import GameEngine, read_game
 from pathlib import Path
 out, engine = [], GameEngine()
 for path, commands in json.loads(sys.argv[1]):
@@ -62,7 +62,7 @@ def run(code: str, argument: str) -> list[object]:
         capture_output=True,
         text=True,
         timeout=300,
-        env={"PYTHONPATH": str(envs.__path__[0]) + "/..", "PYTHONHASHSEED": "0", "HOME": "/tmp"},
+        env={"PYTHONPATH": str(Path(gflowvlm.__file__).parents[1]), "PYTHONHASHSEED": "0", "HOME": "/tmp"},
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.partition("RESULT")[2])

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-import envs
-from envs.household.environment import AlfworldEnv
-from envs.household.tasks import SUB_GOALS, TaskType
-from envs.registry import default_settings
-from envs.registry import make_env as make_registered
-from shared.errors import UserError
-from shared.instances import DEMONSTRATION_SEEDS, EVALUATION_SEEDS, TRAINING_SEEDS
-from shared.response import DONE_TOKEN, parse_response
-from shared.task_settings import AlfworldSettings
-from shared.trajectory import EndReason
+import gflowvlm
+from gflowvlm.envs.household.environment import AlfworldEnv
+from gflowvlm.envs.household.tasks import SUB_GOALS, TaskType
+from gflowvlm.envs.registry import default_settings
+from gflowvlm.envs.registry import make_env as make_registered
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.instances import DEMONSTRATION_SEEDS, EVALUATION_SEEDS, TRAINING_SEEDS
+from gflowvlm.shared.response import DONE_TOKEN, parse_response
+from gflowvlm.shared.task_settings import AlfworldSettings
+from gflowvlm.shared.trajectory import EndReason
 
 MakeEnv = Callable[..., AlfworldEnv]
 
@@ -345,8 +345,8 @@ def test_random_players_meet_no_exception_and_consistent_records(make_env: MakeE
 
 PROBE = """
 import hashlib, json, sys
-from envs.household.environment import AlfworldEnv
-from shared.task_settings import AlfworldSettings
+from gflowvlm.envs.household.environment import AlfworldEnv
+from gflowvlm.shared.task_settings import AlfworldSettings
 env, seen = AlfworldEnv(AlfworldSettings(games=sys.argv[1])), []
 for seed in (0, 5):
     for split in ("id", "ood"):
@@ -366,7 +366,7 @@ def test_games_pictures_and_texts_are_the_same_bytes_in_every_process(games_root
             text=True,
             check=True,
             timeout=180,
-            env={"PYTHONPATH": str(envs.__path__[0]) + "/..", "PYTHONHASHSEED": hash_seed, "HOME": "/tmp"},
+            env={"PYTHONPATH": str(Path(gflowvlm.__file__).parents[1]), "PYTHONHASHSEED": hash_seed, "HOME": "/tmp"},
         ).stdout
         for hash_seed in ("1", "2")
     ]

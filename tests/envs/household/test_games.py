@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-import envs
-from envs.household import starter
-from envs.household.games import find_games, games_there, official_data
-from envs.household.generation import generate, missing, specs
-from envs.household.scenes import floor_plan, plan_numbers, tasks_of
-from envs.household.tasks import TaskType
-from shared.errors import UserError
+import gflowvlm
+from gflowvlm.envs.household import starter
+from gflowvlm.envs.household.games import find_games, games_there, official_data
+from gflowvlm.envs.household.generation import generate, missing, specs
+from gflowvlm.envs.household.scenes import floor_plan, plan_numbers, tasks_of
+from gflowvlm.envs.household.tasks import TaskType
+from gflowvlm.shared.errors import UserError
 
 needs_alfworld = pytest.mark.skipif(find_spec("alfworld") is None, reason="make alfworld")
 TYPES = tuple(TaskType)
@@ -157,7 +157,7 @@ def test_official_data_is_found_where_the_variable_or_its_default_points(
 
 
 STARTER = """
-from envs.household import starter
+from gflowvlm.envs.household import starter
 starter.GAMES = {"train": 6}
 print(starter.starter_set())
 """
@@ -166,7 +166,11 @@ print(starter.starter_set())
 def test_two_processes_that_want_the_starter_set_at_once_make_it_once(tmp_path: Path) -> None:
     if find_spec("alfworld") is None:
         pytest.skip("make alfworld")
-    environment = {"PYTHONPATH": str(envs.__path__[0]) + "/..", "GFLOWVLM_CACHE": str(tmp_path), "HOME": "/tmp"}
+    environment = {
+        "PYTHONPATH": str(Path(gflowvlm.__file__).parents[1]),
+        "GFLOWVLM_CACHE": str(tmp_path),
+        "HOME": "/tmp",
+    }
     both = [
         subprocess.Popen(
             [sys.executable, "-c", STARTER], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -204,13 +208,17 @@ def test_packages_that_are_not_installed_are_named_with_what_installs_them(tmp_p
     code = f"""
 import sys
 sys.modules["alfworld"] = None
-from envs.household import engine, starter
-from shared.errors import UserError
+from gflowvlm.envs.household import engine, starter
+from gflowvlm.shared.errors import UserError
 try:
     {call}
 except UserError as error:
     print(error)
 """
-    environment = {"PYTHONPATH": str(envs.__path__[0]) + "/..", "GFLOWVLM_CACHE": str(tmp_path), "HOME": "/tmp"}
+    environment = {
+        "PYTHONPATH": str(Path(gflowvlm.__file__).parents[1]),
+        "GFLOWVLM_CACHE": str(tmp_path),
+        "HOME": "/tmp",
+    }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert "package 'alfworld' is not installed; `make alfworld`" in done.stdout, done.stderr

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from envs.household import lexicon
-from envs.household.environment import AlfworldEnv
-from envs.household.tasks import TaskType
-from learner.tiny_policy import Lexicon, build_lexicon_tokenizer
-from shared.response import DONE_TOKEN, parse_response
+from gflowvlm.envs.household import lexicon
+from gflowvlm.envs.household.environment import AlfworldEnv
+from gflowvlm.envs.household.tasks import TaskType
+from gflowvlm.learner.tiny_policy import Lexicon, build_lexicon_tokenizer
+from gflowvlm.shared.response import DONE_TOKEN, parse_response
 
 
 @pytest.fixture(scope="module")

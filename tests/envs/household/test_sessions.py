@@ -9,9 +9,9 @@ ROOT = Path(__file__).resolve().parents[3]
 MANY_AT_ONCE = """
 import sys
 from pathlib import Path
-from envs.household.games import find_games
-from envs.household.sessions import TextSession
-from envs.household.tasks import TaskType
+from gflowvlm.envs.household.games import find_games
+from gflowvlm.envs.household.sessions import TextSession
+from gflowvlm.envs.household.tasks import TaskType
 games = find_games(Path(sys.argv[1]), "train", tuple(TaskType))
 for turn in range(5):
     sessions = [TextSession(games[(turn + index) % 2]) for index in range(72)]

@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from envs.household.engine import Fact, Observation
-from envs.household.prompts import MAX_STATE_CHARS, goal, state_text
-from envs.household.rendering import draw
-from envs.household.tasks import SUB_GOALS, Task, TaskType, sub_goals_reached
-from envs.household.view import Place, Thing, View, in_order, view
+from gflowvlm.envs.household.engine import Fact, Observation
+from gflowvlm.envs.household.prompts import MAX_STATE_CHARS, goal, state_text
+from gflowvlm.envs.household.rendering import draw
+from gflowvlm.envs.household.tasks import SUB_GOALS, Task, TaskType, sub_goals_reached
+from gflowvlm.envs.household.view import Place, Thing, View, in_order, view
 
 ROOM: frozenset[Fact] = frozenset(
     {

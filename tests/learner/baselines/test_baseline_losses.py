@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from learner.baselines import clipped_policy_loss, generalised_advantages, group_advantages, value_loss
+from gflowvlm.learner.baselines import clipped_policy_loss, generalised_advantages, group_advantages, value_loss
 
 
 def random(*shape, seed=0):

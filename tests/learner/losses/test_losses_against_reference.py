@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.losses import LOSSES, db, subtb, tb, var_tb
+from gflowvlm.learner.losses import LOSSES, db, subtb, tb, var_tb
 from tests.learner.losses import support
 
 SEEDS = range(6)

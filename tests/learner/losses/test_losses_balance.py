@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.losses import LOSSES
+from gflowvlm.learner.losses import LOSSES
 from tests.learner.losses.support import WITH_FLOW, Rollout, extras, pad_rollouts
 
 NAMES = sorted(LOSSES)

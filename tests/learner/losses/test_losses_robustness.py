@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.losses import LOSSES, LossOutput
+from gflowvlm.learner.losses import LOSSES, LossOutput
 from tests.learner.losses import support
 
 NAMES = sorted(LOSSES)

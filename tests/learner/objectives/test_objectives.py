@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 
-from learner.baselines import generalised_advantages
-from learner.distributed import Ranks
-from learner.learner import Learner
-from learner.objectives import OBJECTIVES, ScoredBatch, make_objective
-from learner.scoring import LOG_ACT, LOG_COT
-from shared.config import LossName
-from shared.trajectory import EndReason
+from gflowvlm.learner.baselines import generalised_advantages
+from gflowvlm.learner.distributed import Ranks
+from gflowvlm.learner.learner import Learner
+from gflowvlm.learner.objectives import OBJECTIVES, ScoredBatch, make_objective
+from gflowvlm.learner.scoring import LOG_ACT, LOG_COT
+from gflowvlm.shared.config import LossName
+from gflowvlm.shared.trajectory import EndReason
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 GAMMA = 0.4

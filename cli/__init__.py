@@ -1,0 +1,1 @@
+"""The command line: `gflowvlm COMMAND`, one thin module a command."""

@@ -1,0 +1,114 @@
+"""`gflowvlm bench`: how fast the parts are on this machine, and how a finished run spent its time."""
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gflowvlm.cli.json_file import write_json_file
+from gflowvlm.cluster.launch.machine import machine, machine_lines, versions
+from gflowvlm.run.preset_library import DEFAULT_PRESET, load_preset
+from gflowvlm.shared.errors import UserError
+from gflowvlm.studies.benchmarks.figures import PARTS, QUICK, SIMULATED_PARTS, USUAL_PARTS, Figure, Scale
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the application."""
+
+    @app.command()
+    def bench(
+        overrides: Annotated[
+            list[str] | None,
+            typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as sampler.max_num_seqs=32."),
+        ] = None,
+        preset: Annotated[str, typer.Option(help="Whose settings to measure; see `gflowvlm presets`.")] = (
+            DEFAULT_PRESET
+        ),
+        quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions: rougher figures sooner.")] = False,
+        parts: Annotated[
+            str | None,
+            typer.Option(
+                help=f"What to measure, comma-separated: {','.join(PARTS)}. By default all but "
+                f"{', '.join(SIMULATED_PARTS)}, which simulate engines and learner and take an hour and a half."
+            ),
+        ] = None,
+        run: Annotated[
+            Path | None,
+            typer.Option(help="Also tell how this finished run spent its time; alone, measure nothing else."),
+        ] = None,
+        json_file: Annotated[
+            Path | None, typer.Option("--json", help="Write the figures here, too.", dir_okay=False)
+        ] = None,
+    ) -> None:
+        """Measure sampler, policy server, environment, learner, adapter hand-over and replay buffer.
+
+        Whatever else runs on the machine shows in the figures: close it first.
+
+        Everything in a few minutes: `gflowvlm bench --quick`
+
+        A run's waiting times: `gflowvlm bench --run RUN`
+
+        With simulated engines and learner, thousands of requests in flight: `gflowvlm bench --parts scale`
+        """
+        console = Console()
+        chosen = _chosen(parts, only_run=run is not None)
+        config = load_preset(preset, overrides or ())
+        load, began = os.getloadavg()[0], time.perf_counter()
+        console.print(f"{machine_lines()}\nload before: {load:.1f}", highlight=False)
+        figures: list[Figure] = []
+        if run is not None:
+            from gflowvlm.studies.benchmarks.finished_run import bench_run
+
+            figures += bench_run(run)
+        if chosen:
+            from gflowvlm.studies.benchmarks.suite import run_parts
+
+            figures += run_parts(config, chosen, QUICK if quick else Scale(), console)
+        console.print(_table(figures))
+        if json_file is not None:
+            content = {
+                "preset": preset,
+                "overrides": overrides or [],
+                "quick": quick,
+                "machine": {**machine(), "load_before": load},
+                "versions": versions(),
+                "seconds": round(time.perf_counter() - began, 1),
+                "figures": {figure.name: figure.as_dict() for figure in figures},
+            }
+            write_json_file(content, json_file)
+
+
+def _chosen(parts: str | None, *, only_run: bool) -> set[str]:
+    if parts is None:
+        return set() if only_run else set(USUAL_PARTS)
+    chosen = {part.strip() for part in parts.split(",")}
+    unknown = sorted(chosen - set(PARTS))
+    if unknown:
+        raise UserError(f"--parts {','.join(unknown)}: no such part; there are: {', '.join(PARTS)}")
+    return chosen
+
+
+def _table(figures: list[Figure]) -> Table:
+    table = Table("figure", "value", "unit", "bar")
+    table.columns[1].justify = "right"
+    table.columns[1].no_wrap = table.columns[2].no_wrap = True
+    previous = None
+    for figure in figures:
+        if previous not in (None, figure.part):
+            table.add_section()
+        previous = figure.part
+        bar = ""
+        if figure.met is not None:
+            bar = f"[green]{figure.bar}[/]" if figure.met else f"[red]missed: {figure.bar}[/]"
+        what = Text.assemble(figure.name, "\n", (figure.description, "dim"))
+        table.add_row(what, _readable(figure.value), figure.unit, bar)
+    return table
+
+
+def _readable(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

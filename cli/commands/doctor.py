@@ -1,0 +1,60 @@
+"""`gflowvlm doctor`: what is installed, what works here, what to do about the rest."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gflowvlm.cli.json_file import write_json_file
+from gflowvlm.cluster.launch.doctor import Check, Status, run_checks
+from gflowvlm.cluster.launch.machine import machine, machine_lines, versions
+from gflowvlm.run.preset_library import DEFAULT_PRESET, load_preset
+
+_COLOURS = {Status.OK: "green", Status.NOTE: "yellow", Status.BROKEN: "red"}
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the application."""
+
+    @app.command()
+    def doctor(
+        json_file: Annotated[
+            Path | None, typer.Option("--json", help="Write the findings here, too.", dir_okay=False)
+        ] = None,
+        ray: Annotated[
+            bool, typer.Option("--ray", help="Start a small local Ray, too, and read its dashboard (about 20 s).")
+        ] = False,
+    ) -> None:
+        """Say what is installed, what works on this machine, and what to do about the rest.
+
+        Exits with 0 when the default run works here, else with 1.
+        """
+        console = Console()
+        console.print(machine_lines(), highlight=False)
+        with console.status("checking ..."):
+            checks = run_checks(load_preset(DEFAULT_PRESET), Path.cwd(), start_ray=ray)
+        works = all(check.status is not Status.BROKEN for check in checks)
+        console.print(_table(checks))
+        console.print(
+            "The default run works here: gflowvlm train"
+            if works
+            else "The default run does not work here yet: see the red lines.",
+            highlight=False,
+        )
+        if json_file is not None:
+            findings = [{**vars(check), "status": check.status.value} for check in checks]
+            content = {"works": works, "machine": machine(), "versions": versions(), "checks": findings}
+            write_json_file(content, json_file)
+        if not works:
+            raise typer.Exit(1)
+
+
+def _table(checks: list[Check]) -> Table:
+    table = Table("check", "", "finding", "what to do")
+    for check in checks:
+        colour = _COLOURS[check.status]
+        table.add_row(check.name, f"[{colour}]{check.status.value}[/]", escape(check.detail), escape(check.advice))
+    return table

@@ -1,0 +1,172 @@
+"""`gflowvlm sft`: supervised fine-tuning on demonstrations."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from gflowvlm.cli.option_errors import first_problem
+from gflowvlm.run.interruption import INTERRUPTED
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.task_settings import DEFAULT_TASK, TaskSettings
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the application."""
+
+    @app.command()
+    def sft(
+        context: typer.Context,
+        task_settings: Annotated[
+            list[str] | None,
+            typer.Argument(
+                metavar="[KEY=VALUE]...", help="Settings of the task, as in `prompt=markov`.", show_default=False
+            ),
+        ] = None,
+        out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the model that is made.")] = Path(
+            "models/sft"
+        ),
+        task: Annotated[
+            str | None,
+            typer.Option(help="Task that is demonstrated [default: numberline, or the set's].", show_default=False),
+        ] = None,
+        demonstrations: Annotated[
+            Path | None,
+            typer.Option(
+                help="Learn from this set, made by `gflowvlm demonstrate`, instead of playing.",
+                file_okay=False,
+                show_default=False,
+            ),
+        ] = None,
+        model: Annotated[
+            str, typer.Option(help="`tiny` (new, random weights), a shipped model, a model folder or a hub name.")
+        ] = "tiny",
+        steps: Annotated[
+            int | None, typer.Option(help="Optimiser steps; 2400 for `tiny`, 1500 otherwise.", show_default=False)
+        ] = None,
+        batch: Annotated[int, typer.Option(help="Examples in a step.")] = 32,
+        micro_batch: Annotated[int, typer.Option(help="Examples in one forward pass.")] = 8,
+        lr: Annotated[
+            float | None, typer.Option(help="Peak learning rate; 3e-3 for `tiny`, 1e-5 otherwise.", show_default=False)
+        ] = None,
+        reading_steps: Annotated[
+            int | None,
+            typer.Option(
+                help="First steps that teach reading from short sequences; 1000 for `tiny`, 0 otherwise.",
+                show_default=False,
+            ),
+        ] = None,
+        fresh_steps: Annotated[
+            int,
+            typer.Option(help="Play demonstrations for so many first steps, then repeat them; 0: play all."),
+        ] = 0,
+        head_scale: Annotated[
+            float,
+            typer.Option(help="Multiplies the output head first: tokens never demonstrated get much less likely."),
+        ] = 1.0,
+        noise: Annotated[float, typer.Option(help="Share of random actions: how weak the policy is to be.")] = 0.5,
+        detours: Annotated[
+            float,
+            typer.Option(help="Share of steps at which a random action is played and the demonstrated one only shown."),
+        ] = 0.0,
+        with_done: Annotated[bool, typer.Option(help="Demonstrate the stop action.")] = True,
+        ood: Annotated[bool, typer.Option(help="Demonstrate out-of-distribution numbers too.")] = True,
+        seed: Annotated[int, typer.Option(help="Seed of weights and demonstrations.")] = 0,
+        dtype: Annotated[str, typer.Option(help="`float32` or `bfloat16`.")] = "float32",
+        gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
+        image_size: Annotated[int, typer.Option(help="Side of the pictures, pixels.")] = 64,
+        checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
+        episodes: Annotated[int, typer.Option(help="Episodes for each of the figures at the end; 0: none.")] = 200,
+        resume: Annotated[
+            bool, typer.Option("--resume", help="Go on with the stopped training in --out, with its own settings.")
+        ] = False,
+    ) -> None:
+        """Teach a model the form of a task by demonstrations: the warm start of a GFlowNet training.
+
+        The demonstrations are made by playing; nothing is downloaded. They read and reason rightly, and act
+        at random with probability `--noise`. A model whose tokenizer lacks `[DONE]` gets it. With
+        `--demonstrations` they are those of a set instead, in another order in each pass.
+
+        Make the shipped model again: `gflowvlm sft --out models/warm --noise 0.4`, then `gflowvlm sft --model
+        models/warm --out models/tiny --head-scale 2 --noise 0.6 --steps 400 --lr 1e-3 --seed 1`
+
+        Prepare a 7B model: `gflowvlm sft --model HUB/NAME --out models/7b --dtype bfloat16
+        --gradient-checkpointing --micro-batch 4 --image-size 336`
+        """
+        # Imported here: torch and transformers take seconds, and `--help` does not need them.
+        from gflowvlm.envs.registry import default_settings
+        from gflowvlm.shared.config_io import override_task
+        from gflowvlm.warm_starts import supervised
+
+        console = Console()
+        if resume:
+            finished = supervised.resume(out, console)
+        else:
+            fresh = model == supervised.TINY
+            settings = {
+                "steps": steps if steps is not None else 2400 if fresh else 1500,
+                "batch_size": batch,
+                "micro_batch": micro_batch,
+                "learning_rate": lr if lr is not None else 3e-3 if fresh else 1e-5,
+                "dtype": dtype,
+                "gradient_checkpointing": gradient_checkpointing,
+                "checkpoint_every": checkpoint_every,
+                "seed": seed,
+            }
+            if demonstrations is None:
+                of_task = override_task(
+                    default_settings(task or DEFAULT_TASK), [f"image_size={image_size}", *(task_settings or [])]
+                )
+                shown: dict[str, object] = {
+                    "noise": noise,
+                    "detours": detours,
+                    "ood": ood,
+                    "reading_steps": reading_steps if reading_steps is not None else 1000 if fresh else 0,
+                    "fresh_steps": fresh_steps,
+                }
+            else:
+                _refuse_playing(context)
+                of_task, shown = _recorded(demonstrations, task)
+            try:
+                request = supervised.SftRequest.model_validate(
+                    {
+                        "task": of_task,
+                        "model": model,
+                        "head_scale": head_scale,
+                        "with_done": with_done,
+                        "episodes": episodes,
+                        "sft": settings,
+                        **shown,
+                    }
+                )
+            except ValidationError as error:
+                raise UserError(first_problem(error, {"batch_size": "batch", "learning_rate": "lr"})) from None
+            finished = supervised.start(request, out, console)
+        if not finished:
+            raise typer.Exit(INTERRUPTED)
+
+
+_PLAYING = ("task_settings", "noise", "detours", "ood", "reading_steps", "fresh_steps", "image_size")
+"""Options that say how demonstrations are made on the spot."""
+
+
+def _refuse_playing(context: typer.Context) -> None:
+    for name in _PLAYING:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = "settings of the task" if name == "task_settings" else f"--{name.replace('_', '-')}"
+            raise UserError(f"{option}: for demonstrations made on the spot; those of --demonstrations are as they are")
+
+
+def _recorded(folder: Path, task: str | None) -> tuple[TaskSettings, dict[str, object]]:
+    """Returns the settings of a set's task, and what a request says of its demonstrations."""
+    from gflowvlm.actors.demonstration_set import DemonstrationSet
+
+    made = DemonstrationSet(folder.resolve())
+    name = made.request.task.name
+    if task is not None and task != name:
+        raise UserError(f"--task {task}: the demonstrations in {folder} are of {name}; leave --task out")
+    shown = {"noise": made.request.noise, "ood": made.request.split == "ood", "demonstrations": str(made.folder)}
+    return made.request.task, shown

@@ -1,0 +1,150 @@
+"""`gflowvlm train`: the main job."""
+
+import errno
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gflowvlm.run.folder import RunFolder
+from gflowvlm.run.interruption import INTERRUPTED, sigterm_as_interrupt
+from gflowvlm.run.preset_library import DEFAULT_PRESET, resolve_config
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.errors import UserError
+
+LACKING = 1
+"""Exit status of `--dry-run` when the run could not start on the cluster as it is."""
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the application."""
+
+    @app.command()
+    def train(
+        overrides: Annotated[
+            list[str] | None,
+            typer.Argument(
+                metavar="[KEY=VALUE]...",
+                help="Settings to change, for example `learner.steps=20 objective.loss=subtb`.",
+                show_default=False,
+            ),
+        ] = None,
+        preset: Annotated[
+            str | None, typer.Option(help=f"Preset to start from [default: {DEFAULT_PRESET}].", show_default=False)
+        ] = None,
+        config: Annotated[Path | None, typer.Option(help="YAML file to start from instead of a preset.")] = None,
+        run: Annotated[Path | None, typer.Option(help="Folder of the new run [default: runs/NAME-DATE-TIME].")] = None,
+        resume: Annotated[Path | None, typer.Option(help="Folder of a run to go on with.")] = None,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Only show what the run asks for, and what cluster.address lacks.")
+        ] = False,
+    ) -> None:
+        """Train a vision-language model with a GFlowNet loss.
+
+        Rollout workers play the task with the policy server; the learner lowers the loss on what the
+        replay buffer holds and publishes LoRA adapters back. Ctrl-C leaves a run that `--resume` goes on with.
+
+        Examples: `gflowvlm train`, `gflowvlm train objective.loss=subtb learner.steps=100`,
+        `gflowvlm train --preset numberline-7b --dry-run`, `gflowvlm train --resume runs/NAME`.
+        """
+        console = Console()
+        if resume is not None:
+            if overrides or preset is not None or config is not None or run is not None:
+                raise UserError("--resume takes the run's own configuration; leave out presets, files and settings")
+            folder, resolved = _reopened(resume)
+        else:
+            folder, resolved = None, resolve_config(preset, config, overrides or [])
+        if dry_run:
+            from gflowvlm.cluster.launch.dry_run import dry_run as show
+
+            raise typer.Exit(0 if show(console, resolved) else LACKING)
+        _train(console, folder, resolved, run)
+
+
+def _reopened(directory: Path) -> tuple[RunFolder, RunConfig]:
+    from gflowvlm.learner.checkpoint import check_checkpoint
+    from gflowvlm.run.checkpoints import latest_checkpoint
+    from gflowvlm.run.setup import open_run
+
+    folder, config = open_run(directory)
+    if folder.summary.exists():
+        raise UserError(f"{directory}: this run has ended; look at it with `gflowvlm eval {directory}`")
+    checkpoint = latest_checkpoint(folder.checkpoints)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
+    return folder, config
+
+
+def _train(console: Console, folder: RunFolder | None, config: RunConfig, directory: Path | None) -> None:
+    # Imported here so that --help and wrong arguments answer at once.
+    from gflowvlm.actors.demonstration_set import DemonstrationSet
+    from gflowvlm.cluster.driver.training_run import TrainingRun
+    from gflowvlm.cluster.launch.ray_runtime import dashboard_line, ray_cluster, wait_for_room
+    from gflowvlm.run.models import resolve_model
+    from gflowvlm.run.setup import new_run, run_lock
+    from gflowvlm.shared.policy_inputs import PolicyInputs
+
+    PolicyInputs.load(resolve_model(config.policy.model))
+    DemonstrationSet.of_run(config)
+    folder = new_run(config, directory) if folder is None else folder
+    console.print(f"run folder: {_shown(folder)}", highlight=False)
+    started = time.monotonic()
+    try:
+        with sigterm_as_interrupt(), run_lock(folder), ray_cluster(config) as dashboard:
+            if config.cluster.address is not None:
+                wait_for_room(config, lambda line: console.print(line, highlight=False, soft_wrap=True))
+            if config.cluster.dashboard:
+                console.print(dashboard_line(dashboard), highlight=False)
+            report = TrainingRun(folder, config, console).run()
+    except KeyboardInterrupt:
+        console.print(f"\ninterrupted; go on with: gflowvlm train --resume {_shown(folder)}", highlight=False)
+        raise typer.Exit(INTERRUPTED) from None
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        path = _shown(folder)
+        raise UserError(f"{path}: {error.strerror}; free some space, then `gflowvlm train --resume {path}`") from None
+    _show_report(console, folder, config.task.name, report, time.monotonic() - started)
+
+
+def _show_report(
+    console: Console, folder: RunFolder, task: str, report: list[dict[str, object]], seconds: float
+) -> None:
+    from gflowvlm.run.final_report import measured_on
+
+    table = Table("", title=f"before and after, on {measured_on([task])}")
+    for row in report:
+        policy = "base" if row["version"] == 0 else f"version {row['version']}"
+        table.add_column(f"{row['split']}\n{policy}")
+    for key in (
+        "success",
+        "success_greedy",
+        "success_bound",
+        "div_at_n",
+        "malformed_rate",
+        "inadmissible_rate",
+        "mean_response_tokens",
+        "total_variation",
+        "total_variation_floor",
+    ):
+        values = [row[key] for row in report]
+        table.add_row(key, *("-" if v is None else f"{v:.3f}" for v in values))
+    console.print(table)
+    path = _shown(folder)
+    console.print(f"done in {seconds / 60:.1f} minutes; learning curve: {path}/learning_curve.png", highlight=False)
+    console.print("what next:", highlight=False)
+    console.print(f"  gflowvlm play {task} --player {path}     watch the policy play", highlight=False)
+    console.print(f"  gflowvlm report {path}                  a page with curves and trajectories", highlight=False)
+    console.print(f"  gflowvlm replay {path} --limit 5             look at what it learned from", highlight=False)
+    console.print(f"  gflowvlm eval {path} --split ood             evaluate it again", highlight=False)
+    console.print(f"  tensorboard --logdir {path}/tensorboard", highlight=False)
+
+
+def _shown(folder: RunFolder) -> Path:
+    here = Path.cwd()
+    return folder.root.relative_to(here) if folder.root.is_relative_to(here) else folder.root

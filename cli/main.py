@@ -1,0 +1,84 @@
+"""The one way in: `gflowvlm COMMAND`."""
+
+import os
+import sys
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from gflowvlm.cli.commands import (
+    alfworld,
+    bench,
+    compare,
+    demonstrate,
+    doctor,
+    evaluate,
+    experiment,
+    jobs,
+    play,
+    presets,
+    prove,
+    replay,
+    report,
+    scale,
+    serve,
+    sft,
+    submit,
+    train,
+)
+from gflowvlm.cluster.launch.process_environment import prepare_process
+from gflowvlm.run.interruption import INTERRUPTED
+from gflowvlm.shared.errors import UserError
+
+app = typer.Typer(
+    name="gflowvlm",
+    help="Fine-tune vision-language models with GFlowNet objectives, from one laptop to a Ray cluster.\n\n"
+    "Start with `gflowvlm train`: it teaches a tiny model NumberLine on two cores in minutes. "
+    "`gflowvlm doctor` says what works on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+for command in (
+    train,
+    submit,
+    jobs,
+    scale,
+    compare,
+    experiment,
+    evaluate,
+    play,
+    replay,
+    report,
+    serve,
+    prove,
+    demonstrate,
+    sft,
+    bench,
+    presets,
+    alfworld,
+    doctor,
+):
+    command.register(app)
+
+
+def main() -> None:
+    """Runs the command line; a `UserError` is one line on stderr and exit status 2."""
+    prepare_process()
+    # Remarks on model configurations are not for the user; what goes wrong is said as a UserError.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except UserError as error:
+        # As text: a path or a model's answer may hold brackets.
+        said = Text.assemble(("gflowvlm:", "red"), f" {error}")
+        Console(stderr=True).print(said, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""The learner's loop inside a Ray Train worker: pull a batch, take a step, publish, checkpoint, log."""
+
+import asyncio
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray import serve
+from ray.train.collective import broadcast_from_rank_zero
+
+from gflowvlm.actors.adapter_store import find_adapter_store
+from gflowvlm.actors.buffer_actor import get_buffer
+from gflowvlm.actors.policy_client import PolicyClient
+from gflowvlm.actors.policy_server import DEPLOYMENT
+from gflowvlm.actors.sampling import SampleRequest
+from gflowvlm.envs.registry import make_env
+from gflowvlm.learner.learner import Learner
+from gflowvlm.learner.mismatch import compare
+from gflowvlm.run.checkpoints import latest_checkpoint, prune_checkpoints
+from gflowvlm.run.folder import RunFolder
+from gflowvlm.run.log import append_row
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.response import parse_response, token_spans
+from gflowvlm.shared.trajectory import BASE_VERSION, EndReason, Step, Trajectory, Validity, from_arrow
+
+ACTOR_TIMEOUT_S = 120.0
+"""Longest wait for the adapter store or the replay buffer to answer; covers their restart."""
+
+
+class BatchLearner(Protocol):
+    """What the loop asks of a learner; see `Learner`."""
+
+    @property
+    def steps_taken(self) -> int:
+        """Batches taken so far."""
+
+    def step(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Takes one step on a batch and returns its metrics."""
+
+    def score(self, trajectories: Sequence[Trajectory]) -> list[list[list[float]]]:
+        """Returns the log-probability of every response token."""
+
+    def save_adapter(self, directory: Path) -> None:
+        """Writes the adapter in PEFT format."""
+
+    def save(self, directory: Path) -> None:
+        """Writes a checkpoint."""
+
+    def load(self, directory: Path) -> None:
+        """Restores a checkpoint."""
+
+
+@dataclass(frozen=True)
+class LearnerJob:
+    """What a learner worker needs to know. Travels as plain values.
+
+    Attributes:
+        config: The run's configuration.
+        model_path: Model directory or hub name.
+        run_dir: The run's folder.
+        store_name: Name of the adapter store actor.
+        buffer_name: Name of the replay buffer actor.
+        server_name: Name of the policy server's Serve application.
+    """
+
+    config: dict[str, Any]
+    model_path: str
+    run_dir: str
+    store_name: str
+    buffer_name: str
+    server_name: str
+
+
+def learner_loop(job_values: dict[str, Any]) -> None:
+    """Runs one data-parallel learner to the last step; `job_values` are the fields of a `LearnerJob`.
+
+    A `UserError` ends the loop with a ``fatal`` row in the run's log instead of an exception, so that
+    Ray Train does not restart what cannot succeed. Where a full disk refuses that row too, the driver meets
+    the same disk and says so.
+    """
+    job = LearnerJob(**job_values)
+    folder = RunFolder(Path(job.run_dir))
+    context = ray.train.get_context()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ray.train.torch.get_device())
+    try:
+        config, rank = RunConfig.model_validate(job.config), context.get_world_rank()
+        learner = Learner(config, job.model_path, rank=rank, world_size=context.get_world_size())
+        LearnerLoop(job, folder, rank, learner).run()
+    except UserError as error:
+        try:
+            append_row(folder.metrics, "fatal", {"error": str(error)})
+        except UserError as unwritten:
+            print(error, unwritten, sep="\n", file=sys.stderr)
+
+
+class LearnerLoop:
+    """One data-parallel learner's part of a run; see `learner_loop`.
+
+    Args:
+        job: What to learn, and from whom.
+        folder: The run's folder.
+        rank: Number of this learner.
+        learner: Takes the steps; restored from the newest checkpoint.
+    """
+
+    def __init__(self, job: LearnerJob, folder: RunFolder, rank: int, learner: BatchLearner) -> None:
+        self.config = RunConfig.model_validate(job.config)
+        self.job, self.folder, self.rank, self.learner = job, folder, rank, learner
+        self.store = find_adapter_store(job.store_name)
+        self.buffer = get_buffer(job.buffer_name)
+        checkpoint = latest_checkpoint(folder.checkpoints)
+        if checkpoint is not None:
+            self.learner.load(checkpoint)
+        self.version = BASE_VERSION
+
+    def run(self) -> None:
+        """Learns from the newest checkpoint on to the last step, or until the replay buffer is closed."""
+        total = self.config.learner.steps
+        first = self.learner.steps_taken
+        if first > 0 or self._newest_version() > BASE_VERSION:
+            # The samplers must not go on with what a step has left that was undone.
+            self._publish()
+        if self.rank == 0:
+            append_row(self.folder.metrics, "learner", {"step": first, "version": self.version, "pid": os.getpid()})
+        if first == 0:
+            self._check_sampler_agrees()
+        batch_ref = self._request_batch(first)
+        started = time.monotonic()
+        for step in range(first, total):
+            asked = time.monotonic()
+            batch = self._receive(batch_ref, step)
+            if batch is None:
+                break
+            waited = time.monotonic() - asked
+            batch_ref = self._request_batch(step + 1) if step + 1 < total else None
+            metrics = self.learner.step(batch)
+            started = self._finish_step(step + 1, batch, metrics, started, waited)
+        if self.rank == 0 and latest_checkpoint(self.folder.checkpoints, step=self.learner.steps_taken) is None:
+            self._checkpoint(self.learner.steps_taken)
+
+    def _request_batch(self, step: int) -> ray.ObjectRef:
+        return self.buffer.wait_sample.remote(
+            step=step,
+            groups=self.config.groups_per_batch,
+            version=self.version,
+            min_accepted=(step + 1) * self.config.fresh_per_step,
+            timeout_s=self.config.learner.data_timeout_s,
+        )
+
+    def _receive(self, reference: ray.ObjectRef, step: int) -> list[Trajectory] | None:
+        timeout = self.config.learner.data_timeout_s + ACTOR_TIMEOUT_S
+        try:
+            batch = ray.get(reference, timeout=timeout)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, TimeoutError):
+                raise UserError(f"learner step {step + 1}: {error.cause}") from None
+            raise error.cause from None
+        except ray.exceptions.GetTimeoutError:
+            raise UserError(
+                f"learner step {step + 1}: no batch from the replay buffer in {timeout:.0f} s; are rollout workers "
+                "alive? (learner.data_timeout_s sets the limit)"
+            ) from None
+        return None if batch is None else from_arrow(batch)
+
+    def _finish_step(
+        self, done: int, batch: list[Trajectory], metrics: dict[str, float], started: float, waited: float
+    ) -> float:
+        """Publishes, logs and keeps a step; returns when its time ended: its checkpoint's counts as the next step's."""
+        settings = self.config.learner
+        ages = [self.version - t.oldest_version for t in batch if not t.expert and t.steps]
+        published = time.monotonic()
+        if done % settings.publish_every == 0:
+            self._publish()
+        ended = time.monotonic()
+        if self.rank == 0:
+            metrics["response_tokens_scored"] = metrics.pop("response_tokens")
+            row = {
+                "step": done,
+                "version": self.version,
+                **metrics,
+                "staleness_mean": sum(ages) / len(ages) if ages else 0.0,
+                "staleness_max": max(ages, default=0),
+                "batch_success": sum(t.success for t in batch) / len(batch),
+                "wait_s": waited,
+                "publish_s": ended - published,
+                "step_s": ended - started,
+            }
+            append_row(self.folder.metrics, "step", row)
+        if self.rank == 0 and done % settings.checkpoint_every == 0:
+            # Last, because a learner that goes on from it must find the step in the log and its adapter published.
+            self._checkpoint(done)
+        # No `ray.train.report`: it waits until Ray Train's controller looks again, every two seconds.
+        return ended
+
+    def _checkpoint(self, done: int) -> None:
+        self.learner.save(self.folder.checkpoints / f"step-{done:08d}")
+        prune_checkpoints(self.folder.checkpoints, self.config.learner.keep_checkpoints)
+
+    def _newest_version(self) -> int:
+        version, _ = _answer(lambda: self.store.newest.remote(), "the adapter store's newest version")
+        return int(version)
+
+    def _publish(self) -> None:
+        """Publishes the adapter, from one rank; all of them learn its version, with which they ask for batches."""
+        if self.rank == 0:
+            self._publish_from_here()
+        if ray.train.get_context().get_world_size() > 1:
+            self.version = broadcast_from_rank_zero(self.version)
+
+    def _publish_from_here(self) -> None:
+        staging = Path(tempfile.mkdtemp(prefix="adapter-", dir=self.folder.root))
+        try:
+            self.learner.save_adapter(staging)
+            self.version = _answer(lambda: self.store.publish.remote(str(staging)), "the adapter store to publish")
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _check_sampler_agrees(self) -> None:
+        if self.rank != 0:
+            # A sharded model scores only where all learners do.
+            self.learner.score([])
+            return
+        trajectory = asyncio.run(_one_sampled_state(self.config, self.job))
+        mismatch = compare([trajectory], self.learner.score([trajectory]))
+        append_row(self.folder.metrics, "mismatch", {"max": mismatch.max, "tokens": mismatch.tokens})
+        if mismatch.max > self.config.sampler.mismatch_tolerance:
+            worst = mismatch.worst[0]
+            token = PolicyInputs.load(self.job.model_path).decode([worst.token_id])
+            raise UserError(
+                f"sampler and learner disagree by {mismatch.max:.3g} nats (sampler.mismatch_tolerance is "
+                f"{self.config.sampler.mismatch_tolerance:g}) at token {worst.position} ({token!r}): sampler "
+                f"{worst.sampler:.4f}, learner {worst.learner:.4f}; check policy.dtype and the model's processor"
+            )
+
+
+async def _one_sampled_state(config: RunConfig, job: LearnerJob) -> Trajectory:
+    """Returns a one-step trajectory: what the base model answers at the first evaluation instance."""
+    env = make_env(config.task)
+    env.reset(seed=config.evaluation.seed, options={"split": "id"})
+    client = PolicyClient.from_config(serve.get_deployment_handle(DEPLOYMENT, job.server_name), config)
+    prompt, image = env.prompt(), env.image_png()
+    response = await client.sample(
+        SampleRequest(prompt, image, config.policy.max_response_tokens, temperature=1.0, version=BASE_VERSION)
+    )
+    parsed = parse_response(response.text)
+    spans = token_spans(response.token_ids, parsed.action_chars, PolicyInputs.load(job.model_path).decode)
+    step = Step(
+        prompt=prompt,
+        image=0,
+        response_ids=response.token_ids,
+        response_text=response.text,
+        cot_end=spans.cot_end,
+        action_end=spans.action_end,
+        sampler_log_probs=response.log_probs,
+        policy_version=response.version,
+        action=parsed.action,
+        validity=Validity.MALFORMED if parsed.malformed else Validity.VALID,
+    )
+    log_reward = env.log_reward
+    return Trajectory(
+        trajectory_id="check",
+        group_id="check",
+        instance_id=env.instance_id,
+        instance_seed=config.evaluation.seed,
+        task=config.task.name,
+        split="id",
+        steps=[step],
+        images=[image],
+        log_rewards=[log_reward],
+        original_rewards=[0.0],
+        end=EndReason.DONE,
+        success=False,
+        outcome="",
+        expert=False,
+    )
+
+
+def _answer(call: Callable[[], ray.ObjectRef], what: str) -> Any:
+    """Returns the answer of an actor that may be restarting, asking again until `ACTOR_TIMEOUT_S`."""
+    deadline = time.monotonic() + ACTOR_TIMEOUT_S
+    while True:
+        try:
+            return ray.get(call(), timeout=max(1.0, deadline - time.monotonic()))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"waited {ACTOR_TIMEOUT_S:.0f} s for {what}") from error
+            time.sleep(0.5)

@@ -1,0 +1,303 @@
+"""The driver: puts a run together and keeps it going until the last learner step."""
+
+import json
+import time
+from collections import deque
+from typing import Any
+
+import psutil
+from rich.console import Console
+
+from gflowvlm.actors.admission import Admission
+from gflowvlm.actors.demonstration_set import DemonstrationSet
+from gflowvlm.actors.groups import GroupSummary
+from gflowvlm.cluster.driver.display import RunDisplay, evaluation_lines
+from gflowvlm.cluster.driver.rollout_scheduler import (
+    EvaluationJob,
+    RolloutScheduler,
+    demonstrated_seed,
+    training_seed,
+)
+from gflowvlm.cluster.driver.run_actors import RunActors
+from gflowvlm.cluster.driver.worker_pool import last_line
+from gflowvlm.cluster.launch.ray_runtime import cluster_nodes
+from gflowvlm.cluster.monitoring.memory import MemoryMeter
+from gflowvlm.cluster.monitoring.sampler_watch import STATUS_TIMEOUT_S, SamplerLoad, SamplerWatch
+from gflowvlm.cluster.monitoring.telemetry import Telemetry
+from gflowvlm.cluster.scaling.auto_scaling import Load, Size
+from gflowvlm.cluster.scaling.run_scaling import RunScaling
+from gflowvlm.evaluation.figures import REPORT_SEED_OFFSET, EvaluationPlan, evaluate_trajectories
+from gflowvlm.evaluation.learning_curve import draw_learning_curve
+from gflowvlm.run.checkpoints import latest_checkpoint
+from gflowvlm.run.final_report import measured_on, ordered
+from gflowvlm.run.folder import RunFolder
+from gflowvlm.run.log import Row, RowTail, append_row, read_rows
+from gflowvlm.run.models import resolve_model
+from gflowvlm.run.setup import write_whole
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.trajectory import BASE_VERSION
+
+PUMP_WAIT_S = 0.1
+SNAPSHOT_INTERVAL_S = 5.0
+NEWEST_TRAJECTORIES = 128
+
+REPORT = "report"
+
+
+class TrainingRun:
+    """One run, from its folder to its end. Use inside `ray_cluster`.
+
+    Args:
+        folder: The run's folder; what it holds decides where the run goes on.
+        config: The run's configuration.
+        console: Where progress is shown.
+    """
+
+    def __init__(self, folder: RunFolder, config: RunConfig, console: Console) -> None:
+        self.folder, self.config, self.console = folder, config, console
+        self.model_path = resolve_model(config.policy.model)
+        demonstrations = DemonstrationSet.of_run(config)
+        self._demonstrated = None if demonstrations is None else demonstrations.instance_seeds
+        self.display = RunDisplay(console, config.learner.steps)
+        self.telemetry = Telemetry(folder.tensorboard, folder.root.name)
+        self._rows = read_rows(folder.metrics)
+        self._tail = RowTail(folder.metrics, from_end=True)
+        checkpoint = latest_checkpoint(folder.checkpoints)
+        self.step = int(checkpoint.name.removeprefix("step-")) if checkpoint is not None else 0
+        self.version = BASE_VERSION
+        self._learner_started = False
+        self._newest: deque[list[Any]] = deque(maxlen=NEWEST_TRAJECTORIES)
+        last = next((r for r in reversed(self._rows) if r["kind"] == "rollout"), {})
+        self._env_steps = int(last.get("env_steps", 0))
+        self._response_tokens = int(last.get("response_tokens", 0))
+        self._tokens_since_start = 0
+        self._started = time.monotonic()
+        self._snapshot_at = 0.0
+        self._memory = MemoryMeter()
+        # Learner steps since the last look at the load: seconds waited, and in all.
+        self._waited: list[tuple[float, float]] = []
+
+    def run(self) -> list[Row]:
+        """Runs to the last learner step and the final report; returns the report's rows.
+
+        Raises:
+            UserError: The run cannot go on; the message says why.
+            KeyboardInterrupt: The run was interrupted; it can be resumed.
+        """
+        try:
+            with self.display, self._make_actors() as self._actors:
+                self.display.update(step=self.step)
+                self._make_scheduler()
+                return self._play_and_learn()
+        finally:
+            self.telemetry.close()
+
+    def _make_actors(self) -> RunActors:
+        return RunActors(self.folder, self.config, self.model_path, self.display.say)
+
+    def _make_scheduler(self) -> None:
+        config, stats = self.config, self._actors.buffer_stats()
+        self.admission = Admission(
+            max_staleness=config.replay.max_staleness,
+            batch=config.fresh_per_step * config.learner.publish_every,
+            group_size=config.rollout.group_size,
+            version=self.step // config.learner.publish_every,
+            accepted=stats["accepted"],
+        )
+        self.scheduler = RolloutScheduler(
+            self._actors.workers,
+            self.admission,
+            groups_per_worker=config.rollout.groups_per_worker,
+            instance_seed=self._instance_seed,
+            next_group=0 if stats["largest_group_index"] is None else stats["largest_group_index"] + 1,
+            rollout_version=lambda: self.version if config.on_policy else None,
+            on_groups=self._note_groups,
+            on_evaluation=self._note_evaluation,
+        )
+        # The outer limit is for a loop that is stuck itself.
+        self._watch = SamplerWatch(
+            lambda: self._actors.loop.run(self._actors.client.status(STATUS_TIMEOUT_S), 5 * STATUS_TIMEOUT_S)
+        )
+        self.scaling = RunScaling(self.folder, config, self._actors, cluster_nodes, self.display.say)
+
+    def _instance_seed(self, group_index: int) -> int:
+        if self._demonstrated is None:
+            return training_seed(self.config.seed, group_index)
+        return demonstrated_seed(self.config.seed, group_index, self._demonstrated)
+
+    def _play_and_learn(self) -> list[Row]:
+        self._evaluate_what_is_due()
+        self._actors.start_learner()
+        self._started = time.monotonic()
+        while not (self._actors.learner_finished and not self.scheduler.evaluating):
+            self.scheduler.pump(train=self._rollouts_wanted(), wait_s=PUMP_WAIT_S)
+            self._follow_log()
+            self.scaling.answer_requests(self.step)
+            if time.monotonic() - self._snapshot_at >= SNAPSHOT_INTERVAL_S:
+                self._snapshot()
+        self._follow_log()
+        if self._actors.learner_error is not None:
+            raise UserError(
+                f"the learner failed {self.config.learner.max_failures + 1} times, last: "
+                f"{last_line(str(self._actors.learner_error))}; "
+                f"resume with `gflowvlm train --resume {self.folder.root}`"
+            )
+        if self.step < self.config.learner.steps:
+            # A full disk keeps the learner's reason out of the log; writing there says it.
+            self._snapshot()
+            raise UserError(
+                f"the learner ended at step {self.step} of {self.config.learner.steps}; "
+                f"resume with `gflowvlm train --resume {self.folder.root}`"
+            )
+        return self._report()
+
+    def _rollouts_wanted(self) -> bool:
+        # On-policy rollouts need the version that the learner publishes when it starts.
+        ready = self._learner_started or not self.config.on_policy
+        return ready and not self._actors.learner_finished
+
+    def _follow_log(self) -> None:
+        for row in self._tail.new_rows():
+            self._rows.append(row)
+            if row["kind"] == "fatal":
+                raise UserError(row["error"])
+            if row["kind"] == "learner":
+                self.step, self.version = row["step"], row["version"]
+                self._learner_started = True
+                self.display.say(f"learner started at step {row['step']}")
+            elif row["kind"] == "mismatch":
+                self.display.say(f"sampler and learner agree to {row['max']:.1e} nats on {row['tokens']} tokens")
+            elif row["kind"] == "step":
+                self._note_step(row)
+
+    def _note_step(self, row: Row) -> None:
+        self.step, self.version = row["step"], row["version"]
+        self._waited.append((row["wait_s"], row["step_s"]))
+        self.admission.advance(max(self.admission.version, self.step // self.config.learner.publish_every))
+        self.display.update(step=self.step, version=self.version, staleness=row["staleness_mean"], loss=row["loss"])
+        self.telemetry.send("train", row, self.step)
+        if self._evaluation_is_due(self.step):
+            self._evaluate_if_new(self.step, self.version)
+
+    def _evaluate_what_is_due(self) -> None:
+        """Asks for the evaluation at the start, and for those that an interruption kept from being played."""
+        if self.config.evaluation.at_start:
+            self._evaluate_if_new(step=0, version=BASE_VERSION)
+        for row in self._rows:
+            due = row["kind"] == "step" and row["step"] <= self.step and self._evaluation_is_due(row["step"])
+            if due and self.folder.adapter(row["version"]).is_dir():
+                self._evaluate_if_new(row["step"], row["version"])
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        return step % self.config.evaluation.every == 0 or step == self.config.learner.steps
+
+    def _evaluate_if_new(self, step: int, version: int) -> None:
+        # A learner that was started again comes by steps whose evaluation is still being played.
+        evaluated = any(r["kind"] == "evaluation" and r["step"] == step for r in self._rows)
+        if evaluated or self.scheduler.evaluates(step):
+            return
+        self.scheduler.evaluate(EvaluationJob(EvaluationPlan.of(self.config), version, step))
+
+    def _note_groups(self, summaries: list[GroupSummary]) -> None:
+        for summary in summaries:
+            tokens = sum(summary.response_tokens)
+            self._env_steps += sum(summary.length)
+            self._response_tokens += tokens
+            self._tokens_since_start += tokens
+            invalid = [m + i > 0 for m, i in zip(summary.malformed, summary.inadmissible, strict=True)]
+            rollouts = zip(summary.expert, summary.success, invalid, summary.length, strict=True)
+            self._newest.extend(played for expert, *played in rollouts if not expert)
+
+    def _note_evaluation(self, job: EvaluationJob) -> None:
+        figures = evaluate_trajectories(self.config, job.plan, job.version, job.sampled, job.greedy).as_dict()
+        row = {"step": job.step, **figures}
+        append_row(self.folder.metrics, job.label, row)
+        if job.label == REPORT:
+            return
+        self.telemetry.send("evaluation", row, job.step)
+        for line in evaluation_lines(row):
+            self.display.say(line)
+        best = json.loads(self.folder.best.read_text()) if self.folder.best.exists() else None
+        if best is None or figures["success"] >= best["success"]:
+            write_whole(self.folder.best, json.dumps(row, indent=1))
+        draw_learning_curve(read_rows(self.folder.metrics), self.folder.learning_curve, self.folder.root.name)
+
+    def _snapshot(self) -> None:
+        self._snapshot_at = now = time.monotonic()
+        newest = list(self._newest)
+        values: dict[str, Any] = {
+            "env_steps": self._env_steps,
+            "response_tokens": self._response_tokens,
+            **self._actors.buffer_counts(),
+            "groups_running": self.scheduler.groups_running,
+            "groups_failed": self.scheduler.groups_failed,
+            "worker_restarts": self._actors.workers.deaths,
+            "rollout_workers": len(self._actors.workers.serving),
+            "rollout_workers_wanted": self.scaling.size.rollouts,
+            "sampler_replicas_wanted": self.scaling.size.samplers,
+            "tokens_per_s": self._tokens_since_start / (now - self._started),
+        }
+        if self.config.cluster.address is None:
+            values["memory_gib"] = self._memory.gib()
+        samplers = self._watch.look()
+        if samplers is not None:
+            values |= {"sampler_replicas": samplers.replicas, "sampler_requests": samplers.requests}
+            if samplers.idle_share is not None:
+                values["sampler_idle_share"] = samplers.idle_share
+        if newest:
+            values["rollout_success"] = sum(success for success, _, _ in newest) / len(newest)
+            values["rollout_invalid"] = sum(invalid for _, invalid, _ in newest) / len(newest)
+            values["rollout_length"] = sum(length for _, _, length in newest) / len(newest)
+        append_row(self.folder.metrics, "rollout", {"step": self.step, **values})
+        self.telemetry.send("rollout", values, self.step)
+        self.telemetry.repeat()
+        self.display.update(
+            success=values.get("rollout_success"),
+            tokens_per_s=values["tokens_per_s"],
+            env_steps=self._env_steps,
+            note="evaluating" if self.scheduler.evaluating else "",
+        )
+        self._observe_load(samplers)
+
+    def _observe_load(self, samplers: SamplerLoad | None) -> None:
+        steps, self._waited = self._waited, []
+        # An evaluation is no load to scale for, and without a learner step nothing is known of its waiting.
+        if self.scheduler.evaluating or not steps or samplers is None or samplers.idle_share is None:
+            return
+        workers = len(self._actors.workers.serving)
+        load = Load(
+            learner_waiting=sum(waited for waited, _ in steps) / sum(whole for _, whole in steps),
+            sampler_idle=samplers.idle_share,
+            requests=samplers.requests,
+            requests_room=samplers.replicas * self.config.sampler.max_num_seqs,
+            groups=self.scheduler.groups_running,
+            groups_room=workers * self.config.rollout.groups_per_worker,
+            serving=Size(workers, samplers.replicas),
+        )
+        self.scaling.observe(load, self.step)
+
+    def _report(self) -> list[Row]:
+        best = json.loads(self.folder.best.read_text())["version"] if self.folder.best.exists() else self.version
+        settings = self.config.evaluation
+        self.display.say(
+            f"final report: base model and adapter version {best} on {measured_on([self.config.task.name])}"
+        )
+        for split in ("id", "ood"):
+            plan = EvaluationPlan(split, settings.instances, settings.samples, settings.seed + REPORT_SEED_OFFSET)
+            for version in (BASE_VERSION, best):
+                self.scheduler.evaluate(EvaluationJob(plan, version, self.step, label=REPORT))
+        while self.scheduler.evaluating:
+            self.scheduler.pump(train=False, wait_s=PUMP_WAIT_S)
+            self.scaling.answer_requests(self.step)
+        report = ordered([r for r in self._tail.new_rows() if r["kind"] == REPORT], best)
+        summary = {
+            "steps": self.step,
+            "version": best,
+            "wall_s": round(time.time() - psutil.Process().create_time(), 1),
+            "peak_memory_gib": self._memory.peak_gib if self.config.cluster.address is None else None,
+            "report": report,
+        }
+        write_whole(self.folder.summary, json.dumps(summary, indent=1))
+        draw_learning_curve(read_rows(self.folder.metrics), self.folder.learning_curve, self.folder.root.name)
+        return report

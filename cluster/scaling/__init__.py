@@ -1,0 +1,1 @@
+"""More or fewer rollout workers and policy server replicas while a run runs: asked for, or by load."""

@@ -1,0 +1,144 @@
+"""Asking a live run for another size: a file in its folder, and the driver's answer in its log.
+
+Neither side connects to the other, so the asking one needs the run's folder and nothing else.
+"""
+
+import re
+import secrets
+import time
+from collections.abc import Iterable
+from typing import Annotated
+
+from pydantic import Field, StrictInt, ValidationError, model_validator
+
+from gflowvlm.run.folder import RunFolder
+from gflowvlm.run.log import Row, RowTail
+from gflowvlm.run.setup import driver_holds, write_whole
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.settings import Settings
+
+SCALE = "scale"
+"""Kind of the log's rows about the run's size."""
+
+ANSWER_TIMEOUT_S = 60.0
+"""How long the driver may take to answer: it is busy while it draws curves and works out exact targets."""
+
+POLL_S = 0.2
+
+_FILE = re.compile(r"scale-(\d{20}-[0-9a-f]{8})\.json")
+_KEYS = ("rollouts", "samplers")
+
+
+class ScaleRequest(Settings):
+    """What is asked for; a number that is left out stays.
+
+    Attributes:
+        rollouts: Rollout workers.
+        samplers: Policy server replicas.
+    """
+
+    rollouts: Annotated[StrictInt, Field(ge=1, le=4096)] | None = None
+    samplers: Annotated[StrictInt, Field(ge=1, le=256)] | None = None
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> "ScaleRequest":
+        if self.rollouts is None and self.samplers is None:
+            raise ValueError("name what to change: rollouts=N, samplers=N, or both")
+        return self
+
+
+def parse_request(changes: Iterable[str]) -> ScaleRequest:
+    """Returns what a command line's ``rollouts=N samplers=N`` asks for.
+
+    Raises:
+        UserError: An unknown or repeated key, no whole number, or one out of bounds.
+    """
+    numbers: dict[str, int] = {}
+    for change in changes:
+        key, _, text = change.partition("=")
+        if key not in _KEYS or key in numbers:
+            raise UserError(f"{change!r}: write rollouts=N, samplers=N, or both; each once")
+        if re.fullmatch(r"-?\d{1,9}", text) is None:
+            raise UserError(f"{change!r}: must be a whole number, for example {key}=4")
+        numbers[key] = int(text)
+    try:
+        return ScaleRequest.model_validate(numbers)
+    except ValidationError as error:
+        raise UserError(_problem(error)) from None
+
+
+def ask(folder: RunFolder, request: ScaleRequest, timeout_s: float = ANSWER_TIMEOUT_S) -> Row:
+    """Asks the driver of a run for another size and waits for its answer; returns the ``scale`` row.
+
+    Raises:
+        UserError: No driver runs the run, it refuses, or it does not answer.
+    """
+    _check_running(folder)
+    answers = RowTail(folder.metrics, from_end=True)
+    # Files are answered in the order of their names.
+    number = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
+    path = folder.root / f"scale-{number}.json"
+    try:
+        write_whole(path, request.model_dump_json())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    try:
+        return _answer(folder, answers, number, timeout_s)
+    finally:
+        # Nobody waits for it any more; the driver has removed it if it was answered.
+        path.unlink(missing_ok=True)
+
+
+def take_requests(folder: RunFolder) -> list[tuple[str, ScaleRequest | str]]:
+    """Removes the requests in a run's folder and returns them, oldest first.
+
+    Returns:
+        The number of each, and what it asks for, or why it cannot be read.
+    """
+    found = sorted((m[1], path) for path in folder.root.glob("scale-*.json") if (m := _FILE.fullmatch(path.name)))
+    taken: list[tuple[str, ScaleRequest | str]] = []
+    for number, path in found:
+        try:
+            content = path.read_bytes()
+            path.unlink()
+        except OSError:
+            # Withdrawn by whoever had waited for too long; or it would be carried out again and again.
+            continue
+        try:
+            taken.append((number, ScaleRequest.model_validate_json(content)))
+        except ValidationError as error:
+            taken.append((number, _problem(error)))
+    return taken
+
+
+def _answer(folder: RunFolder, answers: RowTail, number: str, timeout_s: float) -> Row:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        for row in answers.new_rows():
+            if row["kind"] == SCALE and row["request"] == number:
+                if row["error"] is not None:
+                    raise UserError(row["error"])
+                return row
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"waited {timeout_s:.0f} s for the driver of {folder.root} to answer; it does once its policy server "
+                "is up, so ask again later, or look at its log"
+            )
+        _check_running(folder)
+        time.sleep(POLL_S)
+
+
+def _check_running(folder: RunFolder) -> None:
+    if folder.summary.exists():
+        raise UserError(f"{folder.root}: this run has ended; nothing is left to scale")
+    if driver_holds(folder) is False:
+        raise UserError(
+            f"{folder.root}: no driver is running this run; `gflowvlm train --resume {folder.root}` goes on with it"
+        )
+
+
+def _problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(map(str, problem["loc"]))
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message[0].lower()}{message[1:]}, found {problem['input']!r}" if where else message

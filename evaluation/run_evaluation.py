@@ -1,0 +1,134 @@
+"""Evaluating a run's policy in this process, without Ray."""
+
+import asyncio
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from gflowvlm.actors.environments import LocalEnvironment
+from gflowvlm.actors.episode import PlayedGroup, ResponseSource, play_group
+from gflowvlm.actors.groups import GroupRequest, PlaySettings
+from gflowvlm.actors.samplers import make_sampler
+from gflowvlm.actors.sampling import (
+    PolicySampler,
+    SampleRequest,
+    SampleResponse,
+    SamplerUnavailableError,
+)
+from gflowvlm.envs.registry import make_env
+from gflowvlm.evaluation.figures import EvaluationPlan, evaluate_trajectories
+from gflowvlm.evaluation.playing import best_version
+from gflowvlm.run.folder import RunFolder
+from gflowvlm.run.models import resolve_model
+from gflowvlm.run.setup import open_run
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.trajectory import BASE_VERSION
+
+GROUPS_AT_ONCE = 8
+
+
+class BoundedSource:
+    """A sampler's responses, each within a time limit.
+
+    Args:
+        sampler: The sampler.
+        limit_s: Longest one may take, seconds; the first waits for what an engine compiles.
+    """
+
+    def __init__(self, sampler: ResponseSource, limit_s: float) -> None:
+        self._sampler = sampler
+        self._limit_s = limit_s
+
+    async def sample(self, request: SampleRequest) -> SampleResponse:
+        """Samples one response.
+
+        Raises:
+            SamplerUnavailableError: It did not come in time.
+        """
+        try:
+            async with asyncio.timeout(self._limit_s):
+                return await self._sampler.sample(request)
+        except TimeoutError:
+            limits = "sampler.start_timeout_s and sampler.request_timeout_s"
+            raise SamplerUnavailableError(f"no response within {self._limit_s:g} s ({limits})") from None
+
+
+def evaluate_run(
+    directory: Path, plan: EvaluationPlan, *, version: int | None, engine: str | None, console: Console
+) -> dict[str, Any]:
+    """Returns the figures of a run's policy (the keys of `Evaluation`).
+
+    Args:
+        directory: The run's folder.
+        plan: What to play.
+        version: Adapter version; None for the best.
+        engine: ``vllm`` or ``transformers``; None for the run's.
+        console: Where progress is shown.
+
+    Raises:
+        UserError: There is no such run or version, or the sampler fails.
+    """
+    folder, config = open_run(directory)
+    version = best_version(folder) if version is None else version
+    _check_version(folder, version)
+    model = resolve_model(config.policy.model)
+    engine = config.sampler.engine if engine is None else engine
+
+    async def play() -> tuple[list[PlayedGroup], list[PlayedGroup]]:
+        sampler = make_sampler(config, model, engine)
+        try:
+            if version != BASE_VERSION:
+                await sampler.load(version, folder.adapter(version))
+            return await _play(config, model, sampler, plan, version, console)
+        finally:
+            sampler.shutdown()
+
+    console.print(f"starting the {engine} sampler")
+    try:
+        sampled, greedy = asyncio.run(play())
+    except SamplerUnavailableError as error:
+        raise UserError(f"{directory}: {error}; what it said stands above. Evaluate again") from None
+    return evaluate_trajectories(
+        config,
+        plan,
+        version,
+        [t for group in sampled for t in group.trajectories],
+        [t for group in greedy for t in group.trajectories],
+    ).as_dict()
+
+
+def _check_version(folder: RunFolder, version: int) -> None:
+    if version != BASE_VERSION and not folder.adapter(version).is_dir():
+        raise UserError(f"{folder.root}: there is no adapter version {version}; `ls {folder.adapters}` shows them")
+
+
+async def _play(
+    config: RunConfig, model: str, sampler: PolicySampler, plan: EvaluationPlan, version: int, console: Console
+) -> tuple[list[PlayedGroup], list[PlayedGroup]]:
+    inputs = PolicyInputs.load(model)
+    source = BoundedSource(sampler, config.sampler.start_timeout_s + config.sampler.request_timeout_s)
+    free = asyncio.Semaphore(GROUPS_AT_ONCE)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("playing", total=2 * plan.instances)
+
+        async def played(index: int, seed: int, settings: PlaySettings) -> PlayedGroup:
+            async with free:
+                request = GroupRequest(index, seed, plan.split)
+                group = await play_group(
+                    lambda: LocalEnvironment(make_env(config.task)), source, inputs, request, settings
+                )
+                progress.advance(task)
+                return group
+
+        settings = partial(PlaySettings, max_tokens=config.policy.max_response_tokens, version=version)
+        sampled = settings(group_size=plan.samples, temperature=plan.temperature, sampling_seed=plan.seed)
+        greedy = settings(group_size=1, temperature=0.0)
+        return (
+            await asyncio.gather(*(played(i, seed, sampled) for i, seed in enumerate(plan.seeds))),
+            await asyncio.gather(*(played(i, seed, greedy) for i, seed in enumerate(plan.seeds))),
+        )

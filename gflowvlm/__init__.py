@@ -1,0 +1,1 @@
+"""GFlowVLM: distributed GFlowNet fine-tuning of vision-language models."""

@@ -1,0 +1,95 @@
+"""Making, locking and reopening run folders."""
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gflowvlm.run.folder import RunFolder
+from gflowvlm.run.folder_lock import LOCK, folder_lock
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.config_io import dump_config, load_config
+from gflowvlm.shared.errors import UserError
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file so that a reader sees all of it or none."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def new_run(config: RunConfig, directory: Path | None) -> RunFolder:
+    """Makes a run's folder and writes its configuration.
+
+    Args:
+        config: The resolved configuration.
+        directory: Where; by default ``runs/NAME-DATE-TIME``.
+
+    Raises:
+        UserError: The folder holds a run already, or cannot be made.
+    """
+    root = directory if directory is not None else Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = RunFolder(root.resolve())
+    if folder.config.exists():
+        raise UserError(f"{root}: holds a run already; go on with `gflowvlm train --resume {root}`, or choose another")
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        for path in (folder.trajectories, folder.adapters, folder.checkpoints, folder.tensorboard):
+            path.mkdir(exist_ok=True)
+        write_whole(folder.config, dump_config(config))
+    except OSError as error:
+        raise UserError(f"{root}: cannot make the run's folder ({error.strerror or error})") from None
+    return folder
+
+
+def open_run(directory: Path) -> tuple[RunFolder, RunConfig]:
+    """Returns a run's folder and configuration.
+
+    Raises:
+        UserError: There is no run in it.
+    """
+    folder = RunFolder(directory.resolve())
+    if not folder.config.exists():
+        raise UserError(f"{directory}: no run there (no config.yaml); `gflowvlm train --run {directory}` starts one")
+    return folder, load_config(folder.config)
+
+
+@contextmanager
+def run_lock(folder: RunFolder) -> Iterator[None]:
+    """Holds the run for one driver; the lock goes with the process, however it ends.
+
+    Raises:
+        UserError: Another driver is running it.
+    """
+    held = UserError(f"{folder.root}: another `gflowvlm train` is running this run")
+    with folder_lock(folder.root, held) as descriptor:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, socket.gethostname().encode(), 0)
+        yield
+
+
+def driver_holds(folder: RunFolder) -> bool | None:
+    """Returns whether a driver is running the run; None where that cannot be told from this machine.
+
+    Not every shared file system shows one machine the locks of another.
+    """
+    try:
+        descriptor = os.open(folder.root / LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        host = os.read(descriptor, 256).decode(errors="replace")
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False if host in ("", socket.gethostname()) else None

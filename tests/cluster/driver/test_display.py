@@ -1,0 +1,38 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from gflowvlm.cluster.driver.display import RunDisplay, evaluation_lines
+
+
+def test_without_a_terminal_there_are_plain_lines():
+    out = io.StringIO()
+    with RunDisplay(Console(file=out, width=200), total=5) as display:
+        display.say("policy server is up")
+        display.update(step=1, version=1, loss=2.5, success=0.5)
+        display.update(step=2, version=2, loss=2.0)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "policy server is up"
+    assert lines[1].startswith("step 1/5  success 0.50  loss 2.50  version 1")
+    assert "\x1b" not in out.getvalue()
+    assert len(lines) == 2
+
+
+def test_on_a_terminal_there_is_a_bar():
+    out = io.StringIO()
+    with RunDisplay(Console(file=out, width=200, force_terminal=True), total=5) as display:
+        display.update(step=3, version=3, loss=2.5)
+    assert "step 3/5" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("malformed", "end", "warned"),
+    [(0.0, "Div@8 4.00", False), (0.04, "malformed responses 4%", False), (0.6, "60%", True)],
+)
+def test_an_evaluation_says_malformed_responses_and_warns_of_many(malformed, end, warned):
+    row = {"step": 20, "success": 0.5, "success_bound": None, "success_greedy": 1.0, "samples": 8, "div_at_n": 4.0}
+    first, *others = evaluation_lines({**row, "malformed_rate": malformed})
+    assert first.startswith("evaluation at step 20: success 0.50, greedy 1.00, ")
+    assert first.endswith(end)
+    assert [("learning_rate" in line) for line in others] == [True] * warned

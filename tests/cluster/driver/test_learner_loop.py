@@ -1,0 +1,125 @@
+"""The learner's loop when its process dies between two of the things that a step leaves behind."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from gflowvlm.actors.adapter_store import AdapterStore
+from gflowvlm.cluster.driver import learner_loop
+from gflowvlm.cluster.driver.learner_loop import LearnerJob, LearnerLoop
+from gflowvlm.run.checkpoints import checkpoint_steps
+from gflowvlm.run.folder import RunFolder
+from gflowvlm.run.log import RowTail, read_rows
+from gflowvlm.run.preset_library import resolve_config
+from gflowvlm.run.setup import new_run
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.trajectory import to_record_batch
+from gflowvlm.studies.benchmarks.scale_learner import SimulatedLearner
+from tests.actors.made_trajectories import make_group
+
+STEPS = 4
+
+
+class Killed(BaseException):
+    """The process dies here."""
+
+
+class MortalLearner(SimulatedLearner):
+    """Dies before or after it has written the checkpoint of one step."""
+
+    def __init__(self, dies_at, written):
+        super().__init__(step_s=0.0, adapter_kib=1)
+        self.dies_at, self.written = dies_at, written
+
+    def save(self, directory: Path) -> None:
+        dies = self.steps_taken == self.dies_at
+        if self.written or not dies:
+            super().save(directory)
+        if dies:
+            raise Killed
+
+
+def call(function):
+    """What an actor's method looks like; here the answer is the reference."""
+    return SimpleNamespace(remote=function)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run's folder with its real adapter store, and a replay buffer that always has the same batch, without Ray."""
+    folder = new_run(resolve_config(None, None, [f"learner.steps={STEPS}"]), tmp_path / "run")
+    store = AdapterStore(folder.root)
+    batch = to_record_batch(make_group(0))
+    monkeypatch.setattr(learner_loop.ray, "get", lambda answer, timeout: answer)
+    alone = SimpleNamespace(get_world_size=lambda: 1)
+    monkeypatch.setattr(learner_loop.ray.train, "get_context", lambda: alone)
+    monkeypatch.setattr(
+        learner_loop,
+        "find_adapter_store",
+        lambda name: SimpleNamespace(publish=call(lambda path: store.publish(Path(path))), newest=call(store.newest)),
+    )
+    monkeypatch.setattr(learner_loop, "get_buffer", lambda name: SimpleNamespace(wait_sample=call(lambda **_: batch)))
+    monkeypatch.setattr(LearnerLoop, "_check_sampler_agrees", lambda self: None)
+    return folder
+
+
+def learn(folder: RunFolder, dies_at=None, written=False):
+    config = resolve_config(None, None, [f"learner.steps={STEPS}"])
+    job = LearnerJob(config.model_dump(mode="json"), "model", str(folder.root), "store", "buffer", "server")
+    LearnerLoop(job, folder, 0, MortalLearner(dies_at, written)).run()
+
+
+@pytest.mark.parametrize("dies_at", [1, 2, STEPS])
+def test_a_step_whose_checkpoint_was_not_written_is_taken_again_and_none_is_missing_from_the_log(run, dies_at):
+    with pytest.raises(Killed):
+        learn(run, dies_at)
+    learn(run)
+    assert [row["step"] for row in read_rows(run.metrics) if row["kind"] == "step"] == list(range(1, STEPS + 1))
+    written = [row for row in RowTail(run.metrics).new_rows() if row["kind"] in ("learner", "step")]
+    assert [row["step"] for row in written] == [
+        0,
+        *range(1, dies_at + 1),
+        dies_at - 1,
+        *range(dies_at, STEPS + 1),
+    ]
+    versions = [row["version"] for row in written]
+    assert versions == sorted(set(versions)), "a version stands for two different adapters"
+    assert max(checkpoint_steps(run.checkpoints)) == STEPS
+
+
+def test_a_learner_that_dies_right_after_its_checkpoint_leaves_that_step_in_the_log(run):
+    with pytest.raises(Killed):
+        learn(run, dies_at=3, written=True)
+    assert max(checkpoint_steps(run.checkpoints)) == 3
+    learn(run)
+    written = [row for row in RowTail(run.metrics).new_rows() if row["kind"] in ("learner", "step")]
+    assert [row["step"] for row in written] == [0, 1, 2, 3, 3, 4]
+
+
+def test_what_a_checkpoint_takes_counts_as_time_of_the_next_step(run, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(learner_loop.time, "monotonic", lambda: now[0])
+    save = MortalLearner.save
+
+    def slow_save(self, directory):
+        now[0] += 5.0
+        save(self, directory)
+
+    monkeypatch.setattr(MortalLearner, "save", slow_save)
+    learn(run)
+    times = [row["step_s"] for row in read_rows(run.metrics) if row["kind"] == "step"]
+    assert times == [0.0, 5.0, 5.0, 5.0]
+
+
+def test_a_learner_whose_reason_cannot_be_written_still_ends_and_is_not_started_again(tmp_path, monkeypatch, capfd):
+    alone = SimpleNamespace(get_world_size=lambda: 1, get_world_rank=lambda: 0)
+    monkeypatch.setattr(learner_loop.ray.train, "get_context", lambda: alone)
+    # The log is a folder: no row can be appended. The model is not there either.
+    folder = RunFolder(tmp_path)
+    folder.metrics.mkdir()
+    job = LearnerJob(RunConfig().model_dump(mode="json"), "/no/such/model", str(tmp_path), "store", "buffer", "server")
+    learner_loop.learner_loop(vars(job))
+    said = capfd.readouterr().err
+    assert "/no/such/model" in said
+    assert "cannot be written" in said

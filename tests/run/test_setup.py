@@ -1,0 +1,39 @@
+import pytest
+
+from gflowvlm.run.checkpoints import checkpoint_steps, latest_checkpoint, prune_checkpoints
+from gflowvlm.run.setup import new_run, open_run, run_lock
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.errors import UserError
+
+
+def test_a_new_run_is_reopened_with_the_same_configuration(tmp_path):
+    config = RunConfig(seed=5)
+    new_run(config, tmp_path / "r")
+    folder, reopened = open_run(tmp_path / "r")
+    assert reopened == config
+    assert folder.root == (tmp_path / "r").resolve()
+
+
+def test_only_one_driver_holds_a_run(tmp_path):
+    folder = new_run(RunConfig(), tmp_path / "r")
+    with run_lock(folder), pytest.raises(UserError, match="another `gflowvlm train`"), run_lock(folder):
+        pass
+    with run_lock(folder):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot make the run's folder"):
+        new_run(RunConfig(), tmp_path / "file" / "r")
+
+
+def test_half_written_checkpoints_are_not_seen_and_old_ones_go(tmp_path):
+    for name in ("step-00000001", "step-00000002", "step-00000010", ".step-00000011.x.partial", "other"):
+        (tmp_path / name).mkdir()
+    assert list(checkpoint_steps(tmp_path)) == [1, 2, 10]
+    assert latest_checkpoint(tmp_path).name == "step-00000010"
+    assert latest_checkpoint(tmp_path, step=3) is None
+    prune_checkpoints(tmp_path, keep=2)
+    assert list(checkpoint_steps(tmp_path)) == [2, 10]
+    assert latest_checkpoint(tmp_path / "missing") is None

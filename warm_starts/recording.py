@@ -1,0 +1,162 @@
+"""Making sets of demonstrations: the expert plays, and its trajectories are written."""
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from gflowvlm.actors.demonstration_set import (
+    INSTANCES,
+    MANIFEST,
+    DemonstrationFigures,
+    DemonstrationManifest,
+    DemonstrationRequest,
+    DemonstrationSet,
+    read_manifest,
+)
+from gflowvlm.actors.environment_hosts import EnvironmentHosts
+from gflowvlm.actors.environments import EnvironmentLostError, EpisodeEnvironment, LocalEnvironment
+from gflowvlm.actors.episode import play_demonstration
+from gflowvlm.actors.groups import GroupRequest
+from gflowvlm.actors.trajectory_files import TrajectoryFiles, trajectory_files
+from gflowvlm.envs.registry import make_env
+from gflowvlm.run.folder import RunFolder
+from gflowvlm.run.folder_lock import LOCK, folder_lock
+from gflowvlm.run.models import resolve_model
+from gflowvlm.run.setup import write_whole
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.task_settings import AlfworldSettings
+from gflowvlm.shared.trajectory import Trajectory, read_parquet, to_record_batch
+
+CHUNK = 64
+"""Episodes that are played for one file."""
+
+HOPELESS = 1024
+"""Episodes without any success after which no more are played."""
+
+
+def make_demonstrations(
+    request: DemonstrationRequest, folder: Path, on_progress: Callable[[int], None]
+) -> DemonstrationSet:
+    """Makes a set, or goes on with the same one where it was stopped; a finished one is left as it is.
+
+    Args:
+        request: What is asked.
+        folder: The set's folder.
+        on_progress: Called with the number of trajectories there are, now and then.
+
+    Raises:
+        UserError: The folder holds something else, is in use or cannot be written, or the expert cannot play as asked.
+    """
+    inputs = PolicyInputs.load(resolve_model(request.model))
+    if folder.is_dir() and not (folder / MANIFEST).exists() and any(path.name != LOCK for path in folder.iterdir()):
+        raise UserError(f"{folder}: is not empty, and holds no demonstrations; choose another --out")
+    held = UserError(f"{folder}: another `gflowvlm demonstrate` is writing there; wait for it, or choose another --out")
+    with folder_lock(folder, held):
+        if not _is_finished(request, folder):
+            _make(request, folder, inputs, on_progress)
+    return DemonstrationSet(folder)
+
+
+def _make(
+    request: DemonstrationRequest, folder: Path, inputs: PolicyInputs, on_progress: Callable[[int], None]
+) -> None:
+    """Plays what the set still lacks."""
+    directory = RunFolder(folder).trajectories
+    files = TrajectoryFiles(directory)
+    there = trajectory_files(directory)
+    chunk = min(CHUNK, request.trajectories)
+    first, kept = len(there) * chunk, sum(read_parquet(path, ["instance_seed"]).num_rows for path in there)
+    in_vain = 0
+    with _expert(request, inputs) as play:
+        while kept < request.trajectories:
+            on_progress(kept)
+            if in_vain >= HOPELESS or first + chunk > INSTANCES:
+                raise UserError(
+                    f"{folder}: the expert succeeded in {kept} of {first} episodes, and {request.trajectories} "
+                    "successes are asked for; lower --noise, or keep what fails with --failures"
+                )
+            played = play(range(first, first + chunk))
+            chosen = [t for t in played if request.failures or t.success][: request.trajectories - kept]
+            files.append(to_record_batch(chosen))
+            first, kept = first + chunk, kept + len(chosen)
+            in_vain = 0 if len(chosen) > 0 else in_vain + chunk
+    on_progress(kept)
+    _write_manifest(folder, DemonstrationManifest(request=request, figures=_figures(request, directory)))
+
+
+def _is_finished(request: DemonstrationRequest, folder: Path) -> bool:
+    """Begins a set, or makes sure that the one in the folder is the same; returns whether that is finished."""
+    try:
+        if (folder / MANIFEST).exists():
+            manifest = read_manifest(folder)
+            for key, value in manifest.request:
+                if value != getattr(request, key):
+                    raise UserError(f"{folder}: holds demonstrations made with another {key}; choose another --out")
+            return manifest.figures is not None
+        _write_manifest(folder, DemonstrationManifest(request=request))
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written ({error.strerror or error})") from None
+    return False
+
+
+def _write_manifest(folder: Path, manifest: DemonstrationManifest) -> None:
+    write_whole(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+
+
+def _figures(request: DemonstrationRequest, directory: Path) -> DemonstrationFigures:
+    """Returns what became of a request, read from its files: the same wherever it was stopped in between."""
+    columns = ("instance_seed", "success", "original_rewards")
+    tables = [read_parquet(path, columns) for path in trajectory_files(directory)]
+    rows = [row for table in tables for row in table.to_pylist()]
+    played = rows[-1]["instance_seed"] - request.first_instance + 1
+    return DemonstrationFigures(
+        played=played,
+        success=sum(row["success"] for row in rows) / played,
+        responses=sum(len(row["original_rewards"]) for row in rows),
+    )
+
+
+@contextmanager
+def _expert(
+    request: DemonstrationRequest, inputs: PolicyInputs
+) -> Iterator[Callable[[Sequence[int]], list[Trajectory]]]:
+    """Yields what plays episodes by their numbers and returns their trajectories in order."""
+    # Household games take their time: one process a core. The others' steps are shorter than a trip to one.
+    processes = (os.cpu_count() or 1) if isinstance(request.task, AlfworldSettings) else 0
+    hosts = EnvironmentHosts(request.task, processes)
+
+    def open_environment(number: int) -> EpisodeEnvironment:
+        return hosts.open(number) if processes > 0 else LocalEnvironment(make_env(request.task))
+
+    async def play_all(numbers: Sequence[int]) -> list[Trajectory]:
+        at_once = asyncio.Semaphore(max(1, 2 * processes))
+
+        async def play_one(number: int) -> Trajectory:
+            seed = request.first_instance + number
+            async with at_once:
+                return await play_demonstration(
+                    open_environment(number),
+                    inputs,
+                    GroupRequest(number, seed, request.split),
+                    f"d{seed}",
+                    request.seed,
+                    request.noise,
+                )
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                playing = [tasks.create_task(play_one(number)) for number in numbers]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in playing]
+
+    try:
+        with asyncio.Runner() as loop:
+            yield lambda numbers: loop.run(play_all(numbers))
+    except EnvironmentLostError as lost:
+        raise UserError(f"{lost}; the same command goes on") from None
+    finally:
+        hosts.close()
