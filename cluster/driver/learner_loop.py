@@ -1,6 +1,5 @@
 """The learner's loop inside a Ray Train worker: pull a batch, take a step, publish, checkpoint, log."""
 
-import asyncio
 import os
 import shutil
 import sys
@@ -15,25 +14,18 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray import serve
 from ray.train.collective import broadcast_from_rank_zero
 
 from gflowvlm.actors.adapter_store import find_adapter_store
 from gflowvlm.actors.buffer_actor import get_buffer
-from gflowvlm.actors.policy_client import PolicyClient
-from gflowvlm.actors.policy_server import DEPLOYMENT
-from gflowvlm.actors.sampling import SampleRequest
-from gflowvlm.envs.registry import make_env
+from gflowvlm.cluster.driver.sampler_check import compare_with_sampler, mismatch_row, require_agreement
 from gflowvlm.learner.learner import Learner
-from gflowvlm.learner.mismatch import compare
 from gflowvlm.run.checkpoints import latest_checkpoint, prune_checkpoints
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.log import append_row
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
-from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.shared.response import parse_response, token_spans
-from gflowvlm.shared.trajectory import BASE_VERSION, EndReason, Step, Trajectory, Validity, from_arrow
+from gflowvlm.shared.trajectory import BASE_VERSION, Trajectory, from_arrow
 
 ACTOR_TIMEOUT_S = 120.0
 """Longest wait for the adapter store or the replay buffer to answer; covers their restart."""
@@ -233,59 +225,9 @@ class LearnerLoop:
             # A sharded model scores only where all learners do.
             self.learner.score([])
             return
-        trajectory = asyncio.run(_one_sampled_state(self.config, self.job))
-        mismatch = compare([trajectory], self.learner.score([trajectory]))
-        append_row(self.folder.metrics, "mismatch", {"max": mismatch.max, "tokens": mismatch.tokens})
-        if mismatch.max > self.config.sampler.mismatch_tolerance:
-            worst = mismatch.worst[0]
-            token = PolicyInputs.load(self.job.model_path).decode([worst.token_id])
-            raise UserError(
-                f"sampler and learner disagree by {mismatch.max:.3g} nats (sampler.mismatch_tolerance is "
-                f"{self.config.sampler.mismatch_tolerance:g}) at token {worst.position} ({token!r}): sampler "
-                f"{worst.sampler:.4f}, learner {worst.learner:.4f}; check policy.dtype and the model's processor"
-            )
-
-
-async def _one_sampled_state(config: RunConfig, job: LearnerJob) -> Trajectory:
-    """Returns a one-step trajectory: what the base model answers at the first evaluation instance."""
-    env = make_env(config.task)
-    env.reset(seed=config.evaluation.seed, options={"split": "id"})
-    client = PolicyClient.from_config(serve.get_deployment_handle(DEPLOYMENT, job.server_name), config)
-    prompt, image = env.prompt(), env.image_png()
-    response = await client.sample(
-        SampleRequest(prompt, image, config.policy.max_response_tokens, temperature=1.0, version=BASE_VERSION)
-    )
-    parsed = parse_response(response.text)
-    spans = token_spans(response.token_ids, parsed.action_chars, PolicyInputs.load(job.model_path).decode)
-    step = Step(
-        prompt=prompt,
-        image=0,
-        response_ids=response.token_ids,
-        response_text=response.text,
-        cot_end=spans.cot_end,
-        action_end=spans.action_end,
-        sampler_log_probs=response.log_probs,
-        policy_version=response.version,
-        action=parsed.action,
-        validity=Validity.MALFORMED if parsed.malformed else Validity.VALID,
-    )
-    log_reward = env.log_reward
-    return Trajectory(
-        trajectory_id="check",
-        group_id="check",
-        instance_id=env.instance_id,
-        instance_seed=config.evaluation.seed,
-        task=config.task.name,
-        split="id",
-        steps=[step],
-        images=[image],
-        log_rewards=[log_reward],
-        original_rewards=[0.0],
-        end=EndReason.DONE,
-        success=False,
-        outcome="",
-        expert=False,
-    )
+        mismatch = compare_with_sampler(self.config, self.job.model_path, self.job.server_name, self.learner.score)
+        append_row(self.folder.metrics, "mismatch", mismatch_row(mismatch))
+        require_agreement(mismatch, self.config, self.job.model_path)
 
 
 def _answer(call: Callable[[], ray.ObjectRef], what: str) -> Any:
