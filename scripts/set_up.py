@@ -86,6 +86,22 @@ def probe(code: str) -> subprocess.CompletedProcess[str]:
     return run(str(VENV_PYTHON), "-c", code)
 
 
+def check_links() -> None:
+    """Checks that the package's links are links.
+
+    Raises:
+        SetUpError: They are not; the message says how to get a tree that has them.
+    """
+    package = ROOT / "gflowvlm"
+    lost = sorted(path.name for path in ROOT.iterdir() if (package / path.name).is_file() and path.is_dir())
+    if lost:
+        raise SetUpError(
+            f"gflowvlm/{lost[0]} is a file and not a link to the folder {lost[0]}/: this tree was copied or unpacked "
+            "without its links.\n  Get it with git clone, or unpack it with something that keeps them (tar, unzip), "
+            "on a file system that has them"
+        )
+
+
 def choose_engine(wanted: str) -> str:
     """Resolves "auto": gpu where nvidia-smi lists one, cpu elsewhere on Linux, none on other systems."""
     if wanted != "auto":
@@ -241,6 +257,7 @@ def main() -> int:
         if arguments.docs:
             install_docs()
             return 0
+        check_links()
         say(f"engine {engine}; everything goes into .venv, details into .venv/{LOG.name}")
         make_environment(engine)
         install(engine)

@@ -25,6 +25,7 @@ LONGEST_FIRST = (
     "test_policy_server.py",
     "test_bench.py",
     "test_serve_command.py",
+    "test_installed_wheel.py",
     "test_scale.py",
     "test_sharding.py",
 )

@@ -157,3 +157,20 @@ def test_failing_pip_stops_with_the_end_of_its_output(
     monkeypatch.setattr(set_up, "LOG", tmp_path / "set-up.log")
     with pytest.raises(set_up.SetUpError, match="no-such-folder"):
         set_up.pip_or_stop("install", "--no-index", "--no-deps", "./no-such-folder")
+
+
+def test_a_tree_that_was_unpacked_without_its_links_is_said_in_words(
+    set_up: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # As zip programs without links, and git on file systems without them, leave it.
+    for room in ("actors", "shared"):
+        (tmp_path / room).mkdir()
+        (tmp_path / "gflowvlm").mkdir(exist_ok=True)
+        (tmp_path / "gflowvlm" / room).write_text(f"../{room}")
+    monkeypatch.setattr(set_up, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["set_up.py", "--engine", "none"])
+    assert set_up.main() == 2
+    assert "gflowvlm/actors is a file and not a link to the folder actors/" in capsys.readouterr().err
+    assert not (tmp_path / ".venv").exists()
+    set_up.ROOT = ROOT
+    set_up.check_links()

@@ -1,8 +1,8 @@
 """Started in every Python of an environment: records where each process finds certain packages.
 
-Each process that imports one of the names in ``ORIGINS_NAMES`` appends lines of JSON to a file of its own in the folder
-``ORIGINS``: the process, what it imported, where that is, and, when it imports ``gflowvlm``, where it would find each of
-the others. It changes nothing about what is imported.
+Each process that imports one of the names in ``ORIGINS_NAMES`` appends lines of JSON to a file of its own in the
+folder ``ORIGINS``: the process, what it imported, where that is, and, when it imports ``gflowvlm``, where it would find
+each of the others. It changes nothing about what is imported.
 """
 
 import json

@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +119,7 @@ class Project:
 
 
 @pytest.fixture(scope="module")
-def project(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+def project(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The project beside which the wheel is installed; what the wheel needs comes from this environment."""
     base = tmp_path_factory.mktemp("beside")
     made = Project(base / "project", base / "environment", base / "runs", base / "origins")
@@ -136,7 +135,7 @@ def project(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     # A folder that is named in a .pth file has its own .pth files left alone, so the editable install stays out.
     (made.packages / "dependencies.pth").write_text(f"{_packages_of_this_environment()}\nimport record_origins\n")
     shutil.copy(Path(__file__).with_name("record_origins.py"), made.packages)
-    yield made
+    return made
 
 
 def _packages_of_this_environment() -> Path:
