@@ -1,6 +1,7 @@
 """The arrows of the architecture: which folder may import which, wherever in a file the import stands."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,6 +80,19 @@ def violations(folder: str, source: str, package: str, where: str) -> list[str]:
 def test_the_package_links_every_room_and_nothing_else() -> None:
     linked = {path.name: path.resolve() for path in (ROOT / PACKAGE).iterdir() if path.is_symlink()}
     assert linked == {room: ROOT / room for room in OURS}
+
+
+def table(page: str, heading: str) -> list[list[str]]:
+    """Rows of the first table under a heading of a page, each cell as the names in code that it holds."""
+    text = (ROOT / page).read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2]
+    rows = text[text.index("|---") :].partition("\n\n")[0].splitlines()[1:]
+    return [[" ".join(re.findall(r"`(\w+)/?`", cell)) for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_pages_have_every_folder_and_say_what_it_may_import() -> None:
+    assert [row[0] for row in table("README.md", "How the code is laid out")] == list(OURS)
+    said = {row[0]: set(row[2].split()) for row in table("docs/contributing.md", "Folders and arrows")}
+    assert said == MAY_IMPORT
 
 
 @pytest.mark.parametrize("folder", OURS)

@@ -41,7 +41,7 @@ def example_problems(files: Iterable[Path], makefile: str) -> list[str]:
     targets = set(_TARGET.findall(makefile))
     problems = []
     for file in files:
-        for line, code in _code(file):
+        for line, code in code_of(file):
             found = [
                 problem
                 for typed in _COMMAND.findall(_KUBECTL.sub("", code))
@@ -72,7 +72,7 @@ def _problems(words: list[str], options: dict[str, set[str]], settings: set[str]
             yield f"there is no setting {setting[1]}"
 
 
-def _code(file: Path) -> Iterator[tuple[int, str]]:
+def code_of(file: Path) -> Iterator[tuple[int, str]]:
     """Yields (line, text) of each block and each span of code; a line that ends in a backslash goes on."""
     for token in MarkdownIt().enable("table").parse(file.read_text(encoding="utf-8")):
         line = 1 if token.map is None else token.map[0] + 1

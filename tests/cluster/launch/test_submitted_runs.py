@@ -35,7 +35,7 @@ from tests.whole_runs import (
 
 START_S, RUN_S = 90.0, 240.0
 # Enough for some to be left when it is stopped after the first.
-STEPS = 16
+STEPS = 32
 SETTINGS = (
     f"learner.steps={STEPS}",
     "sampler.engine=transformers",
@@ -142,8 +142,12 @@ def cluster():
     # A short path: sockets below it may not be longer than 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="gfray", dir="/tmp"))
     gcs, dashboard, client, agent = free_ports(4)
+    # As an image with an older version of this project has it: whoever imports that one fails.
+    (folder / "image" / "gflowvlm").mkdir(parents=True)
+    (folder / "image" / "gflowvlm" / "__init__.py").write_text('raise RuntimeError("not what was sent")\n')
     environment = {
-        **{name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")},
+        **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+        "PYTHONPATH": str(folder / "image"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -231,7 +235,9 @@ def test_a_run_is_sent_once_placed_stopped_and_resumed_to_its_end(cluster):
     for process in (worker, replica):
         environment = process.environ()
         assert (environment["RAY_SERVE_THROUGHPUT_OPTIMIZED"], environment["RAY_TRAIN_V2_ENABLED"]) == ("1", "1")
-        assert "working_dir_files" in environment["PYTHONPATH"]
+        sent_code, *others = environment["PYTHONPATH"].split(os.pathsep)
+        assert "working_dir_files" in sent_code
+        assert str(cluster.runs.parent / "image") in others
 
     stopped = cluster.gflowvlm("stop", "first")
     assert "gflowvlm submit --resume first" in stopped.stdout, stopped.stderr
