@@ -74,7 +74,7 @@ bench: setup ## measure sampler, environments, learner, buffer and adapter hand-
 chaos: setup ## run a real job on a local cluster of several nodes, kill parts of it, prove that nothing is lost
 	@PYTHONPATH=scripts:. $(BIN)/python -m chaos $(ARGS)
 
-compare-torchgfn: ## check the losses against torchgfn's, and race it (makes .venv-torchgfn)
+compare-torchgfn: ## check the losses against torchgfn's, and measure both's speed (makes .venv-torchgfn)
 	@if [ -z "$(PYTHON)" ]; then echo "compare-torchgfn: no Python 3.11 or later found;" \
 	"install one, or name it: make compare-torchgfn PYTHON=/path/to/python3.11" >&2; exit 2; fi
 	@PYTHONPATH=scripts $(PYTHON) -m torchgfn_environment

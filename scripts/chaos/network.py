@@ -1,6 +1,6 @@
 """Network addresses of their own for the nodes of a cluster on one machine: a bridge and a namespace for each node.
 
-Needs Linux, root, and `ip` (iproute2). A node's cable can be pulled, which is how a network partition looks from both
+Needs Linux, root, and `ip` (iproute2). A node's link can be cut, which is how a network partition looks from both
 of its sides: nothing is refused, nothing answers.
 """
 
@@ -17,7 +17,7 @@ from gflowvlm.shared.errors import UserError
 _COMMAND_S = 20.0
 
 
-class Cable:
+class VirtualLink:
     """A node's connection to the others.
 
     Attributes:
@@ -33,11 +33,11 @@ class Cable:
         """How a command begins that runs in the namespace."""
         return ["ip", "netns", "exec", self.namespace]
 
-    def pull(self) -> None:
+    def disconnect(self) -> None:
         """Cuts the node off."""
         _ip("link", "set", self.namespace, "down")
 
-    def plug(self) -> None:
+    def reconnect(self) -> None:
         """Connects it again."""
         _ip("link", "set", self.namespace, "up")
 
@@ -73,21 +73,21 @@ class Network:
         _ip("link", "add", self._name, "type", "bridge")
         _ip("link", "set", self._name, "up")
 
-    def connect(self) -> Cable:
+    def connect(self) -> VirtualLink:
         """Returns the connection of another node."""
-        cable = Cable(f"{self._name}n{len(self._namespaces)}", str(next(self._addresses)))
-        _ip("netns", "add", cable.namespace)
-        self._namespaces.append(cable.namespace)
-        inside = ["-n", cable.namespace]
-        _ip("link", "add", cable.namespace, "type", "veth", "peer", "name", "eth0", "netns", cable.namespace)
-        _ip("link", "set", cable.namespace, "master", self._name)
-        _ip("link", "set", cable.namespace, "up")
-        _ip(*inside, "address", "add", f"{cable.address}/24", "dev", "eth0")
+        link = VirtualLink(f"{self._name}n{len(self._namespaces)}", str(next(self._addresses)))
+        _ip("netns", "add", link.namespace)
+        self._namespaces.append(link.namespace)
+        inside = ["-n", link.namespace]
+        _ip("link", "add", link.namespace, "type", "veth", "peer", "name", "eth0", "netns", link.namespace)
+        _ip("link", "set", link.namespace, "master", self._name)
+        _ip("link", "set", link.namespace, "up")
+        _ip(*inside, "address", "add", f"{link.address}/24", "dev", "eth0")
         _ip(*inside, "link", "set", "eth0", "up")
         _ip(*inside, "link", "set", "lo", "up")
         # Ray looks for its own address on the way to the internet.
         _ip(*inside, "route", "add", "default", "dev", "eth0")
-        return cable
+        return link
 
     def end(self) -> None:
         """Takes everything down that is there."""

@@ -17,7 +17,7 @@ from types import TracebackType
 
 import psutil
 
-from chaos.network import Cable, Network
+from chaos.network import Network, VirtualLink
 from chaos.state_store import StateStore
 from gflowvlm.shared.errors import UserError
 
@@ -48,18 +48,18 @@ class Node:
         name: Its name among the cluster's.
         process: `ray start --block`, the root of its processes.
         log: What it says.
-        cable: Its connection, where it has a network address of its own.
+        link: Its connection, where it has a network address of its own.
     """
 
     name: str
     process: "subprocess.Popen[bytes]"
     log: Path
-    cable: Cable | None = None
+    link: VirtualLink | None = None
 
     @property
     def address(self) -> str:
         """Its network address."""
-        return HOST if self.cable is None else self.cable.address
+        return HOST if self.link is None else self.link.address
 
     def processes(self, title: str) -> list[psutil.Process]:
         """Returns its processes whose title begins so, oldest first."""
@@ -127,9 +127,9 @@ class LocalCluster:
 
     def __enter__(self) -> "LocalCluster":
         try:
-            self.drivers_node = self.head = self._start_head(self._new_cable())
+            self.drivers_node = self.head = self._start_head(self._new_link())
             if self._state_store is not None:
-                self.drivers_node = self._start(self._new_cable(), f"--address={self.address}", "--num-cpus=0")
+                self.drivers_node = self._start(self._new_link(), f"--address={self.address}", "--num-cpus=0")
             for _ in range(self._count):
                 self.add_worker()
         except BaseException:
@@ -150,7 +150,7 @@ class LocalCluster:
     @property
     def driver_prefix(self) -> list[str]:
         """How a driver's command begins."""
-        return [] if self.drivers_node.cable is None else self.drivers_node.cable.prefix
+        return [] if self.drivers_node.link is None else self.drivers_node.link.prefix
 
     @property
     def nodes(self) -> list[Node]:
@@ -168,7 +168,7 @@ class LocalCluster:
         Raises:
             UserError: It did not join in time.
         """
-        self.workers.append(self._start(self._new_cable(), f"--address={self.address}", f"--num-cpus={self._cpus}"))
+        self.workers.append(self._start(self._new_link(), f"--address={self.address}", f"--num-cpus={self._cpus}"))
 
     def kill_worker(self, node: Node) -> int:
         """Kills a worker node's raylet, and what is still there some time later, as on a machine that is gone.
@@ -196,12 +196,12 @@ class LocalCluster:
         Raises:
             UserError: It has none, no address of its own, or goes on although it was given up.
         """
-        if node.cable is None:
-            raise UserError(f"node {node.name}: has no cable to pull")
+        if node.link is None:
+            raise UserError(f"node {node.name}: has no link of its own to cut")
         raylet, family = self._given_up(node)
-        node.cable.pull()
+        node.link.disconnect()
         time.sleep(CUT_OFF_S)
-        node.cable.plug()
+        node.link.reconnect()
         _, left = psutil.wait_procs([raylet], timeout=_REJOIN_S)
         end_processes(family, _LEAVE_S)
         node.process.wait(timeout=END_S)
@@ -227,7 +227,7 @@ class LocalCluster:
                 process.kill()
         end_processes(family, END_S)
         lost.process.wait(timeout=END_S)
-        self.head = self._start_head(lost.cable)
+        self.head = self._start_head(lost.link)
         return lost.process.pid
 
     def _given_up(self, node: Node) -> tuple[psutil.Process, list[psutil.Process]]:
@@ -238,13 +238,13 @@ class LocalCluster:
         self.workers.remove(node)
         return raylet, family
 
-    def _new_cable(self) -> Cable | None:
+    def _new_link(self) -> VirtualLink | None:
         return None if self._network is None else self._network.connect()
 
-    def _start_head(self, cable: Cable | None) -> Node:
+    def _start_head(self, link: VirtualLink | None) -> Node:
         kept = self._state_store
         return self._start(
-            cable,
+            link,
             "--head",
             f"--port={self._port}",
             f"--ray-client-server-port={self._client_port}",
@@ -254,11 +254,11 @@ class LocalCluster:
             extra={} if kept is None else {"RAY_REDIS_ADDRESS": kept.address},
         )
 
-    def _start(self, cable: Cable | None, *arguments: str, extra: Mapping[str, str] | None = None) -> Node:
+    def _start(self, link: VirtualLink | None, *arguments: str, extra: Mapping[str, str] | None = None) -> Node:
         """Starts a node, once more each time that Ray gives one up: on a busy machine it has no time to spare."""
         deadline = time.monotonic() + START_S
         while True:
-            node = self._spawn(cable, arguments, extra or {})
+            node = self._spawn(link, arguments, extra or {})
             while node.process.poll() is None:
                 if "Ray runtime started" in node.log.read_text(errors="replace"):
                     return node
@@ -270,18 +270,18 @@ class LocalCluster:
             if time.monotonic() > deadline:
                 raise UserError(f"waited {START_S:g} s for {node.name} of the local cluster to start; see {node.log}")
 
-    def _spawn(self, cable: Cable | None, arguments: Sequence[str], extra: Mapping[str, str]) -> Node:
+    def _spawn(self, link: VirtualLink | None, arguments: Sequence[str], extra: Mapping[str, str]) -> Node:
         name = f"node-{self._started}"
         self._started += 1
         log = self._logs / f"{self._name}.{name}.log"
         (agent,) = free_ports(1)
         command = [
-            *([] if cable is None else cable.prefix),
+            *([] if link is None else link.prefix),
             str(Path(sys.executable).parent / "ray"),
             "start",
             "--block",
             "--disable-usage-stats",
-            f"--node-ip-address={HOST if cable is None else cable.address}",
+            f"--node-ip-address={HOST if link is None else link.address}",
             f"--dashboard-agent-listen-port={agent}",
             f"--object-store-memory={_STORE_MIB * 2**20}",
             f"--temp-dir={self.folder / name}",
@@ -297,7 +297,7 @@ class LocalCluster:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        return Node(name, process, log, cable)
+        return Node(name, process, log, link)
 
     def _end(self) -> None:
         started = self.nodes if hasattr(self, "head") else []

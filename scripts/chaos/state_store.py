@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from chaos.network import Cable
+from chaos.network import VirtualLink
 from gflowvlm.shared.errors import UserError
 
 _PORT = 6379
@@ -30,11 +30,11 @@ class StateStore:
 
 
 @contextmanager
-def state_store(cable: Cable, log: Path) -> Iterator[StateStore]:
+def state_store(link: VirtualLink, log: Path) -> Iterator[StateStore]:
     """Runs Redis for a head to keep its state in.
 
     Args:
-        cable: Its place in the network.
+        link: Its place in the network.
         log: What it says.
 
     Raises:
@@ -45,10 +45,10 @@ def state_store(cable: Cable, log: Path) -> Iterator[StateStore]:
         raise UserError("no redis-server on the path, which keeps the head's state (Debian: redis-server)")
     password = secrets.token_hex(16)
     # On its standard input, where `ps` does not show the password. Nothing goes to disk: it outlives the head, no more.
-    settings = f"bind {cable.address}\nport {_PORT}\nrequirepass {password}\nappendonly no\nsave ''\n"
+    settings = f"bind {link.address}\nport {_PORT}\nrequirepass {password}\nappendonly no\nsave ''\n"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*cable.prefix, program, "-"],
+            [*link.prefix, program, "-"],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -59,7 +59,7 @@ def state_store(cable: Cable, log: Path) -> Iterator[StateStore]:
         with process.stdin:
             process.stdin.write(settings.encode())
         _wait_until_ready(process, log)
-        yield StateStore(f"{cable.address}:{_PORT}", password)
+        yield StateStore(f"{link.address}:{_PORT}", password)
     finally:
         process.terminate()
         try:

@@ -1,4 +1,4 @@
-"""Nodes with network addresses of their own, and what a pulled cable does; needs root and network namespaces."""
+"""Nodes with network addresses of their own, and what a cut link does; needs root and network namespaces."""
 
 import shutil
 import subprocess
@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from chaos.__main__ import parse
-from chaos.network import Cable, Network, own_network
+from chaos.network import Network, VirtualLink, own_network
 from chaos.nodes import LocalCluster, marked
 from chaos.schedule import HEAD, NETWORK, PARTS
 from chaos.state_store import state_store
@@ -57,18 +57,18 @@ def network() -> Iterator[Network]:
 
 
 @pytest.fixture
-def listener(network: Network) -> Iterator[Cable]:
+def listener(network: Network) -> Iterator[VirtualLink]:
     """A node that takes connections."""
-    cable = network.connect()
-    command = [*cable.prefix, sys.executable, "-c", LISTEN]
+    link = network.connect()
+    command = [*link.prefix, sys.executable, "-c", LISTEN]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"listening\n"
-        yield cable
+        yield link
         process.kill()
 
 
-def reaches(node: Cable, other: Cable) -> bool:
+def reaches(node: VirtualLink, other: VirtualLink) -> bool:
     command = [*node.prefix, sys.executable, "-c", REACH.format(port=PORT), other.address]
     return subprocess.run(command, check=False, capture_output=True, timeout=PATIENCE_S).returncode == 0
 
@@ -77,15 +77,15 @@ def listed(what: str) -> str:
     return subprocess.run(["ip", what, "list"], check=True, capture_output=True, text=True).stdout
 
 
-def test_a_node_is_reached_at_its_own_address_until_its_cable_is_pulled_and_again_once_it_is_plugged(
-    network: Network, listener: Cable
+def test_a_node_is_reached_at_its_own_address_until_its_link_is_cut_and_again_once_it_is_restored(
+    network: Network, listener: VirtualLink
 ) -> None:
     other = network.connect()
     assert other.address != listener.address
     assert reaches(other, listener)
-    listener.pull()
+    listener.disconnect()
     assert not reaches(other, listener)
-    listener.plug()
+    listener.reconnect()
     assert reaches(other, listener)
 
 

@@ -43,14 +43,17 @@ def compare_losses() -> list[Agreement]:
         torch.set_default_dtype(torch.float32)
 
 
-def run_races(seeds: int) -> list[TimedTraining]:
+def time_trainings(seeds: int) -> list[TimedTraining]:
     """Returns all trainings, and says how they went on the way."""
-    races: list[TimedTraining] = []
-    for pair in speed.race(seeds):
-        races += pair
-        took = [f"{race.library} {'–' if race.seconds is None else f'{race.seconds:.2f} s'}" for race in pair]
+    trainings: list[TimedTraining] = []
+    for pair in speed.timed_trainings(seeds):
+        trainings += pair
+        took = [
+            f"{training.library} {'–' if training.seconds is None else f'{training.seconds:.2f} s'}"
+            for training in pair
+        ]
         say(f"  {pair[0].loss}, seed {pair[0].seed}: {', '.join(took)}")
-    return races
+    return trainings
 
 
 def setting() -> dict[str, str]:
@@ -71,14 +74,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     agreements = compare_losses()
     print(agreement_table(agreements), flush=True)
-    races: list[TimedTraining] = []
+    trainings: list[TimedTraining] = []
     if options.seeds > 0:
         say(f"seconds to the same total variation, {speed.DIMENSIONS}-D grid of side {speed.SIDE}")
-        races = run_races(options.seeds)
-        print(speed_table(races), flush=True)
-        slower = [duel.loss for duel in speed_comparisons(races) if not duel.bar_met]
+        trainings = time_trainings(options.seeds)
+        print(speed_table(trainings), flush=True)
+        slower = [comparison.loss for comparison in speed_comparisons(trainings) if not comparison.bar_met]
         say(f"slower than torchgfn with: {', '.join(slower)}" if slower else "not slower than torchgfn with any loss")
-    write(options.out, setting(), agreements, races)
+    write(options.out, setting(), agreements, trainings)
     say(f"wrote {options.out}/comparison.md and comparison.json")
     apart = [a.ours for a in agreements if not a.agrees]
     if apart:

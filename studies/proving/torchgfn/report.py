@@ -71,13 +71,13 @@ class TimedTraining:
 
 @dataclass(frozen=True)
 class SpeedComparison:
-    """All races with one loss, seeds 0, 1, ….
+    """All trainings with one loss, seeds 0, 1, ….
 
     Attributes:
         loss: Our loss's name.
         counterpart: torchgfn's.
-        ours: Our races.
-        torchgfn: Torchgfn's races.
+        ours: Our trainings.
+        torchgfn: Torchgfn's trainings.
     """
 
     loss: str
@@ -87,24 +87,26 @@ class SpeedComparison:
 
     @property
     def ratio(self) -> float | None:
-        """Our mean seconds to the threshold over torchgfn's; None where not every race reached it."""
+        """Our mean seconds to the threshold over torchgfn's; None where not every training reached it."""
         ours, theirs = seconds_to_threshold(self.ours), seconds_to_threshold(self.torchgfn)
         return mean(ours) / mean(theirs) if len(ours) == len(self.ours) and len(theirs) == len(self.torchgfn) else None
 
     @property
     def bar_met(self) -> bool:
-        """Whether we are not slower: each of our races got there, and the ratio is at most 1.
+        """Whether we are not slower: each of our trainings got there, and the ratio is at most 1.
 
         Where torchgfn did not get there with every seed, the time of its whole training counts for those seeds:
         it is less than it would have needed.
         """
         ours = seconds_to_threshold(self.ours)
-        theirs = [race.total_seconds if race.seconds is None else race.seconds for race in self.torchgfn]
+        theirs = [
+            training.total_seconds if training.seconds is None else training.seconds for training in self.torchgfn
+        ]
         return len(ours) == len(self.ours) and mean(ours) <= mean(theirs)
 
 
 def from_curve(loss: str, counterpart: str, library: str, seed: int, curve: Curve) -> TimedTraining:
-    """Returns the race that a training's measurements tell of."""
+    """Returns a training as timed, from its curve."""
     there = next(((count, seconds) for count, seconds, distance in curve if distance <= THRESHOLD), (None, None))
     total_trajectories, total_seconds, total_variation = curve[-1]
     return TimedTraining(
@@ -120,20 +122,20 @@ def from_curve(loss: str, counterpart: str, library: str, seed: int, curve: Curv
     )
 
 
-def seconds_to_threshold(races: Sequence[TimedTraining]) -> list[float]:
-    """Returns the seconds of the races that got there."""
-    return [race.seconds for race in races if race.seconds is not None]
+def seconds_to_threshold(trainings: Sequence[TimedTraining]) -> list[float]:
+    """Returns the seconds of the trainings that got there."""
+    return [training.seconds for training in trainings if training.seconds is not None]
 
 
-def speed_comparisons(races: Sequence[TimedTraining]) -> list[SpeedComparison]:
-    """Returns the races by loss, in the order in which the losses first appear."""
-    named = {(race.loss, race.counterpart): None for race in races}
+def speed_comparisons(trainings: Sequence[TimedTraining]) -> list[SpeedComparison]:
+    """Returns the trainings by loss, in the order in which the losses first appear."""
+    named = {(training.loss, training.counterpart): None for training in trainings}
     return [
         SpeedComparison(
             loss,
             counterpart,
-            [race for race in races if race.loss == loss and race.library == "ours"],
-            [race for race in races if race.loss == loss and race.library == "torchgfn"],
+            [training for training in trainings if training.loss == loss and training.library == "ours"],
+            [training for training in trainings if training.loss == loss and training.library == "torchgfn"],
         )
         for loss, counterpart in named
     ]
@@ -171,7 +173,7 @@ def agreement_table(agreements: Sequence[Agreement]) -> str:
     )
 
 
-def speed_table(races: Sequence[TimedTraining]) -> str:
+def speed_table(trainings: Sequence[TimedTraining]) -> str:
     """Returns the Markdown table of all speed_comparisons."""
     head = (
         "ours",
@@ -186,25 +188,27 @@ def speed_table(races: Sequence[TimedTraining]) -> str:
         "not above torchgfn's",
     )
     rows = []
-    for duel in speed_comparisons(races):
-        sides = (duel.ours, duel.torchgfn)
+    for comparison in speed_comparisons(trainings):
+        sides = (comparison.ours, comparison.torchgfn)
         to_threshold = [f"{spread(seconds_to_threshold(side), 2)}{not_there(side)}" for side in sides]
         trajectories = [spread([r.trajectories for r in side if r.trajectories is not None], 0) for side in sides]
         steps = [spread([1000 * r.total_seconds / r.total_trajectories for r in side], 2) for side in sides]
-        ratio = "–" if duel.ratio is None else f"{duel.ratio:.2f}"
-        met = "yes" if duel.bar_met else "**NO**"
-        rows.append((f"`{duel.loss}`", f"`{duel.counterpart}`", *to_threshold, ratio, *trajectories, *steps, met))
+        ratio = "–" if comparison.ratio is None else f"{comparison.ratio:.2f}"
+        met = "yes" if comparison.bar_met else "**NO**"
+        rows.append(
+            (f"`{comparison.loss}`", f"`{comparison.counterpart}`", *to_threshold, ratio, *trajectories, *steps, met)
+        )
     return table(head, rows)
 
 
-def not_there(races: Sequence[TimedTraining]) -> str:
-    """Returns how many races did not reach the threshold, to stand behind a mean; nothing where all did."""
-    missing = sum(race.seconds is None for race in races)
-    return f" ({missing} of {len(races)} never)" if missing else ""
+def not_there(trainings: Sequence[TimedTraining]) -> str:
+    """Returns how many trainings did not reach the threshold, to stand behind a mean; nothing where all did."""
+    missing = sum(training.seconds is None for training in trainings)
+    return f" ({missing} of {len(trainings)} never)" if missing else ""
 
 
 def write(
-    folder: Path, setting: dict[str, str], agreements: Sequence[Agreement], races: Sequence[TimedTraining]
+    folder: Path, setting: dict[str, str], agreements: Sequence[Agreement], trainings: Sequence[TimedTraining]
 ) -> None:
     """Writes `comparison.json` and `comparison.md`.
 
@@ -212,7 +216,7 @@ def write(
         folder: Made where it is missing.
         setting: What it ran on, by name.
         agreements: What the comparison of the losses found.
-        races: All trainings; empty where only the losses were compared.
+        trainings: All trainings; empty where only the losses were compared.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = {
@@ -220,11 +224,11 @@ def write(
         "tolerance": TOLERANCE,
         "threshold": THRESHOLD,
         "agreement": [{**asdict(a), "agrees": a.agrees} for a in agreements],
-        "races": [asdict(race) for race in races],
-        "duels": [{"loss": d.loss, "ratio": d.ratio, "bar_met": d.bar_met} for d in speed_comparisons(races)],
+        "trainings": [asdict(training) for training in trainings],
+        "comparisons": [{"loss": d.loss, "ratio": d.ratio, "bar_met": d.bar_met} for d in speed_comparisons(trainings)],
     }
     (folder / "comparison.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     parts = [", ".join(f"{name} {value}" for name, value in setting.items()), agreement_table(agreements)]
-    if races:
-        parts.append(speed_table(races))
+    if trainings:
+        parts.append(speed_table(trainings))
     (folder / "comparison.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

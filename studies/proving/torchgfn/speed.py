@@ -157,7 +157,7 @@ def our_curve(graph: StateGraph, training: Training, seed: int) -> Curve:
     return [(m.trajectories, m.seconds, m.total_variation) for m in train(graph, training, seed)]
 
 
-def race(seeds: int) -> Iterator[tuple[TimedTraining, TimedTraining]]:
+def timed_trainings(seeds: int) -> Iterator[tuple[TimedTraining, TimedTraining]]:
     """Yields both trainings, ours first, of every loss with every seed, one thread and one training at a time."""
     graph = hypergrid(DIMENSIONS, SIDE)
     # torch's check of every distribution costs torchgfn time and finds nothing here.

@@ -246,7 +246,7 @@ def test_a_run_is_sent_once_placed_stopped_and_resumed_to_its_end(cluster):
     assert "learner started at step 0" in followed.stdout
     assert "first was stopped; go on with: gflowvlm submit --resume first" in followed.stdout
     taken = newest_step(folder)
-    assert 1 <= taken < STEPS
+    assert 1 <= taken < STEPS, followed.stdout
     assert latest_checkpoint(folder.checkpoints).name == f"step-{taken:08d}"
     assert not cluster.processes("ray::RolloutWorker", cluster.second)
 

@@ -110,9 +110,9 @@ NEVER: Curve = [(0, 0.0, 0.8), (150, 6.0, 0.2)]
 
 
 def test_a_race_counts_to_the_first_measurement_at_the_threshold() -> None:
-    race = from_curve("tb", "TBGFlowNet", "ours", 0, FAST)
-    assert (race.trajectories, race.seconds) == (50, 1.0)
-    assert (race.total_trajectories, race.total_seconds, race.total_variation) == (150, 3.0, 0.01)
+    training = from_curve("tb", "TBGFlowNet", "ours", 0, FAST)
+    assert (training.trajectories, training.seconds) == (50, 1.0)
+    assert (training.total_trajectories, training.total_seconds, training.total_variation) == (150, 3.0, 0.01)
     never = from_curve("tb", "TBGFlowNet", "ours", 0, NEVER)
     assert never.seconds is None
     assert never.trajectories is None
@@ -130,22 +130,22 @@ def test_a_race_counts_to_the_first_measurement_at_the_threshold() -> None:
 def test_the_bar_is_met_where_all_of_ours_got_there_no_later(
     ours: list[Curve], theirs: list[Curve], ratio: float | None, met: bool
 ) -> None:
-    races = [from_curve("tb", "TBGFlowNet", "ours", seed, curve) for seed, curve in enumerate(ours)]
-    races += [from_curve("tb", "TBGFlowNet", "torchgfn", seed, curve) for seed, curve in enumerate(theirs)]
-    (duel,) = speed_comparisons(races)
-    assert duel.ratio == ratio
-    assert duel.bar_met is met
-    assert ("**NO**" in speed_table(races)) is not met
+    trainings = [from_curve("tb", "TBGFlowNet", "ours", seed, curve) for seed, curve in enumerate(ours)]
+    trainings += [from_curve("tb", "TBGFlowNet", "torchgfn", seed, curve) for seed, curve in enumerate(theirs)]
+    (comparison,) = speed_comparisons(trainings)
+    assert comparison.ratio == ratio
+    assert comparison.bar_met is met
+    assert ("**NO**" in speed_table(trainings)) is not met
 
 
 def test_the_report_holds_every_comparison_and_race(tmp_path: Path) -> None:
-    races = [from_curve("tb", "TBGFlowNet", side, 0, FAST) for side in ("ours", "torchgfn")]
+    trainings = [from_curve("tb", "TBGFlowNet", side, 0, FAST) for side in ("ours", "torchgfn")]
     agreements = [Agreement("tb", "TBGFlowNet", 1e-9, 2e-9), Agreement("db", "ModifiedDBGFlowNet", 0.5, 0.1)]
-    write(tmp_path / "new", {"torch": "2.13.0"}, agreements, races)
+    write(tmp_path / "new", {"torch": "2.13.0"}, agreements, trainings)
     found = json.loads((tmp_path / "new" / "comparison.json").read_text())
     assert [row["agrees"] for row in found["agreement"]] == [True, False]
-    assert [race["seconds"] for race in found["races"]] == [1.0, 1.0]
-    assert found["duels"] == [{"loss": "tb", "ratio": 1.0, "bar_met": True}]
+    assert [training["seconds"] for training in found["trainings"]] == [1.0, 1.0]
+    assert found["comparisons"] == [{"loss": "tb", "ratio": 1.0, "bar_met": True}]
     page = (tmp_path / "new" / "comparison.md").read_text()
     assert page.count("**NO**") == 1
     assert "2.13.0" in page
