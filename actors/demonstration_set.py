@@ -20,7 +20,7 @@ from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.instances import DEMONSTRATION_SEEDS
 from gflowvlm.shared.settings import Fraction, Settings
-from gflowvlm.shared.task_settings import TaskSettings
+from gflowvlm.shared.task_settings import AnyTaskSettings, TaskSettings
 from gflowvlm.shared.trajectory import Trajectory, from_arrow, read_parquet
 
 MANIFEST = "demonstrations.json"
@@ -44,7 +44,7 @@ class DemonstrationRequest(Settings):
         model: In whose tokens the responses are written: a shipped model, a model directory or a hub name.
     """
 
-    task: TaskSettings
+    task: AnyTaskSettings
     split: Literal["id", "ood"] = "id"
     trajectories: int = Field(1000, ge=1, le=200_000)
     seed: int = Field(0, ge=0, lt=len(DEMONSTRATION_SEEDS) // INSTANCES)

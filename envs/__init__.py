@@ -1,10 +1,14 @@
-"""One module or folder a task: environment, prompt, parser, reward, expert and picture. No Ray, no torch.
+"""The tasks, one folder each: settings, environment, prompt, reward, expert, picture. No Ray, no torch.
 
-Importing this package registers the tasks with gymnasium: ``gymnasium.make("gflowvlm/NumberLine-v0")``.
+Importing this package makes the shipped tasks known by their settings, which costs next to nothing: environments are
+imported when they are made.
 """
 
-import gymnasium
+from gflowvlm.envs.blackjack.settings import BlackjackSettings
+from gflowvlm.envs.household.settings import AlfworldSettings
+from gflowvlm.envs.numberline.settings import NumberLineSettings
+from gflowvlm.envs.numbersequence.settings import NumberSequenceSettings
+from gflowvlm.shared.task_settings import register_task
 
-for _name in ("NumberLine", "Blackjack", "NumberSequence"):
-    gymnasium.register(id=f"gflowvlm/{_name}-v0", entry_point=f"gflowvlm.envs.{_name.lower()}.environment:{_name}Env")
-gymnasium.register(id="gflowvlm/Alfworld-v0", entry_point="gflowvlm.envs.household.environment:AlfworldEnv")
+for _settings in (NumberLineSettings, BlackjackSettings, NumberSequenceSettings, AlfworldSettings):
+    register_task(_settings)

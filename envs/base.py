@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.lexicon import Lexicon
 from gflowvlm.shared.response import DONE_TOKEN
-from gflowvlm.shared.task_settings import EpisodeSettings
+from gflowvlm.shared.task_settings import TaskSettings
 from gflowvlm.shared.trajectory import EndReason
 
 SPLITS = ("id", "ood")
@@ -55,7 +56,6 @@ class TaskEnv(gymnasium.Env, ABC):
     task's own (the PPO baseline's); the GFlowNet reward is `log_reward`.
 
     Attributes:
-        task: Name of the task.
         log_reward_floor: log R of the worst outcome, nats; an episode that ends in an invalid response gets it.
         goal: First line of the prompt: what is to be done, and what the actions mean.
         answer: Last line of the prompt: the format of a response.
@@ -67,14 +67,13 @@ class TaskEnv(gymnasium.Env, ABC):
         past_actions: The actions of the transitions made so far, stop and invalid ones left out.
     """
 
-    task: ClassVar[str]
     log_reward_floor: ClassVar[float] = 0.0
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 2}
     goal: str
     answer: str
-    settings: EpisodeSettings
+    settings: TaskSettings
 
-    def __init__(self, settings: EpisodeSettings, render_mode: str | None = None) -> None:
+    def __init__(self, settings: TaskSettings, render_mode: str | None = None) -> None:
         self.settings = settings
         self.image_size = settings.image_size
         self.max_steps = settings.max_steps
@@ -198,6 +197,11 @@ class TaskEnv(gymnasium.Env, ABC):
         return INVALID_OUTCOME if self.end is EndReason.INVALID else self._state_outcome()
 
     @property
+    def task(self) -> str:
+        """Name of the task."""
+        return self.settings.name
+
+    @property
     @abstractmethod
     def admissible_actions(self) -> list[str]:
         """The actions of the moment, `[DONE]` included."""
@@ -240,20 +244,38 @@ class TaskEnv(gymnasium.Env, ABC):
         open. Otherwise log P(action | thoughts) would be about 0 and carry no signal.
         """
 
+    @classmethod
+    def lexicon(cls) -> Lexicon | None:
+        """Returns the words of a task whose actions are copied from the prompt, for the tokenizer of a tiny policy.
+
+        None where a tokenizer made of `TaskSettings.tokenizer_texts` is enough.
+
+        Raises:
+            UserError: What the words come from is not installed.
+        """
+        return None
+
     def target_distribution(self, reward_exponent: float) -> dict[str, float] | None:
-        """Returns the exact R^β/Z over the outcomes of the current instance, None where it cannot be had.
+        """Returns the exact R^β/Z over the outcomes of the current instance, None without `TaskSettings.exact_target`.
 
         Terminal objects are action sequences (a tree, P_B = 1); the step limit counts as a forced stop.
         Only admissible actions are in the tree, so `INVALID_OUTCOME` has no mass and is left out. Here the
         whole tree is walked; a task whose tree is large has its own way.
         """
+        if not self.settings.exact_target:
+            return None
         mass: dict[str, float] = defaultdict(float)
         for leaf, probability in self._weighted_leaves(reward_exponent):
             mass[leaf.outcome] += probability
         return dict(mass)
 
     def target_success(self, reward_exponent: float) -> float | None:
-        """Returns the success probability of a perfect sampler of R^β/Z on the current instance."""
+        """Returns the success probability of a perfect sampler of R^β/Z on the current instance.
+
+        None without `TaskSettings.exact_target`.
+        """
+        if not self.settings.exact_target:
+            return None
         return sum(probability for leaf, probability in self._weighted_leaves(reward_exponent) if leaf.solved)
 
     @abstractmethod

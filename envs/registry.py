@@ -1,46 +1,35 @@
-"""From settings and names to environments."""
+"""From settings to environments; importing it registers the tasks with gymnasium.
 
-from pydantic import TypeAdapter, ValidationError
+``gymnasium.make("gflowvlm/NumberLine-v0")`` makes one by its class's name, without ``Env``.
+"""
+
+import importlib
+
+import gymnasium
 
 from gflowvlm.envs.base import TaskEnv
-from gflowvlm.envs.blackjack.environment import BlackjackEnv
-from gflowvlm.envs.household.environment import AlfworldEnv
-from gflowvlm.envs.numberline.environment import NumberLineEnv
-from gflowvlm.envs.numbersequence.environment import NumberSequenceEnv
-from gflowvlm.shared.errors import UserError
-from gflowvlm.shared.task_settings import (
-    AlfworldSettings,
-    BlackjackSettings,
-    NumberLineSettings,
-    NumberSequenceSettings,
-    TaskSettings,
-)
+from gflowvlm.shared.task_settings import TaskSettings, task_names, task_settings_class
 
-TASKS = (NumberLineEnv.task, BlackjackEnv.task, NumberSequenceEnv.task, AlfworldEnv.task)
-"""Names of the tasks."""
+
+def environment_class(settings: TaskSettings) -> type[TaskEnv]:
+    """Returns the class of environments of the settings' task."""
+    module, _, name = settings.environment.partition(":")
+    found = getattr(importlib.import_module(module), name)
+    if not issubclass(found, TaskEnv):
+        raise TypeError(f"{settings.environment} is no TaskEnv")
+    return found
 
 
 def make_env(settings: TaskSettings) -> TaskEnv:
     """Returns a new environment of the settings' task."""
-    match settings:
-        case NumberLineSettings():
-            return NumberLineEnv(settings)
-        case BlackjackSettings():
-            return BlackjackEnv(settings)
-        case NumberSequenceSettings():
-            return NumberSequenceEnv(settings)
-        case AlfworldSettings():
-            return AlfworldEnv(settings)
+    return environment_class(settings)(settings)
 
 
-def default_settings(task: str) -> TaskSettings:
-    """Returns a task's default settings.
+def gymnasium_id(task: str) -> str:
+    """Returns the id under which gymnasium makes a task's environment."""
+    name = task_settings_class(task).environment.rpartition(":")[2]
+    return f"gflowvlm/{name.removesuffix('Env')}-v0"
 
-    Raises:
-        UserError: No such task.
-    """
-    try:
-        settings: TaskSettings = TypeAdapter(TaskSettings).validate_python({"name": task})
-    except ValidationError:
-        raise UserError(f"task {task!r}: there is no such task; use one of: {', '.join(TASKS)}") from None
-    return settings
+
+for _task in task_names():
+    gymnasium.register(id=gymnasium_id(_task), entry_point=task_settings_class(_task).environment)

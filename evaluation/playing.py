@@ -12,7 +12,7 @@ import numpy as np
 
 from gflowvlm.actors.sampling import PolicySampler, SampleRequest
 from gflowvlm.envs.base import SPLITS, TaskEnv
-from gflowvlm.envs.registry import default_settings, make_env
+from gflowvlm.envs.registry import make_env
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.models import resolve_model, shipped_models
 from gflowvlm.run.preset_library import load_preset
@@ -20,7 +20,7 @@ from gflowvlm.shared.config import PolicySettings, RunConfig
 from gflowvlm.shared.config_io import load_config
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.response import parse_response
-from gflowvlm.shared.task_settings import TaskSettings
+from gflowvlm.shared.task_settings import TaskSettings, default_settings
 from gflowvlm.shared.trajectory import BASE_VERSION, EndReason
 
 BUILT_IN_PLAYERS = ("human", "expert", "random")

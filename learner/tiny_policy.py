@@ -20,7 +20,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from gflowvlm.shared.lexicon import Lexicon
 from gflowvlm.shared.response import DONE_TOKEN
+from gflowvlm.shared.task_settings import task_names, task_settings_class
 
 IMAGE_SIZE = 64
 """Side of the square picture the model sees, pixels; other pictures are resized to it."""
@@ -64,50 +66,6 @@ _CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<start>assistant:\n' }}{% endif %}"
 )
 
-TOKENIZER_TEXTS: tuple[str, ...] = (
-    'Answer: {"current": , "target": , "thoughts": "", "action": ""}\nState: picture\nActions: + -',
-    "Make the current number equal to the target number. + adds 1, - takes 1 away, stops.",
-    "State 0: 1 Action 0: +\nState 1: picture\nActions: + -",
-    "0 is below 1 is less than 2 comes before 3 is above 4 is more than 5 comes after 6",
-    "7 is equal to 8 is the same as 9 matches 1 Target Current",
-    "user:\nassistant:\n stand hit dealer player card cards sum total of you are and or a in on with",
-    "Beat the dealer without going over 21. hit takes a card, stand and [DONE] end the hand.",
-    'Answer: {"dealer": "", "player": "", "total": , "thoughts": "", "action": ""}',
-    "State 0: dealer A player 1 Action 0: hit\nActions: stand hit",
-    "Fill each ? of the sequence: add the same step each time, or add the two numbers before. "
-    "[DONE] when no ? is left.",
-    'Answer: {"sequence": "", "missing": , "thoughts": "", "action": ""}',
-    "no number is missing",
-    "the sequence is complete",
-    "nothing is left to fill",
-    "no rule fits",
-    "the numbers follow no rule",
-    "there is no rule",
-    "steps of 1",
-    "1 more each time",
-    "each adds 1",
-    "sums of two",
-    "the two before together",
-    "each is the sum of two",
-    "steps of 1 and sums of two",
-    "1 more each time and the two before together",
-    "each adds 1 and each is the sum of two",
-)
-"""What the tokenizer learns its merges from: the words of the tasks."""
-
-
-@dataclass(frozen=True)
-class Lexicon:
-    """What the tokenizer of one task has a token of its own for; all other text falls apart into bytes.
-
-    Attributes:
-        phrases: Runs of text that stand in every prompt and response, with the spaces around them.
-        names: Single words that stand between them, which the policy is to copy.
-    """
-
-    phrases: tuple[str, ...]
-    names: tuple[str, ...]
-
 
 @dataclass(frozen=True)
 class TinyShape:
@@ -140,7 +98,7 @@ def build_tiny_policy(
     directory: Path | str,
     seed: int = 0,
     shape: TinyShape | None = None,
-    texts: Sequence[str] = TOKENIZER_TEXTS,
+    texts: Sequence[str] | None = None,
     vocabulary: int = 1024,
     lexicon: Lexicon | None = None,
 ) -> Path:
@@ -150,7 +108,7 @@ def build_tiny_policy(
         directory: Where to write; made when it does not exist.
         seed: Seed of the weights.
         shape: Sizes; `TinyShape()` when None (about 0.3 million parameters).
-        texts: What the byte-level BPE tokenizer learns its merges from.
+        texts: What the byte-level BPE tokenizer learns its merges from; by default the words of all tasks.
         vocabulary: Largest number of tokens.
         lexicon: Makes the tokenizer instead of `texts` and `vocabulary`.
 
@@ -172,7 +130,7 @@ def build_tiny_policy(
 
 
 def build_processor(
-    texts: Sequence[str] = TOKENIZER_TEXTS, vocabulary: int = 1024, lexicon: Lexicon | None = None
+    texts: Sequence[str] | None = None, vocabulary: int = 1024, lexicon: Lexicon | None = None
 ) -> Idefics3Processor:
     """Returns the processor: own tokenizer, PIL image processor (needs no torchvision), chat template."""
     image_processor = Idefics3ImageProcessorPil(
@@ -189,8 +147,11 @@ def build_processor(
     )
 
 
-def build_tokenizer(texts: Sequence[str] = TOKENIZER_TEXTS, vocabulary: int = 1024) -> PreTrainedTokenizerFast:
-    """Returns a byte-level BPE tokenizer: `[DONE]` one token, digits single, values begin on token borders."""
+def build_tokenizer(texts: Sequence[str] | None = None, vocabulary: int = 1024) -> PreTrainedTokenizerFast:
+    """Returns a byte-level BPE tokenizer: `[DONE]` one token, digits single, values begin on token borders.
+
+    It learns its merges from the words of all tasks where no other texts are given.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -205,8 +166,14 @@ def build_tokenizer(texts: Sequence[str] = TOKENIZER_TEXTS, vocabulary: int = 10
         special_tokens=[AddedToken(token, normalized=False, special=True) for token in _SPECIAL_TOKENS],
         show_progress=False,
     )
-    tokenizer.train_from_iterator([text.replace(DONE_TOKEN, "") for text in texts], trainer)
+    learned = task_texts() if texts is None else texts
+    tokenizer.train_from_iterator([text.replace(DONE_TOKEN, "") for text in learned], trainer)
     return _finished(tokenizer)
+
+
+def task_texts() -> tuple[str, ...]:
+    """Returns the words of all tasks, from which one tokenizer for all of them is made."""
+    return tuple(text for name in task_names() for text in task_settings_class(name).tokenizer_texts)
 
 
 def build_lexicon_tokenizer(lexicon: Lexicon) -> PreTrainedTokenizerFast:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from gflowvlm.run.log import Row
+from gflowvlm.shared.task_settings import TaskSettings, task_names, task_settings_class
 from gflowvlm.shared.trajectory import BASE_VERSION
 
 
@@ -16,12 +17,8 @@ class BeforeAfter(NamedTuple):
 
 def measured_on(tasks: Collection[str]) -> str:
     """Returns what the final reports of runs of some tasks are measured on, as the end of "... on"."""
-    said = []
-    if set(tasks) != {"alfworld"}:
-        said.append("instances used neither in training nor to choose the adapter")
-    if "alfworld" in tasks:
-        said.append("ALFWorld games: of seen rooms (`id`; `task.seen_games` says which) and of unseen ones (`ood`)")
-    return " and on ".join(said)
+    said = [task_settings_class(name).measured_on for name in task_names() if name in tasks]
+    return " and on ".join(dict.fromkeys(said)) or TaskSettings.measured_on
 
 
 def before_and_after(report: Iterable[Row], best: int | None) -> dict[str, BeforeAfter]:

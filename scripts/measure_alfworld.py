@@ -22,8 +22,8 @@ from gflowvlm.actors.environment_hosts import EnvironmentHosts
 from gflowvlm.envs.household.engine import GameEngine
 from gflowvlm.envs.household.environment import AlfworldEnv
 from gflowvlm.envs.household.games import GAME_FILE, find_games
+from gflowvlm.envs.household.settings import AlfworldSettings
 from gflowvlm.envs.household.tasks import TaskType
-from gflowvlm.shared.task_settings import AlfworldSettings
 
 GAMES, STEPS, TOGETHER = 12, 15, 16
 

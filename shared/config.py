@@ -5,8 +5,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from gflowvlm.shared.instances import EVALUATION_SEEDS
-from gflowvlm.shared.settings import CustomResources, Fraction, NodeLabels, Settings
-from gflowvlm.shared.task_settings import AlfworldSettings, NumberLineSettings, TaskSettings
+from gflowvlm.shared.settings import CustomResources, FolderPath, Fraction, ModelName, NodeLabels, Settings
+from gflowvlm.shared.task_settings import AnyTaskSettings, default_settings
 
 Precision = Literal["float32", "bfloat16"]
 LossName = Literal["tb", "var_tb", "db", "subtb", "flow_db", "flow_subtb", "fl_db", "fl_subtb", "sft", "ppo", "grpo"]
@@ -15,7 +15,10 @@ LossName = Literal["tb", "var_tb", "db", "subtb", "flow_db", "flow_subtb", "fl_d
 class PolicySettings(Settings):
     """The vision-language model and its LoRA adapter."""
 
-    model: str = Field("numberline-tiny", description="Model directory, hub name, or name of a shipped model.")
+    model: ModelName = Field(
+        "numberline-tiny",
+        description="Name of a shipped model, model directory (`./models/mine`), or hub name (`owner/name`).",
+    )
     dtype: Precision = Field("float32", description="Weights and activations, in sampler and learner.")
     lora_rank: int = Field(16, ge=1, le=512, description="Rank r of the adapter's matrices.")
     lora_alpha: float = Field(32.0, gt=0, le=4096, description="lora_alpha / lora_rank scales what the adapter adds.")
@@ -85,7 +88,7 @@ class RolloutSettings(Settings):
     group_size: int = Field(8, ge=1, le=256, description="K: trajectories per task instance.")
     epsilon: Fraction = Field(0.0, description="Probability that a step's action is a random admissible one.")
     expert_on_failure: bool = Field(False, description="Add the expert's trajectory where all of a group failed.")
-    demonstrations: str | None = Field(
+    demonstrations: FolderPath | None = Field(
         None,
         description="Folder made by `gflowvlm demonstrate`: groups play its instances, and what it has of an instance "
         "joins the group.",
@@ -99,7 +102,7 @@ class RolloutSettings(Settings):
         ge=0,
         le=256,
         description="Processes of each worker that hold its environments and are replaced when they die; 0 keeps the "
-        "environments in the worker. By default 1 for alfworld and 0 for the other tasks, whose steps are short.",
+        "environments in the worker. By default 1 for tasks that ask for it (alfworld), 0 for those of short steps.",
     )
 
     @property
@@ -259,7 +262,7 @@ class RunConfig(Settings):
         "numberline-tiny", min_length=1, max_length=80, description="First part of the default run folder's name."
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of instances, exploration, adapter and replay draws.")
-    task: TaskSettings = NumberLineSettings()
+    task: AnyTaskSettings = Field(default_factory=default_settings)
     policy: PolicySettings = PolicySettings()
     target: TargetSettings = TargetSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
@@ -308,7 +311,7 @@ class RunConfig(Settings):
         wanted = self.rollout.environment_processes
         if wanted is not None:
             return wanted
-        return 1 if isinstance(self.task, AlfworldSettings) else 0
+        return 1 if self.task.in_own_process else 0
 
     @property
     def groups_per_batch(self) -> int:

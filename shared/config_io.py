@@ -10,9 +10,9 @@ from pydantic import ValidationError
 
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
-from gflowvlm.shared.task_settings import EpisodeSettings
+from gflowvlm.shared.task_settings import TaskSettings, default_settings, task_names
 
-Settings = TypeVar("Settings", bound=EpisodeSettings)
+Settings = TypeVar("Settings", bound=TaskSettings)
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def parse_config(settings: dict[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(settings)
     except ValidationError as error:
-        raise UserError(f"{where}: {_first_problem(error, RunConfig().model_dump())}") from None
+        raise UserError(f"{where}: {_first_problem(error, _known(settings))}") from None
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -96,6 +96,14 @@ def override_task(settings: Settings, overrides: Iterable[str]) -> Settings:
 def dump_config(config: RunConfig) -> str:
     """Returns the configuration as YAML that `load_config` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _known(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the defaults of every key that settings may have, those of their task among them."""
+    task = settings.get("task")
+    name = task.get("name") if isinstance(task, dict) else None
+    chosen = {"task": default_settings(name)} if name in task_names() else {}
+    return RunConfig.model_validate(chosen).model_dump()
 
 
 def _copied(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The base of all settings, and the types that several of them share."""
 
 import re
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -42,6 +43,24 @@ NodeLabels = Annotated[
     dict[Annotated[str, AfterValidator(_check_label)], Annotated[str, AfterValidator(_check_condition)]],
     Field(max_length=16),
 ]
+
+
+@dataclass(frozen=True)
+class PathMarker:
+    """Marks a field as a path of the machine that the run starts on.
+
+    Attributes:
+        or_name: Whether the field may hold a name instead: of a shipped model, or of one on a hub.
+    """
+
+    or_name: bool = False
+
+
+FolderPath = Annotated[str, PathMarker()]
+"""A folder."""
+
+ModelName = Annotated[str, PathMarker(or_name=True)]
+"""A model directory, a hub name, or the name of a shipped model."""
 
 
 class Settings(BaseModel):

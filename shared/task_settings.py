@@ -1,131 +1,107 @@
-"""The settings of the tasks."""
+"""What the settings of all tasks have in common, and which tasks there are.
 
-from typing import Annotated, Any, ClassVar, Literal, get_args
+The settings of one task stand in its folder, ``envs/FOLDER/settings.py``. `gflowvlm.envs` registers those of the
+shipped tasks here, and whoever imports anything of `gflowvlm` has imported it.
+"""
 
-from pydantic import BeforeValidator, Field, model_validator
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from gflowvlm.shared.settings import Fraction, Settings
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.settings import Settings
 
 DEFAULT_TASK = "numberline"
 
 
-class EpisodeSettings(Settings):
-    """What the settings of every task have in common.
+class TaskSettings(Settings):
+    """Base of every task's settings. What holds for the whole task, whatever its settings, is declared on the class.
+
+    A subclass declares ``name: Literal["NAME"]`` with that default, and is made known by `register_task`.
 
     Attributes:
+        environment: Where the task's `TaskEnv` is, ``module:Class``; imported when the first one is made.
         largest_reward: The largest single one of the task's own rewards.
+        exact_target: Whether the exact distribution over an instance's outcomes can be computed, and its environment be
+            made at no cost anywhere, as on a report's page.
+        in_own_process: Whether its environments are held by processes of their own unless a configuration says
+            otherwise: for steps that take long, or code that may take its process down.
+        tokenizer_texts: Its words, from which the tokenizer of a new tiny policy is made, together with other tasks'.
+        measured_on: What a final report is measured on, as the end of "... on".
     """
 
+    environment: ClassVar[str]
     largest_reward: ClassVar[float] = 1.0
+    exact_target: ClassVar[bool] = True
+    in_own_process: ClassVar[bool] = False
+    tokenizer_texts: ClassVar[tuple[str, ...]] = ()
+    measured_on: ClassVar[str] = "instances used neither in training nor to choose the adapter"
 
+    name: str = Field(description="Chooses this task.")
     max_steps: int = Field(10, ge=1, le=64, description="Step limit.")
     prompt: Literal["history", "markov"] = Field("history", description="Whether past steps stand in the prompt.")
     image_size: int = Field(64, ge=32, le=1024, description="Side of the square picture, pixels.")
 
-
-class NumberLineSettings(EpisodeSettings):
-    """NumberLine: walk from a start number to a target number."""
-
-    name: Literal["numberline"] = Field("numberline", description="Chooses this task.")
-    n_max: int = Field(5, ge=1, le=99, description="In-distribution numbers are 0..n_max.")
-    ood_low: int = Field(10, ge=0, le=99, description="Smallest out-of-distribution number.")
-    ood_high: int = Field(50, ge=1, le=99, description="Largest out-of-distribution number.")
-    ood_max_distance: int = Field(5, ge=1, le=99, description="Largest start-to-target distance out of distribution.")
-    max_steps: int = Field(10, ge=1, le=64, description="Step limit; the paper uses 2 n_max.")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "NumberLineSettings":
-        if self.ood_low >= self.ood_high:
-            raise ValueError("ood_low must be below ood_high")
+    def for_reading(self) -> Self:
+        """Returns the settings whose ``ood`` split a policy learns best to read from: what it shows is independent."""
         return self
 
 
-class BlackjackSettings(EpisodeSettings):
-    """Blackjack: beat the dealer without going over 21."""
-
-    name: Literal["blackjack"] = Field("blackjack", description="Chooses this task.")
+_TASKS: dict[str, type[TaskSettings]] = {}
 
 
-class NumberSequenceSettings(EpisodeSettings):
-    """NumberSequence: continue an arithmetic or Fibonacci-like sequence."""
+def register_task(settings: type[TaskSettings]) -> None:
+    """Makes a task known by the default of its settings' ``name``.
 
-    name: Literal["numbersequence"] = Field("numbersequence", description="Chooses this task.")
-    n_max: int = Field(9, ge=2, le=19, description="In-distribution starts and steps are 1..n_max.")
-    ood_low: int = Field(10, ge=1, le=99, description="Smallest out-of-distribution start and step.")
-    ood_high: int = Field(19, ge=2, le=99, description="Largest out-of-distribution start and step.")
-    ambiguous_share: Fraction = Field(0.5, description="Share of instances that both rules continue, each its own way.")
-    continuation: int = Field(1, ge=1, le=5, description="How many numbers are missing.")
-    choices: int = Field(4, ge=2, le=12, description="How many numbers are admissible at a state.")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "NumberSequenceSettings":
-        if not self.n_max < self.ood_low < self.ood_high:
-            raise ValueError("n_max must be below ood_low, and ood_low below ood_high")
-        if self.max_steps <= self.continuation:
-            raise ValueError("max_steps must exceed continuation, or no step is left for [DONE]")
-        return self
+    Raises:
+        ValueError: Another task has that name, or there is no such default.
+    """
+    name = settings.model_fields["name"].default
+    if not isinstance(name, str):
+        raise ValueError(f"{settings.__name__}: declare name: Literal[...] with the task's name as its default")
+    there = _TASKS.get(name, settings)
+    if (there.__module__, there.__qualname__) != (settings.__module__, settings.__qualname__):
+        raise ValueError(f"task {name!r}: {there.__module__}.{there.__qualname__} has that name")
+    _TASKS[name] = settings
 
 
-AlfworldTaskType = Literal[
-    "pick_and_place_simple",
-    "look_at_obj_in_light",
-    "pick_clean_then_place_in_recep",
-    "pick_heat_then_place_in_recep",
-    "pick_cool_then_place_in_recep",
-    "pick_two_obj_and_place",
-]
+def task_names() -> tuple[str, ...]:
+    """Returns the names of the tasks."""
+    return tuple(_TASKS)
 
 
-class AlfworldSettings(EpisodeSettings):
-    """ALFWorld: household tasks by text commands."""
+def task_settings_class(task: str) -> type[TaskSettings]:
+    """Returns the class of a task's settings.
 
-    largest_reward: ClassVar[float] = 50.0
-
-    name: Literal["alfworld"] = Field("alfworld", description="Chooses this task.")
-    max_steps: int = Field(35, ge=1, le=200, description="Step limit.")
-    image_size: int = Field(300, ge=32, le=1024, description="Side of the square picture, pixels.")
-    games: str | None = Field(
-        None,
-        description="Folder with `json_2.1.1`; by default ALFWorld's data (ALFWORLD_DATA), else the starter set.",
-    )
-    seen_games: Literal["held_out", "train", "valid_seen"] = Field(
-        "held_out",
-        description="Which games of seen rooms are split `id`; `held_out`: `train` to learn from, and for evaluations "
-        "and `gflowvlm play` `valid_seen`, where there are such.",
-    )
-    train_games: int | None = Field(
-        None, ge=1, description="How many of the `train` games are played, of each type in proportion; all by default."
-    )
-    task_types: tuple[AlfworldTaskType, ...] = Field(
-        get_args(AlfworldTaskType), min_length=1, description="Task types to play; all six by default."
-    )
-    view: Literal["facts", "thor"] = Field(
-        "facts", description="Picture drawn from the game's facts, or 3-D by AI2-THOR where it is installed."
-    )
+    Raises:
+        UserError: No such task.
+    """
+    if task not in _TASKS:
+        raise UserError(f"task {task!r}: there is no such task; use one of: {', '.join(_TASKS)}")
+    return _TASKS[task]
 
 
-_SETTINGS: dict[str, type[EpisodeSettings]] = {
-    "numberline": NumberLineSettings,
-    "blackjack": BlackjackSettings,
-    "numbersequence": NumberSequenceSettings,
-    "alfworld": AlfworldSettings,
-}
+def default_settings(task: str = DEFAULT_TASK) -> TaskSettings:
+    """Returns a task's default settings.
+
+    Raises:
+        UserError: No such task.
+    """
+    return task_settings_class(task).model_validate({})
 
 
 def _of_its_class(settings: Any) -> Any:
-    # The union would accept the same, but it wants a name, which configurations from before there were other
-    # tasks lack, and it puts that name into the keys of its errors: task.numberline.n_max for task.n_max.
-    if isinstance(settings, dict):
-        name = settings.get("name", DEFAULT_TASK)
-        if isinstance(name, str) and name in _SETTINGS:
-            return _SETTINGS[name].model_validate(settings)
-    return settings
+    if not isinstance(settings, dict):
+        return settings
+    name = settings.get("name", DEFAULT_TASK)
+    if isinstance(name, str) and name in _TASKS:
+        return _TASKS[name].model_validate(settings)
+    unknown = PydanticCustomError(
+        "unknown_task", "there is no such task; use one of: {tasks}", {"tasks": ", ".join(_TASKS)}
+    )
+    raise ValidationError.from_exception_data("task", [InitErrorDetails(type=unknown, loc=("name",), input=name)])
 
 
-TaskSettings = Annotated[
-    Annotated[
-        NumberLineSettings | BlackjackSettings | NumberSequenceSettings | AlfworldSettings, Field(discriminator="name")
-    ],
-    BeforeValidator(_of_its_class),
-]
-"""The settings of one task; `name` says which, NumberLine by default."""
+AnyTaskSettings = Annotated[SerializeAsAny[TaskSettings], BeforeValidator(_of_its_class)]
+"""A field that holds the settings of any task; `name` says which, NumberLine by default."""

@@ -22,7 +22,7 @@ from gflowvlm.learner.sft import ExampleSource, SftExample
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.instances import DEMONSTRATION_SEEDS
 from gflowvlm.shared.response import DONE_TOKEN
-from gflowvlm.shared.task_settings import NumberLineSettings, TaskSettings
+from gflowvlm.shared.task_settings import TaskSettings
 from gflowvlm.shared.trajectory import Trajectory
 
 _BLOCK_BATCHES = 16
@@ -61,17 +61,10 @@ def playgrounds(settings: TaskSettings, out_of_distribution: bool) -> list[Playg
 
 
 def reading_playground(settings: TaskSettings, out_of_distribution: bool, share: float = 1.0) -> Playground:
-    """Returns where reading is learned best.
-
-    For NumberLine these are all numbers up to a bit beyond the largest of the ``ood`` split, far apart: the one
-    then says nothing about the other. Cards are independent anyway, and the numbers of a sequence never are.
-    """
+    """Returns where reading is learned best: in distribution as it is, else under the task's settings for it."""
     if not out_of_distribution:
         return Playground(settings, "id", share)
-    if isinstance(settings, NumberLineSettings):
-        highest = min(99, settings.ood_high + 9)
-        settings = settings.model_copy(update={"ood_low": 0, "ood_high": highest, "ood_max_distance": highest})
-    return Playground(settings, "ood", share)
+    return Playground(settings.for_reading(), "ood", share)
 
 
 class Demonstrations:

@@ -27,7 +27,6 @@ from gflowvlm.run.models import resolve_model
 from gflowvlm.run.setup import write_whole
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.shared.task_settings import AlfworldSettings
 from gflowvlm.shared.trajectory import Trajectory, read_parquet, to_record_batch
 
 CHUNK = 64
@@ -124,8 +123,8 @@ def _expert(
     request: DemonstrationRequest, inputs: PolicyInputs
 ) -> Iterator[Callable[[Sequence[int]], list[Trajectory]]]:
     """Yields what plays episodes by their numbers and returns their trajectories in order."""
-    # Household games take their time: one process a core. The others' steps are shorter than a trip to one.
-    processes = (os.cpu_count() or 1) if isinstance(request.task, AlfworldSettings) else 0
+    # One process a core; the steps of other tasks are shorter than the way to one.
+    processes = (os.cpu_count() or 1) if request.task.in_own_process else 0
     hosts = EnvironmentHosts(request.task, processes)
 
     def open_environment(number: int) -> EpisodeEnvironment:

@@ -18,9 +18,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gflowvlm.actors.demonstration_set import DemonstrationSet
 from gflowvlm.envs.base import SPLITS
-from gflowvlm.envs.registry import make_env
+from gflowvlm.envs.registry import environment_class, make_env
 from gflowvlm.learner.sft import ExampleSource, SftProgress, SftSettings, SftTrainer, load_for_sft, scale_head
-from gflowvlm.learner.tiny_policy import Lexicon, build_tiny_policy
+from gflowvlm.learner.tiny_policy import build_tiny_policy
 from gflowvlm.run.folder_lock import folder_lock
 from gflowvlm.run.interruption import handled_by, sigterm_as_interrupt
 from gflowvlm.run.models import resolve_model
@@ -28,7 +28,7 @@ from gflowvlm.run.plain_progress import PLAIN_INTERVAL_S
 from gflowvlm.run.setup import write_whole
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.settings import Fraction, Settings
-from gflowvlm.shared.task_settings import AlfworldSettings, NumberLineSettings, TaskSettings
+from gflowvlm.shared.task_settings import AnyTaskSettings, default_settings
 from gflowvlm.warm_starts.demonstrations import (
     Demonstrations,
     RecordedExamples,
@@ -64,7 +64,7 @@ class SftRequest(Settings):
         sft: The training settings.
     """
 
-    task: TaskSettings = NumberLineSettings()
+    task: AnyTaskSettings = Field(default_factory=default_settings)
     model: str = TINY
     head_scale: float = Field(1.0, gt=0, le=10)
     noise: Fraction = 0.5
@@ -93,7 +93,8 @@ def start(request: SftRequest, out: Path, console: Console) -> bool:
     _check_instances(request)
     with tempfile.TemporaryDirectory(prefix="gflowvlm-tiny-") as folder:
         if request.model == TINY:
-            model = str(build_tiny_policy(folder, seed=request.sft.seed, lexicon=_lexicon(request.task)))
+            lexicon = environment_class(request.task).lexicon()
+            model = str(build_tiny_policy(folder, seed=request.sft.seed, lexicon=lexicon))
         else:
             model = resolve_model(request.model)
         network, inputs = load_for_sft(model, request.sft)
@@ -136,15 +137,6 @@ def _refuse_used(out: Path) -> None:
 def _held(out: Path) -> AbstractContextManager[int]:
     held = UserError(f"{out}: another `gflowvlm sft` is writing there; wait for it, or choose another --out")
     return folder_lock(out, held)
-
-
-def _lexicon(settings: TaskSettings) -> Lexicon | None:
-    """Returns the words of a task whose commands are copied from the prompt, None for the others."""
-    if not isinstance(settings, AlfworldSettings):
-        return None
-    from gflowvlm.envs.household import lexicon
-
-    return Lexicon(phrases=lexicon.phrases(), names=lexicon.names())
 
 
 def _source(request: SftRequest) -> ExampleSource:

@@ -12,12 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gflowvlm.actors.demonstration_set import DemonstrationRequest, DemonstrationSet
 from gflowvlm.cli.option_errors import first_problem
-from gflowvlm.envs.registry import TASKS, default_settings
 from gflowvlm.run.interruption import INTERRUPTED, sigterm_as_interrupt
 from gflowvlm.run.plain_progress import PLAIN_INTERVAL_S
 from gflowvlm.shared.config_io import override_task
 from gflowvlm.shared.errors import UserError
-from gflowvlm.shared.task_settings import TaskSettings
+from gflowvlm.shared.task_settings import TaskSettings, default_settings, task_names
 
 
 def register(app: typer.Typer) -> None:
@@ -25,7 +24,7 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def demonstrate(
-        task: Annotated[str, typer.Argument(help=f"The task: {', '.join(TASKS)}.")],
+        task: Annotated[str, typer.Argument(help=f"The task: {', '.join(task_names())}.")],
         task_settings: Annotated[
             list[str] | None,
             typer.Argument(

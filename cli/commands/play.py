@@ -17,7 +17,6 @@ from rich.text import Text
 
 from gflowvlm.cli.json_file import write_json_file
 from gflowvlm.envs.base import TaskEnv
-from gflowvlm.envs.registry import TASKS, default_settings
 from gflowvlm.evaluation.playing import (
     Episode,
     ExpertPlayer,
@@ -33,6 +32,7 @@ from gflowvlm.evaluation.playing import (
 from gflowvlm.shared.config_io import override_task
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.response import DONE_TOKEN
+from gflowvlm.shared.task_settings import default_settings, task_names
 
 LISTED_EPISODES = 20
 PICTURE_COLUMNS = 64
@@ -43,7 +43,7 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def play(
-        task: Annotated[str, typer.Argument(help=f"The task: {', '.join(TASKS)}.")],
+        task: Annotated[str, typer.Argument(help=f"The task: {', '.join(task_names())}.")],
         task_settings: Annotated[
             list[str] | None,
             typer.Argument(

@@ -18,9 +18,9 @@ from rich.table import Table
 from gflowvlm.actors.trajectory_files import trajectory_files
 from gflowvlm.cli.json_file import write_json_file
 from gflowvlm.envs.base import SPLITS
-from gflowvlm.envs.registry import TASKS
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.task_settings import task_names
 from gflowvlm.shared.trajectory import SCHEMA_VERSION, TRAJECTORY_SCHEMA, Trajectory, from_arrow
 
 SHOWN = 20
@@ -51,7 +51,7 @@ class Filters:
 
     def check(self) -> None:
         """Raises UserError for a task or split that does not exist."""
-        for option, value, known in (("--task", self.task, TASKS), ("--split", self.split, SPLITS)):
+        for option, value, known in (("--task", self.task, task_names()), ("--split", self.split, SPLITS)):
             if value is not None and value not in known:
                 raise UserError(f"{option} {value!r}: there is no such {option[2:]}; use one of: {', '.join(known)}")
 

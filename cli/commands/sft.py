@@ -96,8 +96,8 @@ def register(app: typer.Typer) -> None:
         --gradient-checkpointing --micro-batch 4 --image-size 336`
         """
         # Imported here: torch and transformers take seconds, and `--help` does not need them.
-        from gflowvlm.envs.registry import default_settings
         from gflowvlm.shared.config_io import override_task
+        from gflowvlm.shared.task_settings import default_settings
         from gflowvlm.warm_starts import supervised
 
         console = Console()

@@ -8,8 +8,8 @@ from PIL import Image
 from gflowvlm.envs.base import TaskEnv
 from gflowvlm.envs.blackjack import cards, prompts, rendering
 from gflowvlm.envs.blackjack.cards import Card
+from gflowvlm.envs.blackjack.settings import BlackjackSettings
 from gflowvlm.shared.response import DONE_TOKEN
-from gflowvlm.shared.task_settings import BlackjackSettings
 from gflowvlm.shared.trajectory import EndReason
 
 HIT, STAND = "hit", "stand"
@@ -39,7 +39,6 @@ class BlackjackEnv(TaskEnv):
         stood: Whether the player has ended the hand by ``stand``.
     """
 
-    task = "blackjack"
     log_reward_floor = math.log(REWARD_FLOOR)
     goal = prompts.GOAL
     answer = prompts.ANSWER

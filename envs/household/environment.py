@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from gflowvlm.envs.base import TaskEnv
-from gflowvlm.envs.household import prompts
+from gflowvlm.envs.household import lexicon, prompts
 from gflowvlm.envs.household.games import (
     SEEN_FOLDER,
     TRAIN_FOLDER,
@@ -19,11 +19,12 @@ from gflowvlm.envs.household.games import (
     official_data,
 )
 from gflowvlm.envs.household.sessions import Session, TextSession
+from gflowvlm.envs.household.settings import AlfworldSettings
 from gflowvlm.envs.household.starter import starter_set
 from gflowvlm.envs.household.tasks import SUB_GOALS, TaskType
 from gflowvlm.shared.instances import EVALUATION_SEEDS
+from gflowvlm.shared.lexicon import Lexicon
 from gflowvlm.shared.response import DONE_TOKEN
-from gflowvlm.shared.task_settings import AlfworldSettings
 from gflowvlm.shared.trajectory import EndReason
 
 GOAL_REWARD = AlfworldSettings.largest_reward
@@ -52,7 +53,6 @@ class AlfworldEnv(TaskEnv):
         game: The game of the current instance.
     """
 
-    task = "alfworld"
     log_reward_floor = math.log(REWARD_FLOOR)
     answer = prompts.ANSWER
     settings: AlfworldSettings
@@ -61,6 +61,15 @@ class AlfworldEnv(TaskEnv):
     def __init__(self, settings: AlfworldSettings | None = None, render_mode: str | None = None) -> None:
         super().__init__(settings if settings is not None else AlfworldSettings(), render_mode)
         self._most_sub_goals = 0
+
+    @classmethod
+    def lexicon(cls) -> Lexicon:
+        """Returns the words of the games' prompts without history, and of all responses.
+
+        Raises:
+            UserError: alfworld is not installed.
+        """
+        return lexicon.lexicon()
 
     @property
     def admissible_actions(self) -> list[str]:
@@ -95,12 +104,6 @@ class AlfworldEnv(TaskEnv):
         for action in self.past_actions:
             other._session.step(action)
         return other
-
-    def target_distribution(self, reward_exponent: float) -> None:
-        """Returns None: the tree of action sequences is too large."""
-
-    def target_success(self, reward_exponent: float) -> None:
-        """Returns None: the tree of action sequences is too large."""
 
     def _start(self, rng: np.random.Generator) -> None:
         self.game = self._game_of(self.instance_seed or 0, self.split)

@@ -11,6 +11,7 @@ from gflowvlm.envs.household.engine import INSTALL
 from gflowvlm.envs.household.prompts import ANSWER, NOTHING, NOWHERE, RULES, wordings
 from gflowvlm.envs.household.tasks import TaskType
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.lexicon import Lexicon
 from gflowvlm.shared.response import DONE_TOKEN
 
 VERBS = ("go to ", "take ", "move ", "open ", "close ", "examine ", "use ", "clean ", "heat ", "cool ", "slice ")
@@ -18,6 +19,17 @@ BARE_COMMANDS = ("help", "inventory", "look")
 BETWEEN = (" from ", " to ", " with ", ", ", ": ")
 MARKS = ("hot ", "cold ", "clean ", "sliced ", "on ")
 """What a thing in hand can be said to be."""
+
+
+def lexicon() -> Lexicon:
+    """Returns the words.
+
+    Raises:
+        UserError: alfworld is not installed.
+    """
+    # The names first: they say what is not installed.
+    found = names()
+    return Lexicon(phrases(), found)
 
 
 def names() -> tuple[str, ...]:

@@ -5,8 +5,8 @@ from PIL import Image
 
 from gflowvlm.envs.base import TaskEnv
 from gflowvlm.envs.numberline import prompts, rendering, target
+from gflowvlm.envs.numberline.settings import NumberLineSettings
 from gflowvlm.shared.response import DONE_TOKEN
-from gflowvlm.shared.task_settings import NumberLineSettings
 from gflowvlm.shared.trajectory import EndReason
 
 
@@ -26,7 +26,6 @@ class NumberLineEnv(TaskEnv):
         current: The number of the current state.
     """
 
-    task = "numberline"
     goal = prompts.GOAL
     answer = prompts.ANSWER
     settings: NumberLineSettings

@@ -7,8 +7,8 @@ from PIL import Image
 
 from gflowvlm.envs.base import TaskEnv
 from gflowvlm.envs.numbersequence import prompts, rendering, sequences
+from gflowvlm.envs.numbersequence.settings import NumberSequenceSettings
 from gflowvlm.shared.response import DONE_TOKEN
-from gflowvlm.shared.task_settings import NumberSequenceSettings
 
 LOG_REWARD = math.log(100.0)
 """log R of a right continuation, nats; everything else is at the floor, R = 1."""
@@ -32,7 +32,6 @@ class NumberSequenceEnv(TaskEnv):
         appended: The numbers that were chosen.
     """
 
-    task = "numbersequence"
     goal = prompts.GOAL
     answer = prompts.ANSWER
     settings: NumberSequenceSettings

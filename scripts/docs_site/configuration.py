@@ -11,14 +11,15 @@ from pydantic.fields import FieldInfo
 from gflowvlm.run.preset_library import PRESETS, load_preset, preset_names
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.settings import Settings
+from gflowvlm.shared.task_settings import TaskSettings, task_names, task_settings_class
 
 INTRODUCTION = """\
 # Configuration
 
 <!-- Made from the code by `make reference`; a test compares. -->
 
-Every setting of a run, from `shared/config.py` and `shared/task_settings.py`. A setting has a dotted key:
-`gflowvlm train learner.steps=100 objective.loss=subtb` changes two. A file has the same keys, nested:
+Every setting of a run, from `shared/config.py` and, for a task, `settings.py` in its folder of `envs/`. A setting has a
+dotted key: `gflowvlm train learner.steps=100 objective.loss=subtb` changes two. A file has the same keys, nested:
 `gflowvlm presets numberline-tiny > my.yaml` writes one with all of them, `gflowvlm train --config my.yaml` reads it,
 and whatever it leaves out has the default of this page.
 
@@ -66,7 +67,9 @@ def _nested(model: type[Settings], dotted: str) -> Iterator[tuple[str, str, type
 
 
 def _models(annotation: object) -> tuple[type[Settings], ...]:
-    """Returns the sections that an annotation stands for: one, several for a choice of tasks, none for a value."""
+    """Returns the sections that an annotation stands for: one, that of each task for any task, none for a value."""
+    if annotation is TaskSettings:
+        return tuple(task_settings_class(name) for name in task_names())
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     models = tuple(o for o in options if isinstance(o, type) and issubclass(o, Settings))
     return models if len(models) == len(options) else ()

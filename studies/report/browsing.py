@@ -14,7 +14,6 @@ from gflowvlm.envs.registry import make_env
 from gflowvlm.run.models import resolve_model
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.response import parse_response
-from gflowvlm.shared.task_settings import AlfworldSettings
 from gflowvlm.shared.trajectory import Step, Trajectory
 from gflowvlm.studies.report.tree import Targets, sampled_tree
 
@@ -75,8 +74,7 @@ def browsing_data(
     by_instance: dict[str, list[Trajectory]] = defaultdict(list)
     for trajectory in trajectories:
         by_instance[trajectory.instance_id].append(trajectory)
-    # ALFWorld has no target that can be had, and its environment would look for games, or even make some.
-    known = not isinstance(config.task, AlfworldSettings)
+    known = config.task.exact_target
     targets = Targets(make_env(config.task), config.target.reward_exponent) if known else None
     trees = []
     for played in by_instance.values():

@@ -7,8 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from gflowvlm.actors.demonstration_set import DemonstrationRequest, DemonstrationSet
-from gflowvlm.envs.registry import default_settings
-from gflowvlm.shared.task_settings import TaskSettings
+from gflowvlm.shared.task_settings import TaskSettings, default_settings
 from gflowvlm.shared.trajectory import Trajectory, from_arrow, read_parquet, write_parquet
 from gflowvlm.warm_starts.recording import make_demonstrations
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from gflowvlm.actors.sampling import SampleRequest, SampleResponse
 from gflowvlm.envs.base import TaskEnv
+from gflowvlm.envs.numberline.settings import NumberLineSettings
 from gflowvlm.envs.registry import make_env
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.shared.task_settings import NumberLineSettings
 
 
 @dataclass

@@ -17,10 +17,10 @@ from gflowvlm.actors.environment_hosts import EnvironmentHosts
 from gflowvlm.actors.environments import EnvironmentLostError, LocalEnvironment
 from gflowvlm.actors.episode import play_group
 from gflowvlm.actors.groups import GroupRequest, PlaySettings
+from gflowvlm.envs.numberline.settings import NumberLineSettings
 from gflowvlm.envs.registry import make_env
 from gflowvlm.learner.tiny_policy import build_processor
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.shared.task_settings import NumberLineSettings
 from tests.actors.scripted import Texts
 
 PLAY = PlaySettings(group_size=3, temperature=1.0, max_tokens=64, expert_on_failure=True)
@@ -128,7 +128,7 @@ def test_a_process_that_does_not_answer_is_replaced() -> None:
 OWNER = """
 import asyncio, os, sys
 from gflowvlm.actors.environment_hosts import EnvironmentHosts
-from gflowvlm.shared.task_settings import NumberLineSettings
+from gflowvlm.envs.numberline.settings import NumberLineSettings
 
 if __name__ == "__main__":
     hosts = EnvironmentHosts(NumberLineSettings(), 1)

@@ -17,12 +17,12 @@ from gflowvlm.actors.groups import GroupRequest, PlaySettings, index_of_group, n
 from gflowvlm.actors.sampling import SampleRequest, SampleResponse, SamplerUnavailableError
 from gflowvlm.actors.transformers_sampler import TransformersSampler
 from gflowvlm.envs.numberline.environment import NumberLineEnv
+from gflowvlm.envs.numberline.settings import NumberLineSettings
 from gflowvlm.envs.registry import make_env
 from gflowvlm.learner.tiny_policy import build_processor, build_tiny_policy
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.response import DONE_TOKEN
-from gflowvlm.shared.task_settings import NumberLineSettings
 from gflowvlm.shared.trajectory import EndReason, Validity, from_arrow, to_record_batch
 from tests.actors.scripted import Player, Texts
 

@@ -22,10 +22,10 @@ from gflowvlm.actors.groups import GroupRequest, GroupSummary
 from gflowvlm.actors.policy_client import PolicyServerError
 from gflowvlm.actors.rollout_worker import ReplayBufferError, RolloutWorker, append_group
 from gflowvlm.actors.sampling import UnknownVersionError
+from gflowvlm.envs.numberline.settings import NumberLineSettings
 from gflowvlm.learner.tiny_policy import build_processor
 from gflowvlm.shared.config import RolloutSettings, RunConfig
 from gflowvlm.shared.errors import UserError
-from gflowvlm.shared.task_settings import NumberLineSettings
 from gflowvlm.shared.trajectory import EndReason, from_arrow, to_record_batch
 from tests.actors.local_ray import local_ray
 from tests.actors.made_trajectories import make_group

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from gflowvlm.cli.commands import play
 from gflowvlm.envs.base import TaskEnv
 from gflowvlm.envs.numberline.environment import NumberLineEnv
+from gflowvlm.envs.numberline.settings import NumberLineSettings
 from gflowvlm.evaluation.playing import Episode, ExpertPlayer, Move, RandomPlayer, named_policy, play_episodes
 from gflowvlm.learner.tiny_policy import build_tiny_policy
 from gflowvlm.run.folder import RunFolder
@@ -28,7 +29,6 @@ from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.config_io import apply_overrides, dump_config, load_config, parse_config
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.response import DONE_TOKEN
-from gflowvlm.shared.task_settings import NumberLineSettings
 from gflowvlm.shared.trajectory import EndReason
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,8 +13,8 @@ from gymnasium.envs.toy_text.blackjack import BlackjackEnv as GymnasiumBlackjack
 from gflowvlm.envs.blackjack import cards, rendering
 from gflowvlm.envs.blackjack.cards import RANKS, SUITS, Card
 from gflowvlm.envs.blackjack.environment import BlackjackEnv
+from gflowvlm.envs.blackjack.settings import BlackjackSettings
 from gflowvlm.shared.response import DONE_TOKEN, parse_response
-from gflowvlm.shared.task_settings import BlackjackSettings
 from gflowvlm.shared.trajectory import EndReason
 
 

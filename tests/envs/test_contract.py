@@ -1,6 +1,8 @@
 """What every task promises, whatever it is about."""
 
+import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +13,10 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from gflowvlm.envs.base import INVALID_OUTCOME, TaskEnv
-from gflowvlm.envs.registry import default_settings
+from gflowvlm.envs.registry import environment_class, gymnasium_id
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.response import DONE_TOKEN, parse_response
+from gflowvlm.shared.task_settings import default_settings, task_names
 from gflowvlm.shared.trajectory import EndReason
 from tests.envs.contract import HOSTILE, PROBE, TASKS, enumerated, made, remembered, wild_responses
 
@@ -32,9 +35,9 @@ def walk(env: TaskEnv, seed: int, split: str, steps: int) -> None:
             env.step(after.past_actions[-1])
 
 
-@pytest.mark.parametrize("name", TASKS.values())
-def test_gymnasium_accepts_the_environment(name: str, recwarn: pytest.WarningsRecorder) -> None:
-    env = gymnasium.make(f"gflowvlm/{name}-v0", render_mode="rgb_array")
+@every_task
+def test_gymnasium_accepts_the_environment(task: str, recwarn: pytest.WarningsRecorder) -> None:
+    env = gymnasium.make(gymnasium_id(task), render_mode="rgb_array")
     check_env(env.unwrapped)
     assert [str(w.message) for w in recwarn if issubclass(w.category, UserWarning)] == []
 
@@ -225,3 +228,38 @@ def test_an_unknown_split_or_task_is_one_clear_line(task: str) -> None:
         made(task).reset(seed=0, options={"split": "test"})
     with pytest.raises(UserError, match=rf"task 'chess'.*{task}"):
         default_settings("chess")
+
+
+@pytest.mark.parametrize("task", task_names())
+def test_what_a_task_declares_is_its_own(task: str) -> None:
+    settings = default_settings(task)
+    env = environment_class(settings)()
+    assert type(env.settings) is type(settings)
+    assert env.settings == settings
+    assert env.task == task
+    assert type(settings).largest_reward > 0
+    assert type(settings).measured_on
+    for_reading = settings.for_reading()
+    assert type(settings).model_validate(for_reading.model_dump()) == for_reading
+    folder = Path(inspect.getfile(type(settings))).parent
+    assert folder == Path(inspect.getfile(type(env))).parent
+    assert folder.parent == ROOT / "envs"
+
+
+@every_task
+def test_no_reward_exceeds_the_largest_that_the_task_declares(task: str) -> None:
+    env = made(task)
+    largest = type(env.settings).largest_reward
+    for seed in range(20):
+        env.reset(seed=seed, options={"split": ("id", "ood")[seed % 2]})
+        while env.end is None:
+            assert abs(env.advance(env.expert_action())) <= largest
+
+
+@every_task
+def test_the_tokenizer_of_the_tasks_has_all_words_of_prompt_and_responses(task: str) -> None:
+    env = made(task)
+    words = set(re.findall(r"[A-Za-z]+", " ".join(type(env.settings).tokenizer_texts)))
+    env.reset(seed=3)
+    said = [env.prompt(), *(text for action in env.admissible_actions for text in env.demonstrations(action))]
+    assert set(re.findall(r"[A-Za-z]+", " ".join(said).replace(DONE_TOKEN, ""))) - words - {"State", "picture"} == set()

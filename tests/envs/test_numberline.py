@@ -11,9 +11,9 @@ from PIL import Image
 
 from gflowvlm.envs.base import TaskEnv
 from gflowvlm.envs.numberline.environment import NumberLineEnv
+from gflowvlm.envs.numberline.settings import NumberLineSettings
 from gflowvlm.envs.registry import make_env
 from gflowvlm.shared.response import DONE_TOKEN, parse_response
-from gflowvlm.shared.task_settings import NumberLineSettings
 from gflowvlm.shared.trajectory import EndReason
 
 

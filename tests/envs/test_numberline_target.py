@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from gflowvlm.envs.numberline.environment import NumberLineEnv
+from gflowvlm.envs.numberline.settings import NumberLineSettings
 from gflowvlm.shared.response import DONE_TOKEN
-from gflowvlm.shared.task_settings import NumberLineSettings
 
 
 def enumerated(env: NumberLineEnv, seed: int, split: str, beta: float) -> dict[str, float]:

@@ -8,8 +8,8 @@ from pydantic import ValidationError
 
 from gflowvlm.envs.numbersequence import rendering, sequences
 from gflowvlm.envs.numbersequence.environment import NumberSequenceEnv
+from gflowvlm.envs.numbersequence.settings import NumberSequenceSettings
 from gflowvlm.shared.response import DONE_TOKEN, parse_response
-from gflowvlm.shared.task_settings import NumberSequenceSettings
 from gflowvlm.shared.trajectory import EndReason
 from tests.envs.contract import endings
 

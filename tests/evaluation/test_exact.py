@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from gflowvlm.envs.base import TaskEnv
+from gflowvlm.envs.blackjack.settings import BlackjackSettings
+from gflowvlm.envs.numberline.settings import NumberLineSettings
+from gflowvlm.envs.numbersequence.settings import NumberSequenceSettings
 from gflowvlm.envs.registry import make_env
 from gflowvlm.evaluation.action_tree import MAX_STATES, expand_tree, tree_size
 from gflowvlm.evaluation.exact import (
@@ -21,7 +24,6 @@ from gflowvlm.learner.scoring import Scorer
 from gflowvlm.learner.tiny_policy import build_tiny_policy
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.response import DONE_TOKEN, format_response, parse_response, token_spans
-from gflowvlm.shared.task_settings import BlackjackSettings, NumberLineSettings, NumberSequenceSettings
 
 BETA = 3.0
 SAMPLES = 2

@@ -3,7 +3,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from gflowvlm.envs.blackjack.settings import BlackjackSettings
 from gflowvlm.envs.numberline.environment import NumberLineEnv
+from gflowvlm.envs.numbersequence.settings import NumberSequenceSettings
 from gflowvlm.envs.registry import make_env
 from gflowvlm.evaluation.figures import (
     EvaluationPlan,
@@ -16,7 +18,6 @@ from gflowvlm.evaluation.figures import (
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.metrics import EVALUATION_METRICS
 from gflowvlm.shared.response import DONE_TOKEN
-from gflowvlm.shared.task_settings import BlackjackSettings, NumberSequenceSettings
 from gflowvlm.shared.trajectory import EndReason, Step, Trajectory, Validity
 
 CONFIG = RunConfig()

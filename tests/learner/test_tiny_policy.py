@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from gflowvlm.learner.tiny_policy import Lexicon, build_lexicon_tokenizer, build_tiny_policy
+from gflowvlm.learner.tiny_policy import build_lexicon_tokenizer, build_tiny_policy
+from gflowvlm.shared.lexicon import Lexicon
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.response import format_response, parse_response, token_spans
 

@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gflowvlm.envs.blackjack.settings import BlackjackSettings
+from gflowvlm.envs.numberline.settings import NumberLineSettings
+from gflowvlm.envs.numbersequence.settings import NumberSequenceSettings
 from gflowvlm.envs.registry import make_env
 from gflowvlm.learner.sft import SftExample
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.response import DONE_TOKEN, parse_response
-from gflowvlm.shared.task_settings import BlackjackSettings, NumberLineSettings, NumberSequenceSettings, TaskSettings
+from gflowvlm.shared.task_settings import TaskSettings
 from gflowvlm.warm_starts.demonstrations import (
     Demonstrations,
     RecordedExamples,

@@ -8,10 +8,11 @@ import pytest
 
 from gflowvlm.actors.demonstration_set import DemonstrationRequest, DemonstrationSet
 from gflowvlm.envs.household.generation import generate, specs
-from gflowvlm.envs.registry import default_settings, make_env
+from gflowvlm.envs.registry import make_env
 from gflowvlm.run.folder_lock import LOCK, folder_lock
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.response import parse_response
+from gflowvlm.shared.task_settings import default_settings
 from gflowvlm.shared.trajectory import EndReason, Validity
 from gflowvlm.warm_starts import recording
 from gflowvlm.warm_starts.recording import make_demonstrations

@@ -8,7 +8,7 @@ import pytest
 
 from gflowvlm.envs.household.environment import AlfworldEnv
 from gflowvlm.envs.household.generation import generate, specs
-from gflowvlm.shared.task_settings import AlfworldSettings
+from gflowvlm.envs.household.settings import AlfworldSettings
 
 
 @pytest.fixture(scope="session")

@@ -14,13 +14,13 @@ from gymnasium.utils.env_checker import check_env
 
 import gflowvlm
 from gflowvlm.envs.household.environment import AlfworldEnv
+from gflowvlm.envs.household.settings import AlfworldSettings
 from gflowvlm.envs.household.tasks import SUB_GOALS, TaskType
-from gflowvlm.envs.registry import default_settings
 from gflowvlm.envs.registry import make_env as make_registered
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.instances import DEMONSTRATION_SEEDS, EVALUATION_SEEDS, TRAINING_SEEDS
 from gflowvlm.shared.response import DONE_TOKEN, parse_response
-from gflowvlm.shared.task_settings import AlfworldSettings
+from gflowvlm.shared.task_settings import default_settings
 from gflowvlm.shared.trajectory import EndReason
 
 MakeEnv = Callable[..., AlfworldEnv]
@@ -346,7 +346,7 @@ def test_random_players_meet_no_exception_and_consistent_records(make_env: MakeE
 PROBE = """
 import hashlib, json, sys
 from gflowvlm.envs.household.environment import AlfworldEnv
-from gflowvlm.shared.task_settings import AlfworldSettings
+from gflowvlm.envs.household.settings import AlfworldSettings
 env, seen = AlfworldEnv(AlfworldSettings(games=sys.argv[1])), []
 for seed in (0, 5):
     for split in ("id", "ood"):

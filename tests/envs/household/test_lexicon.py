@@ -9,13 +9,13 @@ import pytest
 from gflowvlm.envs.household import lexicon
 from gflowvlm.envs.household.environment import AlfworldEnv
 from gflowvlm.envs.household.tasks import TaskType
-from gflowvlm.learner.tiny_policy import Lexicon, build_lexicon_tokenizer
+from gflowvlm.learner.tiny_policy import build_lexicon_tokenizer
 from gflowvlm.shared.response import DONE_TOKEN, parse_response
 
 
 @pytest.fixture(scope="module")
 def tokenizer(games_root: object) -> Any:
-    return build_lexicon_tokenizer(Lexicon(lexicon.phrases(), lexicon.names()))
+    return build_lexicon_tokenizer(lexicon.lexicon())
 
 
 @pytest.mark.parametrize("task_type", TaskType)

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from gflowvlm.envs.numberline.environment import NumberLineEnv
-from gflowvlm.envs.registry import default_settings, make_env
+from gflowvlm.envs.numberline.settings import NumberLineSettings
+from gflowvlm.envs.registry import make_env
 from gflowvlm.shared.response import DONE_TOKEN
-from gflowvlm.shared.task_settings import NumberLineSettings
+from gflowvlm.shared.task_settings import default_settings
 from gflowvlm.studies.report import tree
 from gflowvlm.studies.report.tree import Target, Targets, action_probability, sampled_tree, target_flows
 from tests.studies.report.played import numberline_group
