@@ -46,7 +46,7 @@ def test_a_configuration_that_names_no_task_is_numberlines() -> None:
     ("task", "message"),
     [
         ({"n_max": 0}, r"task\.n_max = 0"),
-        ({"name": "blackjack", "n_max": 3}, r"unknown key 'task\.n_max'; `gflowvlm presets"),
+        ({"name": "blackjack", "n_max": 3}, r"unknown key 'task\.n_max'(?!.*'task\.n_max')"),
         ({"name": "alfworld", "gmaes": 3}, r"unknown key 'task\.gmaes'; did you mean 'task\.games'\?"),
         ({"name": "numbersequence", "choices": 1}, r"task\.choices = 1"),
         ({"name": "chess"}, r"task\.name = 'chess'.*numberline, blackjack, numbersequence, alfworld"),
@@ -145,9 +145,7 @@ def test_two_tasks_cannot_have_one_name() -> None:
 
 def test_only_its_own_command_knows_a_task_from_outside() -> None:
     folders = {Path(inspect.getfile(task_settings_class(task))).parent.name for task in task_names()}
-    rooms = [
-        path for path in (ROOT / "gflowvlm").iterdir() if path.is_dir() and path.name not in ("envs", "__pycache__")
-    ]
+    rooms = [path for path in (ROOT / "gflowvlm").iterdir() if path.is_symlink() and path.name != "envs"]
     found = {
         str(file.relative_to(room.parent))
         for room in rooms

@@ -19,9 +19,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gflowvlm.envs.registry import default_settings, make_env
+from gflowvlm.envs.registry import make_env
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.log import read_rows
+from gflowvlm.shared.task_settings import default_settings
 from tests.packaging.builds import PACKAGE, PIP, ROOMS, run_in
 from tests.whole_runs import MARK, assert_nothing_is_left, wait_for
 
