@@ -12,7 +12,7 @@ DOCS_STAMP := .venv/.set-up-docs
 # A file's tests stay together, in the order in which tests/conftest.py has put them.
 TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
 # The folders, not the links to them in gflowvlm/.
-SOURCES := gflowvlm/*.py shared envs actors learner run evaluation warm_starts cluster studies cli tests scripts
+SOURCES := gflowvlm/*.py shared envs actors learner run evaluation warm_starts cluster studies api cli tests scripts
 
 .DEFAULT_GOAL := help
 .PHONY: help setup alfworld train test test-fast lint audit format docs reference bench chaos compare-torchgfn

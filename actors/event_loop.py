@@ -9,6 +9,9 @@ _Result = TypeVar("_Result")
 
 STOP_TIMEOUT_S = 5.0
 
+CANCEL_TIMEOUT_S = 60.0
+"""How long work that was cancelled may take to end."""
+
 
 class EventLoopThread:
     """An event loop running in a thread of its own until it is closed.
@@ -47,3 +50,30 @@ class EventLoopThread:
         """Ends the loop and its thread."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=STOP_TIMEOUT_S)
+
+
+def run_to_end(work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Returns what the coroutine returns, as `asyncio.run` does, also where this thread runs a loop (a notebook).
+
+    Ctrl-C cancels it, and what it does to end in order is waited for.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    ended = threading.Event()
+
+    async def noted() -> _Result:
+        try:
+            return await work
+        finally:
+            ended.set()
+
+    loop = EventLoopThread("run-to-end")
+    try:
+        return loop.run(noted())
+    except KeyboardInterrupt:
+        ended.wait(timeout=CANCEL_TIMEOUT_S)
+        raise
+    finally:
+        loop.close()

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -30,6 +31,7 @@ from gflowvlm.cli.commands import (
 from gflowvlm.cluster.launch.process_environment import prepare_process
 from gflowvlm.run.interruption import INTERRUPTED
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.version import version
 
 app = typer.Typer(
     name="gflowvlm",
@@ -62,6 +64,22 @@ for command in (
     doctor,
 ):
     command.register(app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gflowvlm {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the release and exit.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Holds the options that stand before a command."""
 
 
 def main() -> None:

@@ -6,6 +6,9 @@ from typing import Any
 
 from gflowvlm.run.log import Row
 
+SIZE = (13, 4)
+"""Width and height of the picture, inches."""
+
 
 def draw_learning_curve(rows: Sequence[Row], path: Path, title: str) -> None:
     """Writes success (evaluated and of the batches), diversity and distribution match, and loss as a PNG.
@@ -15,10 +18,22 @@ def draw_learning_curve(rows: Sequence[Row], path: Path, title: str) -> None:
         path: Where to write; replaced atomically.
         title: Title of the picture.
     """
-    pyplot = headless_pyplot()
+    figure = headless_pyplot().figure(figsize=SIZE, layout="constrained")
+    plot_learning_curve(rows, title, figure)
+    save_picture(figure, path)
+
+
+def plot_learning_curve(rows: Sequence[Row], title: str, figure: Any) -> None:
+    """Draws the same onto a figure of matplotlib's.
+
+    Args:
+        rows: The run's log (`read_rows`).
+        title: Title of the picture.
+        figure: An empty figure, best of `SIZE` and with the layout ``constrained``.
+    """
     steps = [r for r in rows if r["kind"] == "step"]
     evaluations = [r for r in rows if r["kind"] == "evaluation" and r["split"] == "id"]
-    figure, (success, match, loss) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    success, match, loss = figure.subplots(1, 3)
     figure.suptitle(title)
 
     if steps:
@@ -42,7 +57,8 @@ def draw_learning_curve(rows: Sequence[Row], path: Path, title: str) -> None:
             match.legend(loc="lower right", fontsize=8)
         match.set_ylim(bottom=0)
     success.set(ylim=(0, 1.02), xlabel="learner step", title="success")
-    success.legend(loc="lower right", fontsize=8)
+    if steps or evaluations:
+        success.legend(loc="lower right", fontsize=8)
     match.set(xlabel="learner step", title="diversity and distribution match", ylabel="distinct solutions")
     if steps:
         loss.plot(_column(steps, "step"), _column(steps, "loss"))
@@ -51,8 +67,6 @@ def draw_learning_curve(rows: Sequence[Row], path: Path, title: str) -> None:
         if all(row["loss"] > 0 for row in steps):
             loss.set_yscale("log")
     loss.set(xlabel="learner step", title="loss")
-
-    save_picture(figure, path)
 
 
 def headless_pyplot() -> Any:

@@ -10,6 +10,7 @@ from rich.progress import Progress
 
 from gflowvlm.actors.environments import LocalEnvironment
 from gflowvlm.actors.episode import PlayedGroup, ResponseSource, play_group
+from gflowvlm.actors.event_loop import run_to_end
 from gflowvlm.actors.groups import GroupRequest, PlaySettings
 from gflowvlm.actors.samplers import make_sampler
 from gflowvlm.actors.sampling import (
@@ -90,7 +91,7 @@ def evaluate_run(
 
     console.print(f"starting the {engine} sampler")
     try:
-        sampled, greedy = asyncio.run(play())
+        sampled, greedy = run_to_end(play())
     except SamplerUnavailableError as error:
         raise UserError(f"{directory}: {error}; what it said stands above. Evaluate again") from None
     return evaluate_trajectories(

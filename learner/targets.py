@@ -59,6 +59,7 @@ import torch
 from torch import Tensor
 
 from gflowvlm.learner.heads import HEAD_OF_LOSS, HeadKind, first_estimates
+from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.trajectory import EndReason, Step, Trajectory
 
 STATE_WISE = frozenset({"db", "subtb"})
@@ -84,6 +85,18 @@ class Target:
     cut_is_terminal: bool
     loss: str
     log_reward_floor: float = -math.inf
+
+    @classmethod
+    def of(cls, config: RunConfig, loss: str | None = None) -> Target:
+        """Returns the target of a run, for its own loss or another."""
+        return cls(
+            reward_exponent=config.target.reward_exponent,
+            log_reward_floor=config.target.log_reward_floor,
+            reference_weight=config.target.reference_weight,
+            cot_weight=config.policy.cot_weight,
+            cut_is_terminal=config.target.truncation == "terminal",
+            loss=config.objective.loss if loss is None else loss,
+        )
 
     @property
     def head(self) -> HeadKind | None:

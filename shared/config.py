@@ -256,7 +256,16 @@ class ScalingSettings(Settings):
 
 
 class RunConfig(Settings):
-    """A whole run."""
+    """A whole run.
+
+    Frozen; its sections are attributes, and docs/configuration.md lists all settings with their bounds.
+    `gflowvlm.load_config` makes one from a preset, a file or a mapping and says mistakes in one line.
+
+    Example:
+        >>> config = gflowvlm.RunConfig(name="mine", objective={"loss": "subtb"})
+        >>> config.objective.loss, config.learner.steps, config.on_policy
+        ('subtb', 60, False)
+    """
 
     name: str = Field(
         "numberline-tiny", min_length=1, max_length=80, description="First part of the default run folder's name."

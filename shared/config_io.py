@@ -1,7 +1,7 @@
 """Reading and writing run configurations: YAML, presets, dotted overrides; and a task's settings on a command line."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,13 +49,19 @@ def apply_overrides(settings: dict[str, Any], overrides: Iterable[str]) -> dict[
             value = _number_or(yaml.safe_load(text))
         except yaml.YAMLError:
             raise UserError(f"override {override!r}: the value is not valid YAML") from None
-        *sections, key = dotted.strip().split(".")
-        target = result
-        for section in sections:
-            target = target.setdefault(section, {})
-            if not isinstance(target, dict):
-                raise UserError(f"override {override!r}: {section!r} is a value, not a section")
-        target[key] = value
+        _set(result, dotted.strip(), value, f"override {override!r}")
+    return result
+
+
+def apply_changes(settings: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings with values set by dotted keys (``{"learner.steps": 10}``).
+
+    Raises:
+        UserError: A key reaches through a value that is no section.
+    """
+    result: dict[str, Any] = _copied(settings)
+    for dotted, value in changes.items():
+        _set(result, dotted, value, f"setting {dotted!r}")
     return result
 
 
@@ -104,6 +110,16 @@ def _known(settings: dict[str, Any]) -> dict[str, Any]:
     name = task.get("name") if isinstance(task, dict) else None
     chosen = {"task": default_settings(name)} if name in task_names() else {}
     return RunConfig.model_validate(chosen).model_dump()
+
+
+def _set(settings: dict[str, Any], dotted: str, value: Any, said: str) -> None:
+    *sections, key = dotted.split(".")
+    target = settings
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise UserError(f"{said}: {section!r} is a value, not a section")
+    target[key] = value
 
 
 def _copied(settings: dict[str, Any]) -> dict[str, Any]:

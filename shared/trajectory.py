@@ -93,6 +93,13 @@ class Trajectory:
         success: Whether the final state solves the task.
         outcome: Name of the final outcome (what the distribution match is measured over).
         expert: Whether the expert, not the policy, made it.
+
+    Example:
+        >>> trajectory = gflowvlm.Run(path).trajectories(success=True, expert=False).newest(1)[0]
+        >>> trajectory.actions[-1]  # the last response's, the stop action
+        '[DONE]'
+        >>> len(trajectory.log_rewards) == trajectory.length + 1
+        True
     """
 
     trajectory_id: str

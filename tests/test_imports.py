@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "warm_starts": {"shared", "envs", "run", "actors", "learner"},
     "cluster": {"shared", "envs", "run", "actors", "learner", "evaluation"},
     "studies": {"shared", "envs", "run", "actors", "learner", "evaluation", "warm_starts", "cluster"},
-    "cli": {"shared", "envs", "run", "actors", "learner", "evaluation", "warm_starts", "cluster", "studies"},
+    "api": {"shared", "envs", "run", "actors", "learner", "evaluation", "cluster", "studies"},
+    "cli": {"shared", "envs", "run", "actors", "learner", "evaluation", "warm_starts", "cluster", "studies", "api"},
 }
 """The rooms, from the bottom up: what each may import of ours, besides itself."""
 OURS = tuple(MAY_IMPORT)

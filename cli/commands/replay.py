@@ -1,127 +1,21 @@
 """`gflowvlm replay`: what a run's rollout workers and experts have played."""
 
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gflowvlm.actors.trajectory_files import trajectory_files
+from gflowvlm.api.trajectories import Filters, Trajectories
 from gflowvlm.cli.json_file import write_json_file
-from gflowvlm.envs.base import SPLITS
-from gflowvlm.run.folder import RunFolder
-from gflowvlm.shared.errors import UserError
-from gflowvlm.shared.task_settings import task_names
-from gflowvlm.shared.trajectory import SCHEMA_VERSION, TRAJECTORY_SCHEMA, Trajectory, from_arrow
+from gflowvlm.shared.trajectory import Trajectory
 
 SHOWN = 20
 """Trajectories on the screen without `--limit`."""
-
-
-@dataclass(frozen=True)
-class Filters:
-    """Which trajectories are wanted; None leaves a property open.
-
-    Attributes:
-        success: Whether they solved the task.
-        expert: Whether the expert made them.
-        task: Name of the task.
-        split: ``id`` or ``ood``.
-        version: A policy version that answered at least one of their steps.
-        min_version: The oldest policy version that may have answered a step.
-        group: Group id, or group index as digits.
-    """
-
-    success: bool | None = None
-    expert: bool | None = None
-    task: str | None = None
-    split: str | None = None
-    version: int | None = None
-    min_version: int | None = None
-    group: str | None = None
-
-    def check(self) -> None:
-        """Raises UserError for a task or split that does not exist."""
-        for option, value, known in (("--task", self.task, task_names()), ("--split", self.split, SPLITS)):
-            if value is not None and value not in known:
-                raise UserError(f"{option} {value!r}: there is no such {option[2:]}; use one of: {', '.join(known)}")
-
-    def expression(self) -> ds.Expression | None:
-        """Returns the part that Parquet can filter by itself."""
-        wanted = {"success": self.success, "expert": self.expert, "task": self.task, "split": self.split}
-        terms = [ds.field(name) == value for name, value in wanted.items() if value is not None]
-        if self.group is not None:
-            by_index = self.group.isdecimal()
-            name = ds.field("group_id")
-            terms.append(pc.starts_with(name, pattern=f"g{int(self.group):08d}-") if by_index else name == self.group)
-        if len(terms) == 0:
-            return None
-        whole = terms[0]
-        for term in terms[1:]:
-            whole = whole & term
-        return whole
-
-    def by_version(self, batch: pa.RecordBatch) -> Iterator[int]:
-        """Yields the rows of a batch whose steps fit the versions asked for."""
-        if self.version is None and self.min_version is None:
-            yield from range(batch.num_rows)
-            return
-        for row, steps in enumerate(batch["steps"]):
-            versions = steps.values.field("policy_version").to_pylist()
-            named = self.version is None or self.version in versions
-            fresh = self.min_version is None or min(versions, default=-1) >= self.min_version
-            if named and fresh:
-                yield row
-
-
-def find_trajectories(run: Path, filters: Filters, limit: int | None) -> tuple[list[Trajectory], int]:
-    """Returns the newest `limit` trajectories that pass the filters, oldest first, and how many pass in all.
-
-    Raises:
-        UserError: No such run, no trajectories in it, or a damaged file, which the message names.
-    """
-    filters.check()
-    dataset = _open(run)
-    found: deque[pa.RecordBatch] = deque(maxlen=limit)
-    passed = 0
-    try:
-        for batch in dataset.to_batches(filter=filters.expression()):
-            for row in filters.by_version(batch):
-                found.append(batch.slice(row, 1))
-                passed += 1
-        return from_arrow(pa.Table.from_batches(found, schema=TRAJECTORY_SCHEMA)), passed
-    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
-        raise UserError(f"{run}: its trajectories cannot be read ({_one_line(error)})") from None
-
-
-def _open(run: Path) -> ds.Dataset:
-    folder = RunFolder(run).trajectories
-    if not run.is_dir():
-        raise UserError(f"run {str(run)!r}: there is no such folder; give the folder of a run or of demonstrations")
-    if not folder.is_dir():
-        raise UserError(f"run {str(run)!r}: it holds no trajectories ({folder} does not exist)")
-    dataset = ds.dataset([str(file) for file in trajectory_files(folder)], schema=TRAJECTORY_SCHEMA, format="parquet")
-    for fragment in dataset.get_fragments():
-        try:
-            schema = fragment.physical_schema
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(
-                f"{fragment.path}: not a readable trajectory file ({_one_line(error)}); remove or restore it"
-            ) from None
-        if not schema.equals(TRAJECTORY_SCHEMA):
-            raise UserError(
-                f"{fragment.path}: not in the trajectory schema version {SCHEMA_VERSION}; made by another release?"
-            )
-    return dataset
 
 
 def register(app: typer.Typer) -> None:
@@ -154,8 +48,10 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """List the trajectories of a run, or of a set of demonstrations, the newest last."""
         filters = Filters(success, expert, task, split, version, min_version, group)
+        selected = Trajectories(run, filters)
+        passed = len(selected)
         wanted = limit if limit is not None or json_file is not None else SHOWN
-        trajectories, passed = find_trajectories(run, filters, wanted)
+        trajectories = list(selected) if wanted is None else selected.newest(wanted)
         if json_file is not None:
             write_json_file({"matching": passed, "trajectories": [as_json(t) for t in trajectories]}, json_file)
         console = Console()
@@ -221,7 +117,3 @@ def _show(console: Console, trajectory: Trajectory) -> None:
 def _plain(text: str) -> str:
     """Returns model output that is safe to print: no markup, no terminal control characters."""
     return escape("".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -20,6 +20,7 @@ COPY evaluation evaluation
 COPY warm_starts warm_starts
 COPY cluster cluster
 COPY studies studies
+COPY api api
 COPY cli cli
 RUN --mount=type=cache,target=/root/.cache/pip python3.11 scripts/set_up.py --engine cpu
 

@@ -26,20 +26,13 @@ class BalanceObjective(Objective):
     """
 
     def __init__(self, config: RunConfig) -> None:
-        objective, target = config.objective, config.target
+        objective = config.objective
         self._loss = partial(LOSSES[objective.loss], residual_clip=objective.residual_clip)
         if objective.loss.endswith("subtb"):
             self._loss = partial(self._loss, subtb_lambda=objective.subtb_lambda)
-        self._target = Target(
-            reward_exponent=target.reward_exponent,
-            log_reward_floor=target.log_reward_floor,
-            reference_weight=target.reference_weight,
-            cot_weight=config.policy.cot_weight,
-            cut_is_terminal=target.truncation == "terminal",
-            loss=objective.loss,
-        )
+        self._target = Target.of(config)
         self.head = self._target.head
-        self.uses_reference = target.reference_weight > 0
+        self.uses_reference = self._target.reference_weight > 0
 
     def first_estimates(self, batch: ScoredBatch) -> Tensor:
         """(K,) nats, by what followed the visited states of each trajectory."""

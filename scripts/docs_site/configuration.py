@@ -35,7 +35,7 @@ def configuration_page() -> str:
     """Returns the page in Markdown."""
     parts = [INTRODUCTION]
     for title, prefix, model in _sections():
-        parts += [f"## {title}\n\n{(model.__doc__ or '').strip()}\n", settings_table(model, prefix)]
+        parts += [f"## {title}\n\n{_summary(model)}\n", settings_table(model, prefix)]
     return "\n".join([*parts, *_presets()])
 
 
@@ -89,6 +89,11 @@ def settings_table(model: type[Settings], prefix: str) -> str:
             says = _cell(field.description or "")
             rows.append(f"| `{prefix}{name}` | {value} | {_value(field.default)} | {says} |")
     return "\n".join(rows) + "\n"
+
+
+def _summary(model: type[Settings]) -> str:
+    """Returns the first paragraph of a section's docstring."""
+    return (model.__doc__ or "").strip().split("\n\n")[0]
 
 
 def _type(annotation: Any) -> str:

@@ -1,0 +1,176 @@
+"""Configurations and training from Python."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gflowvlm.run.folder import RunFolder
+from gflowvlm.run.interruption import INTERRUPTED
+from gflowvlm.run.models import resolve_model
+from gflowvlm.run.preset_library import DEFAULT_PRESET, PRESETS, load_preset, preset_names
+from gflowvlm.run.setup import new_run, open_run
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.config_io import apply_changes, apply_overrides, load_yaml, parse_config
+from gflowvlm.shared.errors import UserError
+from gflowvlm.studies.child_process import run_command
+
+if TYPE_CHECKING:
+    from gflowvlm.api.run import Run
+
+Source = RunConfig | Mapping[str, Any] | str | Path
+"""What a configuration is made from: one, a nested mapping, a preset's name, a YAML file or a run's folder."""
+
+Overrides = Mapping[str, Any] | Iterable[str]
+"""Settings to change: a mapping with dotted keys, or ``section.key=value`` as on the command line."""
+
+SAID_LINES = 20
+"""Last lines of a failed training that its error shows."""
+
+
+def load_config(source: Source = DEFAULT_PRESET, overrides: Overrides = ()) -> RunConfig:
+    """Returns a whole configuration, every setting checked.
+
+    Args:
+        source: A preset's name (`gflowvlm presets` lists them), a YAML file, the folder of a run, a nested mapping,
+            or a configuration. What it leaves out has its default.
+        overrides: Settings to change, with dotted keys.
+
+    Raises:
+        UserError: There is no such preset or file, or a setting is unknown, out of its bounds or does not fit the
+            others; the message names it.
+
+    Example:
+        >>> config = gflowvlm.load_config("numberline-tiny", {"learner.steps": 20, "objective.loss": "subtb"})
+        >>> config.learner.steps, config.objective.subtb_lambda
+        (20, 0.9)
+        >>> gflowvlm.load_config({"task": {"name": "blackjack"}}).task.name
+        'blackjack'
+    """
+    settings, where = _settings(source)
+    return parse_config(_changed(settings, overrides), where)
+
+
+def train(
+    source: Source = DEFAULT_PRESET,
+    overrides: Overrides = (),
+    *,
+    run: Path | str | None = None,
+    progress: bool = True,
+) -> Run:
+    """Trains a policy to the last learner step, and returns the run.
+
+    It is `gflowvlm train` in a process of its own: it can be called several times, from a notebook and from any
+    thread. Ctrl-C (a notebook's stop button) ends the process and leaves a run that `gflowvlm.Run.resume` goes on
+    with; it ends with the process that called it too.
+
+    Args:
+        source: What to train, as in `gflowvlm.load_config`.
+        overrides: Settings to change, with dotted keys.
+        run: Folder of the new run; by default ``runs/NAME-DATE-TIME``.
+        progress: Whether to print what the command says.
+
+    Raises:
+        UserError: The configuration, the machine or the folder does not fit; the message says what to do.
+        KeyboardInterrupt: It was stopped and can go on.
+
+    Example:
+        >>> run = gflowvlm.train(
+        ...     "numberline-tiny",
+        ...     {"learner.steps": 2, "evaluation.instances": 2, "sampler.engine": "transformers"},
+        ...     run=folder,
+        ... )  # doctest: +TRAINS
+        >>> len(run.metrics())  # doctest: +TRAINS
+        2
+    """
+    from gflowvlm.actors.demonstration_set import DemonstrationSet
+    from gflowvlm.shared.policy_inputs import PolicyInputs
+
+    config = load_config(source, overrides)
+    # What would fail minutes later is looked at before there is a folder.
+    PolicyInputs.load(resolve_model(config.policy.model))
+    DemonstrationSet.of_run(config)
+    folder = new_run(config, None if run is None else Path(run).expanduser())
+    return go_on(folder, progress=progress)
+
+
+def go_on(folder: RunFolder, *, progress: bool) -> Run:
+    """Trains a run to its last learner step, from where it stands; see `train`."""
+    from gflowvlm.api.run import Run
+
+    with tempfile.TemporaryDirectory(prefix="gflowvlm-train-") as scratch:
+        log = Path(scratch) / "output"
+        said = _Said(log, progress)
+        status = run_command(["train", "--resume", str(folder.root)], stop=said.more, log=log)
+        said.more()
+    if status == INTERRUPTED:
+        if progress:
+            print(f"interrupted; go on with: gflowvlm.Run({str(folder.root)!r}).resume()")
+        raise KeyboardInterrupt
+    if status != 0:
+        raise UserError(said.reason(status))
+    return Run(folder.root)
+
+
+class _Said:
+    """What the training process has said, printed as it comes."""
+
+    def __init__(self, log: Path, shown: bool) -> None:
+        self._log, self._shown = log, shown
+        self._offset = 0
+        self._lines: list[str] = []
+
+    def more(self) -> bool:
+        """Takes up what was said since the last call; False, for nothing here stops the training."""
+        if self._log.exists():
+            with self._log.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+            whole = data[: data.rfind(b"\n") + 1]
+            self._offset += len(whole)
+            lines = whole.decode(errors="replace").splitlines()
+            self._lines = [*self._lines, *lines][-SAID_LINES:]
+            if self._shown:
+                for line in lines:
+                    print(line)
+                sys.stdout.flush()
+        return False
+
+    def reason(self, status: int) -> str:
+        """Returns why it failed, as one line where the command says so, else with its last lines."""
+        mark = "gflowvlm: "
+        for line in reversed(self._lines):
+            if line.startswith(mark):
+                return line.removeprefix(mark)
+        return "\n".join([f"gflowvlm train ended with status {status}; it said last:", *self._lines])
+
+
+def _settings(source: Source) -> tuple[dict[str, Any], str]:
+    """Returns nested settings, and what to call them in an error.
+
+    Raises:
+        UserError: There is no such preset or file.
+    """
+    if isinstance(source, RunConfig):
+        return source.model_dump(mode="json"), "configuration"
+    if isinstance(source, Mapping):
+        return dict(source), "configuration"
+    path = Path(source).expanduser()
+    if isinstance(source, str) and source in preset_names():
+        return load_yaml(PRESETS / f"{source}.yaml"), f"preset {source!r}"
+    if path.is_dir():
+        return open_run(path)[1].model_dump(mode="json"), str(path)
+    if isinstance(source, Path) or path.suffix in (".yaml", ".yml") or path.is_file():
+        return load_yaml(path), str(path)
+    # Says what there is instead.
+    return load_preset(source).model_dump(mode="json"), source
+
+
+def _changed(settings: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
+    if isinstance(overrides, Mapping):
+        paths_as_text = {k: str(v) if isinstance(v, Path) else v for k, v in overrides.items()}
+        return apply_changes(settings, paths_as_text)
+    return apply_overrides(settings, [overrides] if isinstance(overrides, str) else overrides)
