@@ -29,7 +29,7 @@ from gflowvlm.cli.commands import (
     train,
 )
 from gflowvlm.cluster.launch.process_environment import prepare_process
-from gflowvlm.run.interruption import INTERRUPTED
+from gflowvlm.run.interruption import INTERRUPTED, termination_as_interrupt
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.version import version
 
@@ -83,12 +83,13 @@ def options(
 
 
 def main() -> None:
-    """Runs the command line; a `UserError` is one line on stderr and exit status 2."""
+    """Runs the command line: a `UserError` is one line on stderr and exit status 2; SIGTERM and SIGHUP are Ctrl-C."""
     prepare_process()
     # Remarks on model configurations are not for the user; what goes wrong is said as a UserError.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        app()
+        with termination_as_interrupt():
+            app()
     except UserError as error:
         # As text: a path or a model's answer may hold brackets.
         said = Text.assemble(("gflowvlm:", "red"), f" {error}")

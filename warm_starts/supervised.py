@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import signal
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from gflowvlm.envs.registry import environment_class, make_env
 from gflowvlm.learner.sft import ExampleSource, SftProgress, SftSettings, SftTrainer, load_for_sft, scale_head
 from gflowvlm.learner.tiny_policy import build_tiny_policy
 from gflowvlm.run.folder_lock import folder_lock
-from gflowvlm.run.interruption import handled_by, sigterm_as_interrupt
+from gflowvlm.run.interruption import STOPPING, handled_by, termination_as_interrupt
 from gflowvlm.run.models import resolve_model
 from gflowvlm.run.plain_progress import PLAIN_INTERVAL_S
 from gflowvlm.run.setup import write_whole
@@ -213,7 +212,7 @@ def _figures(trainer: SftTrainer, request: SftRequest, console: Console) -> list
     trainer.network.eval()
     trainer.network.config.use_cache = True
     try:
-        with sigterm_as_interrupt():
+        with termination_as_interrupt():
             return _measured(trainer, request, console)
     except KeyboardInterrupt:
         return None
@@ -275,7 +274,7 @@ class _Display:
 
 @contextmanager
 def _interrupt_flag() -> Iterator[list[int]]:
-    """Collects the first Ctrl-C or SIGTERM, so that a step is never cut in half; the second one interrupts."""
+    """Collects the first Ctrl-C, SIGTERM or SIGHUP, so that a step is never cut in half; the second one interrupts."""
     received: list[int] = []
 
     def remember(number: int, frame: Any) -> None:
@@ -283,7 +282,7 @@ def _interrupt_flag() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    with handled_by(remember, signal.SIGINT, signal.SIGTERM):
+    with handled_by(remember, *STOPPING):
         yield received
 
 

@@ -15,7 +15,7 @@ from gflowvlm.envs.household.generation import FOLDERS, GameSpec, generate, miss
 from gflowvlm.envs.household.scenes import SIZES
 from gflowvlm.envs.household.starter import starter_set
 from gflowvlm.envs.household.tasks import TaskType
-from gflowvlm.run.interruption import INTERRUPTED, sigterm_as_interrupt
+from gflowvlm.run.interruption import INTERRUPTED
 from gflowvlm.shared.errors import UserError
 
 PLAIN_EVERY = 25
@@ -66,18 +66,17 @@ def register(app: typer.Typer) -> None:
         left = missing(folder, wanted)
         if len(left) < len(wanted):
             console.print(f"{len(wanted) - len(left)} of {len(wanted)} games are there already", highlight=False)
-        with sigterm_as_interrupt():
-            try:
-                _generate(console, folder, left, min(workers or os.cpu_count() or 1, max(len(left), 1)))
-            except OSError as error:
-                raise UserError(
-                    f"{folder}: a game cannot be written ({error.strerror or error}); those written stay, and the "
-                    "same command goes on"
-                ) from None
-            except KeyboardInterrupt:
-                told = f"interrupted; finished games stay in {folder}, the same command goes on"
-                console.print(told, highlight=False, markup=False, soft_wrap=True)
-                raise typer.Exit(INTERRUPTED) from None
+        try:
+            _generate(console, folder, left, min(workers or os.cpu_count() or 1, max(len(left), 1)))
+        except OSError as error:
+            raise UserError(
+                f"{folder}: a game cannot be written ({error.strerror or error}); those written stay, and the "
+                "same command goes on"
+            ) from None
+        except KeyboardInterrupt:
+            told = f"interrupted; finished games stay in {folder}, the same command goes on"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
+            raise typer.Exit(INTERRUPTED) from None
         console.print(_table(folder))
 
     @group.command()

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from gflowvlm.cli.option_errors import refuse_overrides
-from gflowvlm.run.interruption import INTERRUPTED, sigterm_as_interrupt
+from gflowvlm.run.interruption import INTERRUPTED
 from gflowvlm.run.preset_library import DEFAULT_PRESET, resolve_config
 from gflowvlm.shared.config import LossName, RunConfig
 from gflowvlm.shared.errors import UserError
@@ -85,7 +85,7 @@ def _compare(console: Console, configs: list[RunConfig], out: Path, exact_instan
         if run.finished and (exact_instances == 0 or exact_of(run) == exact_instances):
             continue
         console.rule(f"run {number} of {len(runs)}: {run.variant}, seed {run.seed}")
-        status = 0 if run.finished else _train(run.folder.root)
+        status = 0 if run.finished else run_command(["train", "--resume", str(run.folder.root)])
         if status == INTERRUPTED:
             console.print("interrupted; the same command goes on", highlight=False)
             raise typer.Exit(INTERRUPTED)
@@ -102,9 +102,3 @@ def _compare(console: Console, configs: list[RunConfig], out: Path, exact_instan
     console.print(write_comparison(runs, out), highlight=False, markup=False, soft_wrap=True)
     told = f"written: {out / TABLE}, {out / RAW}, {out / CURVES}"
     console.print(told, highlight=False, markup=False, soft_wrap=True)
-
-
-def _train(folder: Path) -> int:
-    """Runs a prepared run to its end in a process of its own; returns the exit status."""
-    with sigterm_as_interrupt():
-        return run_command(["train", "--resume", str(folder)])

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gflowvlm.actors.demonstration_set import DemonstrationRequest, DemonstrationSet
 from gflowvlm.cli.option_errors import first_problem
-from gflowvlm.run.interruption import INTERRUPTED, sigterm_as_interrupt
+from gflowvlm.run.interruption import INTERRUPTED
 from gflowvlm.run.plain_progress import PLAIN_INTERVAL_S
 from gflowvlm.shared.config_io import override_task
 from gflowvlm.shared.errors import UserError
@@ -66,13 +66,12 @@ def register(app: typer.Typer) -> None:
             | {"model": model},
         )
         started = time.monotonic()
-        with sigterm_as_interrupt():
-            try:
-                made = _make(console, request, out)
-            except KeyboardInterrupt:
-                told = f"interrupted; what is written stays in {escape(str(out))}, the same command goes on"
-                console.print(told, highlight=False, soft_wrap=True)
-                raise typer.Exit(INTERRUPTED) from None
+        try:
+            made = _make(console, request, out)
+        except KeyboardInterrupt:
+            told = f"interrupted; what is written stays in {escape(str(out))}, the same command goes on"
+            console.print(told, highlight=False, soft_wrap=True)
+            raise typer.Exit(INTERRUPTED) from None
         _say(console, made, time.monotonic() - started)
 
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from gflowvlm.run.interruption import INTERRUPTED, sigterm_as_interrupt
+from gflowvlm.run.interruption import INTERRUPTED
 from gflowvlm.shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -85,13 +85,12 @@ def _prove(console: Console, names: Sequence[str], seeds: int, quick: bool, out:
     cells = [Cell(shortened(case) if quick else case, seed) for case in cases for seed in range(seeds)]
     folder = ProvingFolder(out)
 
-    with sigterm_as_interrupt():
-        try:
-            _train(console, folder, cells)
-        except KeyboardInterrupt:
-            folder.write(cells)
-            console.print(f"interrupted; finished cells are kept in {out}, the same command goes on", highlight=False)
-            raise typer.Exit(INTERRUPTED) from None
+    try:
+        _train(console, folder, cells)
+    except KeyboardInterrupt:
+        folder.write(cells)
+        console.print(f"interrupted; finished cells are kept in {out}, the same command goes on", highlight=False)
+        raise typer.Exit(INTERRUPTED) from None
     console.print(folder.write(cells), highlight=False, soft_wrap=True, markup=False)
     told = f"written: {out / TABLE}, {out / RAW}, {out / CURVES}"
     console.print(told, highlight=False, markup=False, soft_wrap=True)

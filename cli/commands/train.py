@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gflowvlm.run.folder import RunFolder
-from gflowvlm.run.interruption import INTERRUPTED, sigterm_as_interrupt
+from gflowvlm.run.interruption import INTERRUPTED
 from gflowvlm.run.preset_library import DEFAULT_PRESET, resolve_config
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
@@ -95,7 +95,7 @@ def _train(console: Console, folder: RunFolder | None, config: RunConfig, direct
     console.print(f"run folder: {_shown(folder)}", highlight=False)
     started = time.monotonic()
     try:
-        with sigterm_as_interrupt(), run_lock(folder), ray_cluster(config) as dashboard:
+        with run_lock(folder), ray_cluster(config) as dashboard:
             if config.cluster.address is not None:
                 wait_for_room(config, lambda line: console.print(line, highlight=False, soft_wrap=True))
             if config.cluster.dashboard:

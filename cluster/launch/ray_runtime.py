@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 import gflowvlm
 from gflowvlm.cluster.launch.placement import Node, ResourcePlan, amounts, lacking, largest, resource_plan, selectors
 from gflowvlm.cluster.launch.process_environment import PROCESS_ENVIRONMENT
-from gflowvlm.run.interruption import sigterm_as_interrupt
+from gflowvlm.run.interruption import hangup_ignored, termination_as_interrupt
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
 
@@ -32,7 +32,7 @@ _LOOK_S = 1.0
 def ray_cluster(config: RunConfig) -> Iterator[str]:
     """Connects to the configured cluster, or starts a local one; yields the dashboard's address.
 
-    Inside, SIGTERM raises `KeyboardInterrupt`.
+    Inside, SIGTERM and SIGHUP raise `KeyboardInterrupt`.
 
     Raises:
         UserError: The cluster cannot be reached, a port is taken, or a local one cannot have what is asked for.
@@ -42,7 +42,7 @@ def ray_cluster(config: RunConfig) -> Iterator[str]:
     context = _start_local(config) if address is None else _connect(address)
     try:
         # Ray's own handler, set at its start, ends the process with a stack trace a few seconds after SIGTERM.
-        with sigterm_as_interrupt():
+        with termination_as_interrupt():
             yield str(context.dashboard_url)
     finally:
         ray.shutdown()

@@ -17,7 +17,6 @@ from gflowvlm.actors.policy_server import quiet_logging, shutdown_policy_server,
 from gflowvlm.cluster.launch.ray_runtime import dashboard_line, ray_cluster
 from gflowvlm.cluster.serving.application import DEPLOYMENT, application
 from gflowvlm.cluster.serving.served_policy import API_KEY_VARIABLE, ServedPolicy
-from gflowvlm.run.interruption import sigterm_as_interrupt
 from gflowvlm.shared.config import LearnerSettings, RolloutSettings, RunConfig
 from gflowvlm.shared.errors import UserError
 
@@ -73,7 +72,7 @@ class Address:
 
 
 def serve_until_stopped(policy: ServedPolicy, address: Address, console: Console) -> None:
-    """Serves a policy until Ctrl-C or SIGTERM; nothing is left running afterwards.
+    """Serves a policy until Ctrl-C, SIGTERM or SIGHUP; nothing is left running afterwards.
 
     Args:
         policy: What to serve.
@@ -88,7 +87,7 @@ def serve_until_stopped(policy: ServedPolicy, address: Address, console: Console
     policy = replace(policy, config=_own_cluster(policy.config))
     _print_policy(policy, console)
     try:
-        with sigterm_as_interrupt(), ray_cluster(policy.config) as dashboard:
+        with ray_cluster(policy.config) as dashboard:
             try:
                 _start(policy, address)
                 if policy.config.cluster.dashboard:

@@ -110,8 +110,10 @@ def generate(root: Path, wanted: Iterable[GameSpec], workers: int) -> Iterator[P
 
 
 def _begin_worker() -> None:
-    # Ctrl-C reaches the whole process group; the workers finish their game, the parent stops handing out more.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and a closed terminal reach the whole process group; the workers finish their game, the parent stops
+    # handing out more.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

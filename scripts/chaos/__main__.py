@@ -19,7 +19,7 @@ from chaos.schedule import ENGINE, HEAD, NETWORK, PARTS, Kill, Part, schedule
 from chaos.state_store import state_store
 from gflowvlm.cli.json_file import write_json_file
 from gflowvlm.cluster.launch.placement import resource_plan
-from gflowvlm.run.interruption import INTERRUPTED, sigterm_as_interrupt
+from gflowvlm.run.interruption import INTERRUPTED, termination_as_interrupt
 from gflowvlm.run.preset_library import resolve_config
 from gflowvlm.run.setup import new_run
 from gflowvlm.shared.config import RunConfig
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where a proof fails, 2 with a message, 130 after Ctrl-C."""
     options = parse(arguments)
     try:
-        with sigterm_as_interrupt():
+        with termination_as_interrupt():
             return chaos(options)
     except UserError as error:
         print(f"chaos: {error}", file=sys.stderr)

@@ -17,7 +17,7 @@ from gflowvlm.actors.groups import GroupSummary
 from gflowvlm.cluster.driver.training_run import TrainingRun
 from gflowvlm.cluster.launch.ray_runtime import ray_cluster, wait_for_room
 from gflowvlm.run.folder import RunFolder
-from gflowvlm.run.interruption import INTERRUPTED, sigterm_as_interrupt
+from gflowvlm.run.interruption import INTERRUPTED, termination_as_interrupt
 from gflowvlm.run.log import append_row
 from gflowvlm.run.setup import open_run, run_lock
 from gflowvlm.shared.config import RunConfig
@@ -47,7 +47,7 @@ def main(run: str, ledger: str, node: str) -> int:
     connect = partial(ray.init, _node_ip_address=node)
     try:
         folder, config = open_run(Path(run))
-        with sigterm_as_interrupt(), run_lock(folder), patch.object(ray, "init", connect), ray_cluster(config):
+        with termination_as_interrupt(), run_lock(folder), patch.object(ray, "init", connect), ray_cluster(config):
             wait_for_room(config, lambda line: console.print(line, highlight=False, soft_wrap=True))
             RecordedRun(folder, config, console, Path(ledger)).run()
     except KeyboardInterrupt:

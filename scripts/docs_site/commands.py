@@ -16,7 +16,7 @@ INTRODUCTION = """\
 
 What `gflowvlm COMMAND --help` says, for every command. They are in `.venv/bin` after `make setup`. `KEY=VALUE` is a
 setting of the [configuration](configuration.md). Exit status: 0 done, 1 a check that did not pass, 2 wrong input or a
-machine that cannot do it (one line on stderr says what to do), 130 interrupted by Ctrl-C or SIGTERM.
+machine that cannot do it (one line on stderr says what to do), 130 interrupted by Ctrl-C, SIGTERM or SIGHUP.
 """
 
 

@@ -1,6 +1,5 @@
 """One experiment from its description to its table."""
 
-import signal
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from types import FrameType
 from rich.console import Console
 
 from gflowvlm.run.folder_lock import folder_lock
-from gflowvlm.run.interruption import handled_by
+from gflowvlm.run.interruption import STOPPING, handled_by
 from gflowvlm.shared.errors import UserError
 from gflowvlm.studies.experiments.progress import ExperimentDisplay, expected_minutes
 from gflowvlm.studies.experiments.results import CURVES, PICTURE, RAW, TABLE, write_results
@@ -126,7 +125,7 @@ def _failures(failed: Sequence[Trial]) -> str:
 
 @contextmanager
 def _stop_file() -> Iterator[Path]:
-    """Yields a file that is there from the first Ctrl-C or SIGTERM on; a second one interrupts."""
+    """Yields a file that is there from the first Ctrl-C, SIGTERM or SIGHUP on; a second one interrupts."""
     with tempfile.TemporaryDirectory(prefix="gflowvlm-stop-") as folder:
         stop = Path(folder) / "stop"
 
@@ -135,5 +134,5 @@ def _stop_file() -> Iterator[Path]:
                 raise KeyboardInterrupt
             stop.touch()
 
-        with handled_by(remember, signal.SIGINT, signal.SIGTERM):
+        with handled_by(remember, *STOPPING):
             yield stop
