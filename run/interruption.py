@@ -50,8 +50,8 @@ def handled_by(handler: Callable[[int, FrameType | None], None], *numbers: signa
 def hangup_ignored() -> Iterator[None]:
     """Has processes that are started inside ignore SIGHUP.
 
-    A terminal that is closed sends it to all of them at once, and what a command needs for its orderly end would be gone
-    before the command has begun with it.
+    A terminal that is closed sends it to all of them at once, and what a command needs for its orderly end would be
+    gone before the command has begun with it.
     """
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

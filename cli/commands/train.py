@@ -84,13 +84,16 @@ def _train(console: Console, folder: RunFolder | None, config: RunConfig, direct
     # Imported here so that --help and wrong arguments answer at once.
     from gflowvlm.actors.demonstration_set import DemonstrationSet
     from gflowvlm.cluster.driver.training_run import TrainingRun
-    from gflowvlm.cluster.launch.ray_runtime import dashboard_line, ray_cluster, wait_for_room
+    from gflowvlm.cluster.launch.ray_runtime import check_local_ray, dashboard_line, ray_cluster, wait_for_room
     from gflowvlm.run.models import resolve_model
     from gflowvlm.run.setup import new_run, run_lock
     from gflowvlm.shared.policy_inputs import PolicyInputs
 
     PolicyInputs.load(resolve_model(config.policy.model))
     DemonstrationSet.of_run(config)
+    if config.cluster.address is None:
+        # Before there is a folder.
+        check_local_ray(config)
     folder = new_run(config, directory) if folder is None else folder
     console.print(f"run folder: {_shown(folder)}", highlight=False)
     started = time.monotonic()

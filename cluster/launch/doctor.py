@@ -21,7 +21,9 @@ import psutil
 
 import gflowvlm
 from gflowvlm.cluster.launch.machine import GIB, memory_limit, versions
+from gflowvlm.cluster.launch.ray_folder import check_ray_folder, ray_folder
 from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.errors import UserError
 
 PROBE_TIMEOUT_S = 120.0
 NEEDED_DISK_GIB = 1.0
@@ -173,7 +175,14 @@ def run_checks(config: RunConfig, folder: Path, *, start_ray: bool = False) -> l
         pending = [pool.submit(check) for check in checks]
         found = [f.result() for f in pending]
     probed = [c for result in found for c in ([result] if isinstance(result, Check) else result)]
-    quick = [check_packages(), check_disk(folder), check_memory(), check_shared_memory(config), check_dashboard_port()]
+    quick = [
+        check_packages(),
+        check_disk(folder),
+        check_memory(),
+        check_shared_memory(config),
+        check_folder_of_ray(),
+        check_dashboard_port(),
+    ]
     started = [check_ray_start(config)] if start_ray else []
     return [quick[0], *probed[::-1], *quick[1:], *started]
 
@@ -283,6 +292,16 @@ def check_shared_memory(config: RunConfig) -> Check:
     return Check("/dev/shm", Status.OK, detail)
 
 
+def check_folder_of_ray() -> Check:
+    """Looks whether a local Ray can make its sockets and logs."""
+    try:
+        check_ray_folder()
+    except UserError as error:
+        found, _, advice = str(error).removeprefix("Ray cannot start: ").rpartition("; ")
+        return Check("ray folder", Status.BROKEN, found, advice)
+    return Check("ray folder", Status.OK, f"{ray_folder()} can be used")
+
+
 def check_dashboard_port(port: int = 8265) -> Check:
     """Looks whether the dashboard's usual port is free."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
@@ -299,7 +318,7 @@ def check_ray_start(config: RunConfig) -> Check:
     """Starts a local Ray as a run would, and reads the dashboard with Ray's token."""
     result = probe(_RAY_START, config.model_dump_json(), timeout_s=120.0)
     if result.code != 0:
-        advice = "see /tmp/ray/session_latest/logs; RAY_AUTH_MODE=disabled if the token is what is refused"
+        advice = f"see {ray_folder()}/session_latest/logs; RAY_AUTH_MODE=disabled if the token is what is refused"
         return Check("ray start", Status.BROKEN, result.error, advice)
     token = "answers with the token only" if result.values["protected"] else "answers without a token"
     return Check("ray start", Status.OK, f"starts; the dashboard at {result.values['url']} {token}")

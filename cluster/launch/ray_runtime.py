@@ -12,12 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 import gflowvlm
+from gflowvlm.cluster.launch.local_ray import start_local_ray
 from gflowvlm.cluster.launch.placement import Node, ResourcePlan, amounts, lacking, largest, resource_plan, selectors
 from gflowvlm.cluster.launch.process_environment import PROCESS_ENVIRONMENT
-from gflowvlm.run.interruption import hangup_ignored, termination_as_interrupt
+from gflowvlm.cluster.launch.ray_folder import check_ray_folder, ray_folder
+from gflowvlm.run.interruption import termination_as_interrupt
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
 
@@ -35,7 +38,8 @@ def ray_cluster(config: RunConfig) -> Iterator[str]:
     Inside, SIGTERM and SIGHUP raise `KeyboardInterrupt`.
 
     Raises:
-        UserError: The cluster cannot be reached, a port is taken, or a local one cannot have what is asked for.
+        UserError: The cluster cannot be reached, a port is taken, a local one cannot start or cannot have what is
+            asked for, or Ray failed inside.
     """
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     address = config.cluster.address
@@ -44,6 +48,12 @@ def ray_cluster(config: RunConfig) -> Iterator[str]:
         # Ray's own handler, set at its start, ends the process with a stack trace a few seconds after SIGTERM.
         with termination_as_interrupt():
             yield str(context.dashboard_url)
+    except RayTaskError:
+        # An error of our own code on a worker.
+        raise
+    except RayError as error:
+        logs = "" if address is not None else f"; its logs are in {ray_folder()}/session_latest/logs"
+        raise UserError(f"Ray has failed ({type(error).__name__}: {_one_line(error)}){logs}") from None
     finally:
         ray.shutdown()
 
@@ -62,21 +72,19 @@ def _connect(address: str) -> ray.runtime_context.RuntimeContext:
             log_to_driver=False,
             runtime_env={"env_vars": connection_environment()},
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cluster.address = {address!r}: cannot connect ({reason})") from None
+    except (RayError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"cluster.address = {address!r}: cannot connect ({_one_line(error)})") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _start_local(config: RunConfig) -> ray.runtime_context.RuntimeContext:
+    check_local_ray(config)
     cluster, plan = config.cluster, resource_plan(config)
-    _check_local(plan)
-    for key in ("dashboard_port", "metrics_port"):
-        port = getattr(cluster, key)
-        if port is not None and not _is_free(port):
-            raise UserError(f"cluster.{key} = {port}: the port is in use; choose another or leave it null")
     # Slots, not processors: the operating system shares the two cores of a laptop between the parts.
-    context = ray.init(
-        address="local",
+    context = start_local_ray(
         # They cannot become more later, so there are as many as scaling by load may come to want.
         num_cpus=max(os.cpu_count() or 1, math.ceil(resource_plan(largest(config)).cpus)),
         object_store_memory=cluster.object_store_mib * 2**20,
@@ -84,8 +92,6 @@ def _start_local(config: RunConfig) -> ray.runtime_context.RuntimeContext:
         # Where none is given Ray takes the first that is free from 8265 on.
         dashboard_port=cluster.dashboard_port,
         _metrics_export_port=cluster.metrics_port,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
         runtime_env={"env_vars": worker_environment()},
     )
     available = ray.cluster_resources().get("GPU", 0.0)
@@ -98,13 +104,23 @@ def _start_local(config: RunConfig) -> ray.runtime_context.RuntimeContext:
     return context
 
 
-def _check_local(plan: ResourcePlan) -> None:
-    for part in plan.parts:
+def check_local_ray(config: RunConfig) -> None:
+    """Looks whether a Ray on this machine could start, and could have what a run asks for besides GPUs.
+
+    Raises:
+        UserError: It could not; nothing was started.
+    """
+    for part in resource_plan(config).parts:
         if part.resources or part.labels:
             raise UserError(
                 f"the {part.name} asks for {amounts(part.resources) or selectors(part.labels)}, which a local cluster "
                 "does not have; set cluster.address, or leave custom resources and node labels out"
             )
+    for key in ("dashboard_port", "metrics_port"):
+        port = getattr(config.cluster, key)
+        if port is not None and not _is_free(port):
+            raise UserError(f"cluster.{key} = {port}: the port is in use; choose another or leave it null")
+    check_ray_folder()
 
 
 def cluster_nodes() -> list[Node]:

@@ -13,6 +13,7 @@ import ray
 from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
 
+from gflowvlm.cluster.launch.local_ray import start_local_ray
 from gflowvlm.cluster.launch.ray_runtime import worker_environment
 from gflowvlm.studies.experiments.trial_process import TrialJob, run_trial
 from gflowvlm.studies.experiments.trials import Trial
@@ -100,14 +101,11 @@ def run_trials(
 def _small_ray(concurrent: int) -> Iterator[None]:
     """A local Ray with a slot for each trial that runs at a time, and little else."""
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    ray.init(
-        address="local",
+    start_local_ray(
         num_cpus=concurrent,
         num_gpus=0,
         object_store_memory=_OBJECT_STORE_BYTES,
         include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
         runtime_env={"env_vars": worker_environment()},
     )
     # Ray has put its own handler there, which ends the process.

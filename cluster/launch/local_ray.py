@@ -1,0 +1,45 @@
+"""Starting a Ray on this machine: what it needs is looked at first, and why it cannot start is one line."""
+
+import logging
+from typing import Any
+
+import ray
+
+from gflowvlm.cluster.launch.ray_folder import check_ray_folder, ray_folder
+from gflowvlm.run.interruption import hangup_ignored
+from gflowvlm.shared.errors import UserError
+
+_REASON_CHARACTERS = 300
+
+
+def start_local_ray(**options: Any) -> ray.runtime_context.RuntimeContext:
+    """Starts a Ray of this process's own and connects to it; its processes do not take the SIGHUP of a closed terminal.
+
+    Args:
+        options: Those of `ray.init`, except where and how much it logs.
+
+    Raises:
+        UserError: It cannot start; the message says what is wrong, where, and what to do.
+    """
+    check_ray_folder()
+    try:
+        with hangup_ignored():
+            # At first without Ray's own words, which are part of the error that it raises.
+            context = ray.init(address="local", logging_level=logging.CRITICAL, log_to_driver=False, **options)
+    except Exception as error:  # noqa: BLE001 - Ray raises bare exceptions for what does not start
+        ray.shutdown()
+        raise UserError(_explanation(error)) from None
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    return context
+
+
+def _explanation(error: Exception) -> str:
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # Where a log is quoted, its last line is the error.
+    reason = (lines[-1] if lines else type(error).__name__)[:_REASON_CHARACTERS]
+    without = "cluster.dashboard=false runs without it; " if "dashboard" in text else ""
+    return (
+        f"Ray cannot start on this machine: {reason}; {without}its logs are in {ray_folder()}/session_latest/logs, and "
+        "`gflowvlm doctor --ray` tries it alone"
+    )
