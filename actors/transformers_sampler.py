@@ -238,6 +238,6 @@ class _DrawTokens(LogitsProcessor):
 def _load_model(model: str, dtype: torch.dtype) -> Any:
     try:
         return AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).eval()
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model {model!r}: its weights cannot be loaded ({reason})") from None

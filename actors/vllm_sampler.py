@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 
 from gflowvlm.actors.process_guard import ProcessGuard
+from gflowvlm.actors.process_output import OutputTail, output_tail
 from gflowvlm.actors.rendered_prompts import RenderedPrompts
 from gflowvlm.actors.sampling import (
     AdapterVersions,
@@ -33,6 +34,8 @@ SHUTDOWN_S = 10.0
 """How long the engine's processes may take to end by themselves; vLLM kills them then."""
 
 GIB = 2**30
+
+_CAUSE_IS_ABOVE = "See root cause above"
 
 
 class VllmSampler:
@@ -187,9 +190,10 @@ class GuardedEngine:
             raise _not_importable(error) from None
         before = multiprocessing.active_children()
         try:
-            self.client = (AsyncLLM if kind is None else kind).from_engine_args(arguments)
-        except (ValueError, RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())[:400]
+            with output_tail() as output:
+                self.client = (AsyncLLM if kind is None else kind).from_engine_args(arguments)
+        except (ImportError, ValueError, RuntimeError, OSError) as error:
+            reason = _why_not_started(error, output)
             raise UserError(
                 f"model {arguments.model!r}: vLLM cannot serve it under these settings ({reason})"
             ) from error
@@ -208,6 +212,15 @@ class GuardedEngine:
         """Ends the engine and its processes."""
         self.client.shutdown(timeout=SHUTDOWN_S)
         self._guard.release()
+
+
+def _why_not_started(error: Exception, output: OutputTail) -> str:
+    said = " ".join(str(error).split())[:400]
+    if _CAUSE_IS_ABOVE not in said:
+        return said
+    # The engine's own process has printed it and is gone.
+    cause = output.last_error()
+    return said if cause is None else cause
 
 
 def engine_arguments(config: RunConfig, model: str, forbidden: int) -> Any:

@@ -60,7 +60,7 @@ def empty_policy(settings: PolicySettings, model_path: str) -> Any:
         config = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, dtype=DTYPES[settings.dtype])
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise UserError(f"model {model_path!r}: cannot be built ({_one_line(error)})") from None
     return _adapted(model, settings, seed=0)
 
@@ -96,7 +96,7 @@ def load_base_model(model_path: str, dtype: str) -> Any:
     transformers_logging.disable_progress_bar()
     try:
         return AutoModelForImageTextToText.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model {model_path!r}: its weights cannot be loaded ({_one_line(error)})") from None
 
 

@@ -40,7 +40,7 @@ class PolicyInputs:
         path = directory_or_hub_name(model)
         try:
             processor = AutoProcessor.from_pretrained(path)
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"model {model!r}: its processor cannot be loaded ({reason})") from None
         inputs = cls(path, processor)

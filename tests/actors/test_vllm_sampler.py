@@ -201,6 +201,13 @@ def test_a_prompt_beyond_the_longest_fails_alone(run: Runner) -> None:
     run(body)
 
 
+def test_an_engine_that_cannot_start_gives_its_own_process_reason(policy: Path) -> None:
+    settings = config("vllm")
+    settings = settings.model_copy(update={"sampler": settings.sampler.model_copy(update={"kv_cache_gib": 1e-4})})
+    with pytest.raises(UserError, match=r"vLLM cannot serve it .*ValueError: No available memory for the cache"):
+        VllmSampler(settings, str(policy / "model"))
+
+
 def test_an_adapter_that_does_not_fit_is_refused_and_the_engine_lives(
     policy: Path, run: Runner, tmp_path: Path
 ) -> None:

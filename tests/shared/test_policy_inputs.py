@@ -1,0 +1,17 @@
+"""What a model needs to be read is one line where it is missing."""
+
+import pytest
+from transformers import AutoProcessor
+
+from gflowvlm.run.models import resolve_model
+from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.policy_inputs import PolicyInputs
+
+
+def test_a_package_that_a_models_processor_needs_is_named_in_one_line(monkeypatch):
+    def from_pretrained(path):
+        raise ImportError("\nPackage `num2words` is required to run SmolVLM processor.\nInstall it with pip.\n")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", from_pretrained)
+    with pytest.raises(UserError, match=r"cannot be loaded \(Package `num2words` is required .* pip\.\)"):
+        PolicyInputs.load(resolve_model("numberline-tiny"))
