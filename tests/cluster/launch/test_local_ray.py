@@ -117,12 +117,11 @@ def test_a_ray_that_fails_later_is_one_line_and_errors_of_our_code_are_not_touch
     monkeypatch.setattr(ray_runtime, "start_local_ray", lambda **options: Context())
     monkeypatch.setattr(ray, "cluster_resources", dict)
     config = load_preset("numberline-tiny")
-    with pytest.raises(UserError, match=r"Ray has failed \(RaySystemError: .*gone\); its logs are in"):
-        with ray_cluster(config):
-            raise exceptions.RaySystemError("gone")
-    with pytest.raises(exceptions.RayTaskError):
-        with ray_cluster(config):
-            raise exceptions.RayTaskError("f", "Traceback ...", ValueError("ours"))
+    said = r"Ray has failed \(RaySystemError: .*gone\); its logs are in"
+    with pytest.raises(UserError, match=said), ray_cluster(config):
+        raise exceptions.RaySystemError("gone")
+    with pytest.raises(exceptions.RayTaskError), ray_cluster(config):
+        raise exceptions.RayTaskError("f", "Traceback ...", ValueError("ours"))
 
 
 @pytest.mark.parametrize("command", [["train", "--run", "r"], ["bench", "--quick", "--parts", "replay"]])
