@@ -5,9 +5,14 @@ The state is what stands in the run's folder, so a restarted or resumed store go
 
 import asyncio
 import json
+import logging
 import os
 import re
 import shutil
+import time
+import uuid
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +20,13 @@ import ray
 from safetensors import SafetensorError, safe_open
 
 from gflowvlm.actors.sampling import UnknownVersionError
+from gflowvlm.run.adapters import adapter_versions, missing_version
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.shared.config import ClusterSettings
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.trajectory import BASE_VERSION
+
+log = logging.getLogger(__name__)
 
 NAMESPACE = "gflowvlm"
 """Ray namespace of the run's named actors: Serve replicas live in a namespace of their own."""
@@ -26,57 +34,84 @@ NAMESPACE = "gflowvlm"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_VERSION_FOLDER = re.compile(r"v(\d{8,})")
-_PARTIAL = ".partial-"
+PUBLICATION_FILE = "publication.json"
+"""In each published folder: the learner's step, and whether the version is kept for ever."""
+
+CLAIM_S = 300.0
+"""How long a version stays for a reader that has not been heard of since it was given it or named it."""
+
 _NOT_LANGUAGE = re.compile(
     r"(^|\.)(vision_tower|vision_model|vision_encoder|vision|visual|image_encoder|vit|"
     r"connector|multi_modal_projector|mm_projector|merger)\."
 )
 
 
+@dataclass(frozen=True)
+class Publication:
+    """What a published folder says of itself.
+
+    Attributes:
+        source: Name of the staging folder that became this version: one for each publication.
+        step: The learner's step; None without one.
+        keep: Whether the version is never removed.
+    """
+
+    source: str
+    step: int | None
+    keep: bool
+
+
+def staging_folder(run_folder: Path) -> Path:
+    """Returns the path for an adapter that shall be published: a new name on the store's file system."""
+    return RunFolder(run_folder).adapters / f".staging-{uuid.uuid4().hex}"
+
+
 class AdapterStore:
     """The published adapters of one run: immutable, numbered from 1 upward without reuse."""
 
-    def __init__(self, run_folder: Path) -> None:
+    def __init__(self, run_folder: Path, keep_newest: int | None = None) -> None:
         """Opens the store of a run.
 
         Args:
             run_folder: The run's folder; adapters stand in its ``adapters`` folder.
+            keep_newest: How many of the newest versions `remove_unneeded` leaves; None: all.
         """
         self._folder = RunFolder(Path(run_folder))
+        self._keep_newest = keep_newest
         self._folder.adapters.mkdir(parents=True, exist_ok=True)
-        self._newest = max(self.versions(), default=BASE_VERSION)
+        self._published = {v: _publication(self._folder.adapter(v)) for v in adapter_versions(self._folder)}
+        self._newest = max(self._published, default=BASE_VERSION)
 
     def versions(self) -> list[int]:
-        """Returns the published versions, oldest first."""
-        found = (_VERSION_FOLDER.fullmatch(path.name) for path in self._folder.adapters.iterdir())
-        return sorted(int(match[1]) for match in found if match is not None)
+        """Returns the published versions that are there, oldest first."""
+        return sorted(self._published)
 
     def newest(self) -> tuple[int, Path | None]:
         """Returns the newest version and its folder: ``(0, None)`` before the first."""
-        if self._newest == BASE_VERSION:
-            return BASE_VERSION, None
-        return self._newest, self._folder.adapter(self._newest)
+        newest = self._newest
+        return newest, None if newest == BASE_VERSION else self._folder.adapter(newest)
 
     def path(self, version: int) -> Path:
         """Returns the folder of one version.
 
         Raises:
-            UnknownVersionError: No such version.
+            UnknownVersionError: No such version was published, or it is removed.
         """
         path = self._folder.adapter(version)
-        if not path.is_dir():
-            raise UnknownVersionError(f"{self._folder.adapters}: no adapter version {version}")
+        if version not in self._published or not path.is_dir():
+            raise UnknownVersionError(f"{self._folder.adapters}: {missing_version(version, self.versions())}")
         return path
 
-    def publish(self, source: Path) -> int:
-        """Copies an adapter into the store, whole or not at all, and gives it the next version.
+    def publish(self, source: Path, step: int | None = None, *, keep: bool = False) -> int:
+        """Takes a folder into the store by renaming it, whole or not at all, and gives it the next version.
 
-        A repeated call for the same saved file (same time of change and size as the newest version's)
-        returns the newest version again: a call that Ray retries publishes once.
+        A repeated call for a folder that the store has taken already returns its version again: a call that
+        Ray retries publishes once.
 
         Args:
-            source: Folder in PEFT format.
+            source: Folder in PEFT format on the store's file system, best a `staging_folder`; it is gone afterwards.
+            step: The learner's step that it was made at.
+            keep: Whether the version is never removed, because it is evaluated.
 
         Returns:
             The version.
@@ -85,26 +120,62 @@ class AdapterStore:
             UserError: The folder holds no adapter that samplers can apply, or the disk is full.
         """
         source = Path(source)
+        if not source.exists():
+            for version in reversed(self.versions()):
+                if self._published[version].source == source.name:
+                    return version
         check_adapter(source)
-        if self._newest != BASE_VERSION and _same_file(source, self._folder.adapter(self._newest)):
-            return self._newest
         version = self._newest + 1
-        for left_over in self._folder.adapters.glob(f"{_PARTIAL}*"):
-            shutil.rmtree(left_over)
-        partial = self._folder.adapters / f"{_PARTIAL}{version}"
+        publication = Publication(source.name, step, keep)
         try:
-            partial.mkdir()
-            for name in (CONFIG_FILE, WEIGHTS_FILE):
-                # Keeps the time of change, by which a repeated call is known.
-                shutil.copy2(source / name, partial / name)
-                _sync(partial / name)
-            _sync(partial)
-            partial.rename(self._folder.adapter(version))
+            self._clear_leftovers(source)
+            (source / PUBLICATION_FILE).write_text(json.dumps(asdict(publication)), encoding="utf-8")
+            for name in (CONFIG_FILE, WEIGHTS_FILE, PUBLICATION_FILE):
+                _sync(source / name)
+            _sync(source)
+            source.rename(self._folder.adapter(version))
             _sync(self._folder.adapters)
         except OSError as error:
             raise UserError(f"{self._folder.adapters}: adapter {version} cannot be written ({error})") from None
+        self._published[version] = publication
         self._newest = version
         return version
+
+    def remove_unneeded(self, in_use: Collection[int] = ()) -> list[int]:
+        """Removes old versions; the newest `keep_newest`, those published with `keep`, and `in_use` stay.
+
+        What cannot be removed is tried again by the next call.
+
+        Args:
+            in_use: Versions that a reader still needs.
+
+        Returns:
+            The versions that are gone.
+        """
+        if self._keep_newest is None:
+            return []
+        removed = []
+        for version in self.versions()[: -self._keep_newest]:
+            if self._published[version].keep or version in in_use:
+                continue
+            path = self._folder.adapter(version)
+            # Under another name first: a version is there in full, or not at all.
+            aside = path.with_name(f".removed-{path.name}")
+            try:
+                path.rename(aside)
+                del self._published[version]
+                removed.append(version)
+                shutil.rmtree(aside)
+            except OSError as error:
+                log.warning("adapter version %d cannot be removed: %s", version, error)
+        return removed
+
+    def _clear_leftovers(self, source: Path) -> None:
+        """Removes what a crash has left half-written or half-removed."""
+        for path in self._folder.adapters.glob(".*"):
+            if path.name != source.name:
+                # Where a reader still has a file open, NFS cannot; then the next publication does.
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def check_adapter(path: Path) -> None:
@@ -134,47 +205,97 @@ def check_adapter(path: Path) -> None:
 
 
 class _AdapterStoreActor:
-    """`AdapterStore` as a Ray actor; waiting for a newer version costs nothing."""
+    """`AdapterStore` as a Ray actor; waiting for a newer version costs nothing.
 
-    def __init__(self, run_folder: str) -> None:
-        self._store = AdapterStore(Path(run_folder))
+    Readers (policy server replicas) name themselves: what one was given, or says that it has loaded, stays until it
+    says otherwise or has not been heard of for `CLAIM_S`.
+    """
+
+    def __init__(self, run_folder: str, keep_newest: int | None = None) -> None:
+        self._store = AdapterStore(Path(run_folder), keep_newest)
+        self._changing = asyncio.Lock()
         self._published = asyncio.Condition()
+        self._claims: dict[str, _Claim] = {}
+        # A store that was restarted does not know yet what its readers use.
+        self._removes_from = time.monotonic() + CLAIM_S
 
-    async def publish(self, source: str | Path) -> int:
-        """Publishes an adapter; see `AdapterStore.publish`."""
-        async with self._published:
-            version = await asyncio.to_thread(self._store.publish, Path(source))
-            self._published.notify_all()
+    async def publish(self, source: str | Path, step: int | None = None, *, keep: bool = False) -> int:
+        """Publishes an adapter, then removes what is no longer needed; see `AdapterStore`."""
+        async with self._changing:
+            version = await asyncio.to_thread(self._store.publish, Path(source), step, keep=keep)
+            async with self._published:
+                self._published.notify_all()
+            if time.monotonic() >= self._removes_from:
+                await asyncio.to_thread(self._store.remove_unneeded, self._claimed())
         return version
 
-    async def newest(self) -> tuple[int, Path | None]:
+    async def newest(self, reader: str | None = None) -> tuple[int, Path | None]:
         """Returns the newest version and its folder."""
-        return self._store.newest()
+        newest = self._store.newest()
+        self._claim(reader, [newest[0]])
+        return newest
 
-    async def path(self, version: int) -> Path:
+    async def path(self, version: int, reader: str | None = None) -> Path:
         """Returns the folder of one version; see `AdapterStore.path`."""
-        return self._store.path(version)
+        # Not in the middle of a removal.
+        async with self._changing:
+            path = self._store.path(version)
+            self._claim(reader, [version])
+        return path
 
-    async def wait_newer(self, version: int, timeout_s: float) -> tuple[int, Path] | None:
-        """Returns the newest version and its folder once it is newer than `version`; None at the timeout."""
+    async def wait_newer(
+        self, version: int, timeout_s: float, reader: str | None = None, loaded: Sequence[int] = ()
+    ) -> tuple[int, Path] | None:
+        """Returns the newest version and its folder once it is newer than `version`; None at the timeout.
+
+        Args:
+            version: The newest that the reader has.
+            timeout_s: Longest wait, seconds.
+            reader: Who asks.
+            loaded: All versions that the reader has: those that its requests in flight name.
+        """
+        if reader is not None:
+            self._claims[reader] = _Claim(set(loaded), time.monotonic() + timeout_s + CLAIM_S)
         try:
             async with asyncio.timeout(timeout_s), self._published:
                 await self._published.wait_for(lambda: self._store.newest()[0] > version)
         except TimeoutError:
             return None
-        newest, path = self._store.newest()
+        newest, path = await self.newest(reader)
         return None if path is None else (newest, path)
 
+    def _claim(self, reader: str | None, versions: Sequence[int]) -> None:
+        if reader is not None:
+            claim = self._claims.setdefault(reader, _Claim(set(), 0.0))
+            claim.versions.update(versions)
+            claim.until = max(claim.until, time.monotonic() + CLAIM_S)
 
-def start_adapter_store(name: str, run_folder: Path, cluster: ClusterSettings | None = None) -> Any:
+    def _claimed(self) -> set[int]:
+        now = time.monotonic()
+        self._claims = {reader: claim for reader, claim in self._claims.items() if claim.until > now}
+        return {version for claim in self._claims.values() for version in claim.versions}
+
+
+@dataclass
+class _Claim:
+    """Versions that a reader needs, and until when that is believed of one that is silent (monotonic seconds)."""
+
+    versions: set[int]
+    until: float
+
+
+def start_adapter_store(
+    name: str, run_folder: Path, cluster: ClusterSettings | None = None, keep_newest: int | None = None
+) -> Any:
     """Returns the handle of the run's store, a named Ray actor, started if it is not running.
 
-    Methods (remote): ``publish(source)``, ``newest()``, ``path(version)``, ``wait_newer(version, timeout_s)``.
+    Methods (remote): ``publish(source, step)``, ``newest()``, ``path(version)``, ``wait_newer(version, timeout_s)``.
 
     Args:
         name: The store's name, one per run.
         run_folder: The run's folder.
         cluster: Where its control actors are placed; anywhere by default.
+        keep_newest: How many of the newest versions stay beside those that are kept; None: all.
     """
     cluster = ClusterSettings() if cluster is None else cluster
     actor = ray.remote(_AdapterStoreActor).options(
@@ -189,7 +310,7 @@ def start_adapter_store(name: str, run_folder: Path, cluster: ClusterSettings | 
         # Every replica waits in a call of its own.
         max_concurrency=1000,
     )
-    return actor.remote(str(Path(run_folder).resolve()))
+    return actor.remote(str(Path(run_folder).resolve()), keep_newest)
 
 
 def find_adapter_store(name: str) -> Any:
@@ -197,9 +318,12 @@ def find_adapter_store(name: str) -> Any:
     return ray.get_actor(name, namespace=NAMESPACE)
 
 
-def _same_file(source: Path, published: Path) -> bool:
-    first, second = (source / WEIGHTS_FILE).stat(), (published / WEIGHTS_FILE).stat()
-    return (first.st_mtime_ns, first.st_size) == (second.st_mtime_ns, second.st_size)
+def _publication(path: Path) -> Publication:
+    """Returns what a published folder says of itself; one that says nothing is kept."""
+    try:
+        return Publication(**json.loads((path / PUBLICATION_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return Publication(source="", step=None, keep=True)
 
 
 def _sync(path: Path) -> None:

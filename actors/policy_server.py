@@ -138,16 +138,19 @@ class PolicyServer:
         while True:
             try:
                 if self._caught_up.is_set():
-                    newer = await self._ask_store("wait_newer", self._sampler.newest, WAIT_FOR_ADAPTER_S)
+                    loaded = self._sampler.stats()["loaded_versions"]
+                    newer = await self._ask_store(
+                        "wait_newer", self._sampler.newest, WAIT_FOR_ADAPTER_S, self._replica, loaded
+                    )
                 else:
-                    newer = await self._ask_store("newest")
+                    newer = await self._ask_store("newest", self._replica)
                 if newer is not None and newer[1] is not None:
                     await self._sampler.load(*newer)
                 self._caught_up.set()
                 # Also without news: requests that kept an old adapter may have ended meanwhile.
                 await self._sampler.retire()
                 self._adapter_error = None
-            except (UserError, SamplerUnavailableError) as error:
+            except (UserError, UnknownVersionError, SamplerUnavailableError) as error:
                 self._adapter_error = str(error)
                 log.warning("replica %s: %s", self._replica, error)
                 if time.monotonic() - self._store_answered > self._orphan_timeout_s:
@@ -173,7 +176,7 @@ class PolicyServer:
             ) from None
 
     async def _path_of(self, version: int) -> Path:
-        path: Path = await self._ask_store("path", version)
+        path: Path = await self._ask_store("path", version, self._replica)
         return path
 
     async def _ask_store(self, method: str, *arguments: Any) -> Any:

@@ -203,9 +203,16 @@ class RolloutWorker(EnvRunner):
             try:
                 group = await play_group(open_environment, self._source, self._inputs, request, settings)
                 await finish(request, group)
-            except (PolicyServerError, SamplerUnavailableError, ReplayBufferError, EnvironmentLostError) as error:
+            except (
+                PolicyServerError,
+                SamplerUnavailableError,
+                # A training group is played again by the newest version.
+                UnknownVersionError,
+                ReplayBufferError,
+                EnvironmentLostError,
+            ) as error:
                 return GroupSummary(request, failure=str(error)), []
-            except (UserError, UnknownVersionError) as error:
+            except UserError as error:
                 return GroupSummary(request, failure=str(error), permanent=True), []
             return summarise(request, group), group.trajectories
 

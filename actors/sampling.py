@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.trajectory import BASE_VERSION
 
 
@@ -62,7 +63,7 @@ class PolicySampler(Protocol):
         """Samples one response; the version is fixed when the request is admitted.
 
         Raises:
-            UnknownVersionError: The request names a version whose adapter does not exist.
+            UnknownVersionError: The request names a version whose adapter does not exist, or is removed.
             SamplerUnavailableError: The engine failed; the request can be tried again elsewhere.
             UserError: The request can never be answered, for example a prompt beyond the longest.
         """
@@ -72,6 +73,7 @@ class PolicySampler(Protocol):
 
         Raises:
             UserError: The folder holds no adapter that this engine can apply in full.
+            UnknownVersionError: The folder was removed.
         """
 
     async def retire(self) -> None:
@@ -88,7 +90,7 @@ class PolicySampler(Protocol):
 
 
 class UnknownVersionError(LookupError):
-    """A request names a policy version whose adapter does not exist."""
+    """A request names a policy version whose adapter does not exist, or not any more; the newest always does."""
 
 
 class SamplerUnavailableError(RuntimeError):
@@ -203,12 +205,22 @@ class AdapterVersions:
                     for unused in self._unused()[:1]:
                         await self._drop(unused)
                 if len(self._paths) < self._capacity:
-                    await self._add(version, path)
+                    await self._add_published(version, path)
                     self._paths[version] = path
                     return
                 self._freed.clear()
             # Not under the lock: the versions in use must go on being found, and new ones retired.
             await self._freed.wait()
+
+    async def _add_published(self, version: int, path: Path) -> None:
+        try:
+            await self._add(version, path)
+        except UserError:
+            if not path.is_dir():
+                raise UnknownVersionError(
+                    f"{path}: adapter version {version} was removed while it was loaded"
+                ) from None
+            raise
 
     def _unused(self) -> list[int]:
         return [v for v in sorted(self._paths) if v != self._newest and self._in_flight[v] == 0]

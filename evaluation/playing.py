@@ -13,6 +13,7 @@ import numpy as np
 from gflowvlm.actors.sampling import PolicySampler, SampleRequest
 from gflowvlm.envs.base import SPLITS, TaskEnv
 from gflowvlm.envs.registry import make_env
+from gflowvlm.run.adapters import adapter_versions, published_adapter
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.models import resolve_model, shipped_models
 from gflowvlm.run.preset_library import load_preset
@@ -192,9 +193,7 @@ def named_policy(player: str, task: str) -> RunPolicy:
     version = best_version(folder)
     if version == BASE_VERSION:
         return RunPolicy(config, version, None)
-    if not folder.adapter(version).is_dir():
-        raise UserError(f"{folder.adapter(version)}: adapter version {version} is not there; remove {folder.best}")
-    return RunPolicy(config, version, folder.adapter(version))
+    return RunPolicy(config, version, published_adapter(folder, version))
 
 
 def _of_task(config: RunConfig, task: str, player: str) -> RunConfig:
@@ -250,5 +249,4 @@ def best_version(folder: RunFolder) -> int:
             return int(json.loads(folder.best.read_text(encoding="utf-8"))["version"])
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{folder.best}: names no adapter version; remove it to use the newest adapter") from None
-    versions = [int(path.name[1:]) for path in folder.adapters.glob("v*") if path.name[1:].isdigit()]
-    return max(versions, default=BASE_VERSION)
+    return max(adapter_versions(folder), default=BASE_VERSION)

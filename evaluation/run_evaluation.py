@@ -22,7 +22,7 @@ from gflowvlm.actors.sampling import (
 from gflowvlm.envs.registry import make_env
 from gflowvlm.evaluation.figures import EvaluationPlan, evaluate_trajectories
 from gflowvlm.evaluation.playing import best_version
-from gflowvlm.run.folder import RunFolder
+from gflowvlm.run.adapters import published_adapter
 from gflowvlm.run.models import resolve_model
 from gflowvlm.run.setup import open_run
 from gflowvlm.shared.config import RunConfig
@@ -76,15 +76,15 @@ def evaluate_run(
     """
     folder, config = open_run(directory)
     version = best_version(folder) if version is None else version
-    _check_version(folder, version)
+    adapter = None if version == BASE_VERSION else published_adapter(folder, version)
     model = resolve_model(config.policy.model)
     engine = config.sampler.engine if engine is None else engine
 
     async def play() -> tuple[list[PlayedGroup], list[PlayedGroup]]:
         sampler = make_sampler(config, model, engine)
         try:
-            if version != BASE_VERSION:
-                await sampler.load(version, folder.adapter(version))
+            if adapter is not None:
+                await sampler.load(version, adapter)
             return await _play(config, model, sampler, plan, version, console)
         finally:
             sampler.shutdown()
@@ -101,11 +101,6 @@ def evaluate_run(
         [t for group in sampled for t in group.trajectories],
         [t for group in greedy for t in group.trajectories],
     ).as_dict()
-
-
-def _check_version(folder: RunFolder, version: int) -> None:
-    if version != BASE_VERSION and not folder.adapter(version).is_dir():
-        raise UserError(f"{folder.root}: there is no adapter version {version}; `ls {folder.adapters}` shows them")
 
 
 async def _play(

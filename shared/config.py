@@ -195,6 +195,12 @@ class LearnerSettings(Settings):
     publish_every: int = Field(1, ge=1, description="Learner steps per published adapter version.")
     checkpoint_every: int = Field(1, ge=1, description="Learner steps per checkpoint.")
     keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints that stay on disk.")
+    keep_adapters: int = Field(
+        8,
+        ge=2,
+        le=1_000_000,
+        description="Newest adapter versions that stay on disk, beside every evaluated one and those in use.",
+    )
     max_failures: int = Field(3, ge=0, description="Restarts of a failed learner before the run gives up.")
     data_timeout_s: float = Field(600.0, gt=0, le=86_400, description="Longest wait for a batch.")
 
@@ -336,6 +342,15 @@ class RunConfig(Settings):
     def fresh_per_step(self) -> int:
         """New trajectories that one learner step consumes."""
         return self.fresh_groups_per_step * self.rollout.group_size
+
+    def evaluation_is_due(self, step: int) -> bool:
+        """Whether the policy after a learner step is evaluated."""
+        return step % self.evaluation.every == 0 or step == self.learner.steps
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether an adapter published at a learner step is evaluated, then or before the next one is published."""
+        every = self.learner.publish_every
+        return any(self.evaluation_is_due(later) for later in range(step, (step // every + 1) * every))
 
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":

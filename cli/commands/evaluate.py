@@ -84,6 +84,7 @@ def _exact_figures(
 ) -> dict[str, dict[str, float | None]] | None:
     """Returns the exact match of the base model and of a version; None where a tree is too large."""
     from gflowvlm.evaluation.exact_check import ExactCheck
+    from gflowvlm.run.adapters import published_adapter
     from gflowvlm.run.setup import open_run
     from gflowvlm.shared.trajectory import BASE_VERSION
 
@@ -91,7 +92,7 @@ def _exact_figures(
     check = ExactCheck(config, split=split, seed=seed, instances=instances, console=console)
     if check.base is None:
         return None
-    match = check.base if version == BASE_VERSION else check.measure(folder.adapter(version))
+    match = check.base if version == BASE_VERSION else check.measure(published_adapter(folder, version))
     return {"base": check.base.as_dict(), "version": match.as_dict()}
 
 

@@ -1,9 +1,7 @@
 """The learner's loop inside a Ray Train worker: pull a batch, take a step, publish, checkpoint, log."""
 
 import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ import ray.train.torch
 import torch
 from ray.train.collective import broadcast_from_rank_zero
 
-from gflowvlm.actors.adapter_store import find_adapter_store
+from gflowvlm.actors.adapter_store import find_adapter_store, staging_folder
 from gflowvlm.actors.buffer_actor import get_buffer
 from gflowvlm.cluster.driver.sampler_check import compare_with_sampler, mismatch_row, require_agreement
 from gflowvlm.learner.learner import Learner
@@ -213,12 +211,12 @@ class LearnerLoop:
             self.version = broadcast_from_rank_zero(self.version)
 
     def _publish_from_here(self) -> None:
-        staging = Path(tempfile.mkdtemp(prefix="adapter-", dir=self.folder.root))
-        try:
-            self.learner.save_adapter(staging)
-            self.version = _answer(lambda: self.store.publish.remote(str(staging)), "the adapter store to publish")
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        staging, step = staging_folder(self.folder.root), self.learner.steps_taken
+        self.learner.save_adapter(staging)
+        keep = self.config.is_evaluated(step)
+        self.version = _answer(
+            lambda: self.store.publish.remote(str(staging), step, keep=keep), "the adapter store to publish"
+        )
 
     def _check_sampler_agrees(self) -> None:
         if self.rank != 0:

@@ -55,7 +55,9 @@ class RunActors:
     def __enter__(self) -> "RunActors":
         self._say("starting the adapter store, the replay buffer and the policy server")
         # Held, because an actor goes with its last handle.
-        self._store = start_adapter_store(f"{self._name}-store", self._folder.root, self._config.cluster)
+        self._store = start_adapter_store(
+            f"{self._name}-store", self._folder.root, self._config.cluster, self._config.learner.keep_adapters
+        )
         self.buffer = create_buffer_actor(self._config, self._folder.root, f"{self._name}-buffer")
         started = time.monotonic()
         try:

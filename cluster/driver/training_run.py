@@ -177,7 +177,7 @@ class TrainingRun:
         self.admission.advance(max(self.admission.version, self.step // self.config.learner.publish_every))
         self.display.update(step=self.step, version=self.version, staleness=row["staleness_mean"], loss=row["loss"])
         self.telemetry.send("train", row, self.step)
-        if self._evaluation_is_due(self.step):
+        if self.config.evaluation_is_due(self.step):
             self._evaluate_if_new(self.step, self.version)
 
     def _evaluate_what_is_due(self) -> None:
@@ -185,12 +185,9 @@ class TrainingRun:
         if self.config.evaluation.at_start:
             self._evaluate_if_new(step=0, version=BASE_VERSION)
         for row in self._rows:
-            due = row["kind"] == "step" and row["step"] <= self.step and self._evaluation_is_due(row["step"])
+            due = row["kind"] == "step" and row["step"] <= self.step and self.config.evaluation_is_due(row["step"])
             if due and self.folder.adapter(row["version"]).is_dir():
                 self._evaluate_if_new(row["step"], row["version"])
-
-    def _evaluation_is_due(self, step: int) -> bool:
-        return step % self.config.evaluation.every == 0 or step == self.config.learner.steps
 
     def _evaluate_if_new(self, step: int, version: int) -> None:
         # A learner that was started again comes by steps whose evaluation is still being played.

@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from gflowvlm.actors.adapter_store import CONFIG_FILE, WEIGHTS_FILE, check_adapter
 from gflowvlm.evaluation.playing import best_version
+from gflowvlm.run.adapters import published_adapter
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.models import resolve_model
 from gflowvlm.shared.config import RunConfig
@@ -126,9 +127,7 @@ def _of_run(folder: RunFolder, arguments: ServeArguments) -> tuple[RunConfig, in
     version = best_version(folder) if arguments.version is None else arguments.version
     if version == BASE_VERSION:
         return config, version, None
-    if not folder.adapter(version).is_dir():
-        raise UserError(f"{folder.root}: there is no adapter version {version}; `ls {folder.adapters}` shows them")
-    return config, version, folder.adapter(version)
+    return config, version, published_adapter(folder, version)
 
 
 def _of_adapter(root: Path, arguments: ServeArguments) -> RunConfig:

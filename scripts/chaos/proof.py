@@ -144,17 +144,19 @@ def versions_monotone(records: Records) -> Check:
 
 
 def versions_exist(records: Records) -> Check:
-    """Versions are numbered without gap, and whatever names one finds its adapter."""
+    """The newest adapters and all evaluated ones are there, and no step or trajectory names one that never was."""
     adapters = set(records.adapters)
-    problems = []
-    if records.adapters != list(range(1, len(adapters) + 1)):
-        problems.append(f"adapters are not numbered without gap: {_some(list(map(str, records.adapters)))}")
-    missing = sorted({row["version"] for row in records.rows_of("step") if row["version"] > 0} - adapters)
-    if missing:
-        problems.append(f"steps name versions without an adapter: {_some(list(map(str, missing)))}")
-    if records.newest_played > max(adapters, default=0):
+    newest, problems = max(adapters, default=0), []
+    kept = set(range(max(1, newest - records.config.learner.keep_adapters + 1), newest + 1))
+    kept |= {row["version"] for row in records.rows_of("evaluation") if row["version"] > 0}
+    if kept - adapters:
+        problems.append(f"adapters that are kept are missing: {_some(list(map(str, sorted(kept - adapters))))}")
+    unknown = sorted({row["version"] for row in records.rows_of("step") if row["version"] > newest})
+    if unknown:
+        problems.append(f"steps name versions without an adapter: {_some(list(map(str, unknown)))}")
+    if records.newest_played > newest:
         problems.append(f"a trajectory names version {records.newest_played}, which has no adapter")
-    return Check("every version exists", f"{len(adapters)} adapters", problems)
+    return Check("every version exists", f"up to {newest}, {len(adapters)} kept", problems)
 
 
 def same_success(disturbed: Records, undisturbed: Records) -> Check:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from chaos.killing import JobFiles
-from gflowvlm.actors.adapter_store import AdapterStore
 from gflowvlm.actors.trajectory_files import trajectory_files
+from gflowvlm.run.adapters import adapter_versions
 from gflowvlm.run.final_report import before_and_after
 from gflowvlm.run.log import Row, RowTail
 from gflowvlm.run.setup import open_run
@@ -73,7 +73,7 @@ def read_records(files: JobFiles) -> Records:
         config=config,
         rows=rows_in(folder.metrics),
         acknowledged={name for row in ledger for name in row["trajectory_ids"]},
-        adapters=AdapterStore(folder.root).versions(),
+        adapters=adapter_versions(folder),
         kills=rows_in(files.kills),
         summary=json.loads(folder.summary.read_text()) if folder.summary.exists() else None,
     )

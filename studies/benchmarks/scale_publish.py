@@ -1,7 +1,6 @@
 """How long it takes until all replicas have a new adapter."""
 
 import asyncio
-import tempfile
 import time
 import uuid
 from contextlib import suppress
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from gflowvlm.actors.adapter_store import start_adapter_store
+from gflowvlm.actors.adapter_store import staging_folder, start_adapter_store
 from gflowvlm.actors.event_loop import EventLoopThread
 from gflowvlm.actors.policy_client import PolicyClient
 from gflowvlm.actors.policy_server import deploy_policy_server, shutdown_policy_server
@@ -59,7 +58,6 @@ def _publish_times(
             client = PolicyClient.from_config(handle, config)
             return [
                 _publish_time(store, client, loop, config.sampler.replicas, folder, weights)
-                # Each has weights of its own: the store takes the very same file for a repeated call.
                 for weights in (np.full((16, adapter_kib * 16), n, dtype=np.float32) for n in range(publishes))
             ]
         finally:
@@ -71,10 +69,10 @@ def _publish_times(
 def _publish_time(
     store: Any, client: PolicyClient, loop: EventLoopThread, replicas: int, folder: Path, weights: np.ndarray
 ) -> float:
-    with tempfile.TemporaryDirectory(dir=folder) as staging:
-        write_simulated_adapter(Path(staging), weights)
-        started = time.time()
-        version = ray.get(store.publish.remote(staging), timeout=ANSWER_TIMEOUT_S)
+    staging = staging_folder(folder)
+    write_simulated_adapter(staging, weights)
+    started = time.time()
+    version = ray.get(store.publish.remote(str(staging)), timeout=ANSWER_TIMEOUT_S)
     return loop.run(_all_loaded(client, version, replicas)) - started
 
 

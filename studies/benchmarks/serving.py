@@ -16,7 +16,7 @@ from typing import Any
 import ray
 import torch
 
-from gflowvlm.actors.adapter_store import start_adapter_store
+from gflowvlm.actors.adapter_store import staging_folder, start_adapter_store
 from gflowvlm.actors.episode import ResponseSource
 from gflowvlm.actors.event_loop import EventLoopThread
 from gflowvlm.actors.policy_client import PolicyClient
@@ -98,13 +98,18 @@ class ServedPolicy:
         started = time.perf_counter()
         self.name = f"bench-{uuid.uuid4().hex[:8]}"
         self.store = start_adapter_store(f"{self.name}-store", run_folder)
-        ray.get(self.store.publish.remote(str(adapter)), timeout=ROUND_TIMEOUT_S)
+        self.run_folder = run_folder
+        ray.get(self.store.publish.remote(str(self.staged(adapter))), timeout=ROUND_TIMEOUT_S)
         handle = deploy_policy_server(config, model_path, f"{self.name}-store", self.name)
         self.client = PolicyClient.from_config(handle, config)
         self.loop = EventLoopThread("policy client")
         kind = ray.remote(num_cpus=0)(LoadClient)
         self.actors = [kind.remote(handle, config) for _ in range(CLIENTS)]
         self.start_s = time.perf_counter() - started
+
+    def staged(self, adapter: Path) -> Path:
+        """Returns a copy of an adapter that can be published."""
+        return shutil.copytree(adapter, staging_folder(self.run_folder))
 
     def round(self, requests: Sequence[SampleRequest], in_flight: int) -> float:
         """Returns the response tokens per second of a round, its requests shared by the clients."""
@@ -255,18 +260,16 @@ async def _adapter_swap_times(
     seconds = []
     for _ in range(publishes):
         await asyncio.sleep(PAUSE_BETWEEN_PUBLISHES_S)
-        with tempfile.TemporaryDirectory(prefix="gflowvlm-bench-") as folder:
-            # A copy with a time of its own: the store takes the very same file for a repeated call.
-            fresh = shutil.copytree(adapter, Path(folder) / "adapter", copy_function=shutil.copyfile)
-            started = time.perf_counter()
-            version = await served.store.publish.remote(str(fresh))
-            try:
-                async with asyncio.timeout(limit):
-                    while (await served.client.sample(one_token)).version < version:
-                        pass
-            except TimeoutError:
-                raise TimeoutError(f"waited {limit:.0f} s for a response of adapter version {version}") from None
-            seconds.append(time.perf_counter() - started)
+        fresh = served.staged(adapter)
+        started = time.perf_counter()
+        version = await served.store.publish.remote(str(fresh))
+        try:
+            async with asyncio.timeout(limit):
+                while (await served.client.sample(one_token)).version < version:
+                    pass
+        except TimeoutError:
+            raise TimeoutError(f"waited {limit:.0f} s for a response of adapter version {version}") from None
+        seconds.append(time.perf_counter() - started)
     return seconds
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from gflowvlm.evaluation.figures import REPORT_SEED_OFFSET
+from gflowvlm.run.adapters import published_adapter
 from gflowvlm.run.setup import write_whole
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
@@ -153,7 +154,7 @@ def measure_exact(run: ComparedRun, check: "ExactCheck") -> None:
     if check.base is None:
         return
     best = int(json.loads(run.folder.summary.read_text(encoding="utf-8"))["version"])
-    match = check.base if best == BASE_VERSION else check.measure(run.folder.adapter(best))
+    match = check.base if best == BASE_VERSION else check.measure(published_adapter(run.folder, best))
     before_and_after = {"before": check.base.as_dict(), "after": match.as_dict()}
     measured = {"instances": check.instances, "version": best, **before_and_after}
     write_whole(run.exact, json.dumps(measured, indent=1))

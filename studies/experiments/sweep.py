@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Self
 
 from gflowvlm.evaluation.learning_curve import headless_pyplot, save_picture
+from gflowvlm.run.adapters import adapter_versions
 from gflowvlm.run.final_report import before_and_after
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.log import Row, read_rows
@@ -17,6 +18,7 @@ from gflowvlm.run.setup import new_run
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.config_io import dump_config, load_config
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.trajectory import BASE_VERSION
 from gflowvlm.studies.tables import spread
 
 Figures = dict[str, float | int | str | None]
@@ -96,7 +98,8 @@ def report_figures(folder: RunFolder) -> Figures:
         summary = json.loads(folder.summary.read_text(encoding="utf-8"))
         figures: Figures = {
             "steps": summary["steps"],
-            "versions": sum(path.is_dir() for path in folder.adapters.iterdir()),
+            # Numbered without reuse, and the newest is never removed.
+            "versions": max(adapter_versions(folder), default=BASE_VERSION),
             "minutes": None if summary.get("wall_s") is None else summary["wall_s"] / 60,
             "peak_memory_gib": summary["peak_memory_gib"],
         }

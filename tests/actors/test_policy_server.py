@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -14,7 +15,7 @@ import pytest
 import ray
 from ray import serve
 
-from gflowvlm.actors.adapter_store import start_adapter_store
+from gflowvlm.actors.adapter_store import staging_folder, start_adapter_store
 from gflowvlm.actors.policy_client import PolicyClient, PolicyServerError
 from gflowvlm.actors.policy_server import deploy_policy_server, scale_policy_server, shutdown_policy_server
 from gflowvlm.actors.sampling import SampleResponse, UnknownVersionError
@@ -45,10 +46,15 @@ class Served:
     """A deployed policy server, its store and a client."""
 
     def __init__(self, name: str, policy: Path, run: Path, settings: RunConfig) -> None:
+        self.folder = run
         self.store = start_adapter_store(f"{name}-store", run)
         self.name = name
         self.handle = deploy_policy_server(settings, str(policy / "model"), f"{name}-store", name)
         self.client = PolicyClient(self.handle, request_timeout_s=60.0, deadline_s=RESTART_S)
+
+    async def publish(self, adapter: Path) -> int:
+        staging = shutil.copytree(adapter, staging_folder(self.folder))
+        return int(await self.store.publish.remote(str(staging)))
 
     def run(self, body: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         return asyncio.run(asyncio.wait_for(body(), RESTART_S + 30))
@@ -78,8 +84,8 @@ def served(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 def test_every_replica_pulls_a_published_version_and_pinned_ones_are_fetched(served: Served, policy: Path) -> None:
     async def body() -> None:
         assert {r.version for r in await served.sample_all(8)} == {0}
-        assert await served.store.publish.remote(policy / "adapter-1") == 1
-        assert await served.store.publish.remote(policy / "adapter-2") == 2
+        assert await served.publish(policy / "adapter-1") == 1
+        assert await served.publish(policy / "adapter-2") == 2
         await served.until_all_replicas(2, lambda status: status["newest_version"] == 2)
         assert {r.version for r in await served.sample_all(8)} == {2}
         greedy = [await served.client.sample(request(temperature=0.0, version=v)) for v in (0, 1, 2)]
@@ -119,7 +125,7 @@ def test_requests_survive_kill_9_of_a_replica_and_its_successor_starts_at_the_ne
     served: Served, policy: Path
 ) -> None:
     async def body() -> None:
-        newest = await served.store.publish.remote(policy / "adapter-3")
+        newest = await served.publish(policy / "adapter-3")
         statuses = await served.until_all_replicas(2, lambda status: status["newest_version"] == newest)
         victim = statuses[0]
         asked = asyncio.create_task(served.sample_all(64, max_tokens=200))
@@ -158,7 +164,7 @@ def test_replicas_go_on_following_a_store_that_was_killed(served: Served, policy
     async def body() -> None:
         pid = await served.store.__ray_call__.remote(lambda actor: os.getpid())
         os.kill(pid, signal.SIGKILL)
-        version = await served.store.publish.remote(policy / "adapter-1")
+        version = await served.publish(policy / "adapter-1")
         await served.until_all_replicas(2, lambda status: status["newest_version"] == version)
         assert {r.version for r in await served.sample_all(4)} == {version}
 
@@ -215,7 +221,7 @@ def test_vllm_behind_serve_heals_after_kill_9_of_its_engine_and_leaves_no_proces
     processes: list[psutil.Process] = []
 
     async def body() -> None:
-        assert await served.store.publish.remote(policy / "adapter-1") == 1
+        assert await served.publish(policy / "adapter-1") == 1
         await served.until_all_replicas(1, lambda status: status["newest_version"] == 1)
         greedy = await served.client.sample(request(temperature=0.0))
         assert greedy.version == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from gflowvlm.actors.sampling import AdapterVersions, UnknownVersionError
+from gflowvlm.shared.errors import UserError
 
 
 class Engine:
@@ -54,6 +55,30 @@ def test_a_version_in_flight_is_not_retired_and_goes_once_its_request_ends() -> 
             assert engine.held == {1, 2}
         await engine.versions.retire()
         assert engine.held == {2}
+
+    asyncio.run(run())
+
+
+def test_an_adapter_that_is_removed_while_it_is_loaded_is_an_unknown_version_and_no_fault_of_the_user(
+    tmp_path: Path,
+) -> None:
+    async def add(version: int, path: Path) -> None:
+        if version == 1:
+            path.rmdir()
+        raise UserError(f"{path}: the sampler cannot apply it")
+
+    async def remove(version: int) -> None:
+        raise AssertionError("nothing was loaded")
+
+    async def run() -> None:
+        versions = AdapterVersions(add, remove)
+        for version in (1, 2):
+            (tmp_path / str(version)).mkdir()
+        with pytest.raises(UnknownVersionError, match="version 1 was removed"):
+            await versions.load(1, tmp_path / "1")
+        with pytest.raises(UserError, match="cannot apply"):
+            await versions.load(2, tmp_path / "2")
+        assert versions.newest == 0
 
     asyncio.run(run())
 

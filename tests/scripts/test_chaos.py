@@ -20,6 +20,7 @@ from chaos.report import as_json, as_text, recoveries, slowdown
 from chaos.schedule import ENGINE, HEAD, NETWORK, NODE, PARTS, Kill, schedule
 
 from gflowvlm.actors.trajectory_files import TrajectoryFiles
+from gflowvlm.run.adapters import adapter_versions
 from gflowvlm.run.log import append_row
 from gflowvlm.run.preset_library import resolve_config
 from gflowvlm.run.setup import new_run
@@ -261,9 +262,23 @@ def test_a_version_that_falls_or_stays_is_seen(made: MadeRun, version: int) -> N
 
 def test_a_version_without_an_adapter_is_seen(made: MadeRun) -> None:
     made.folder.adapter(4).rmdir()
-    failed = made.failed()["every version exists"]
-    assert "not numbered without gap" in failed
-    assert "steps name versions without an adapter: 4" in failed
+    assert made.failed() == {"every version exists": "adapters that are kept are missing: 4"}
+    for path in made.folder.adapters.iterdir():
+        path.rmdir()
+    assert "steps name versions without an adapter: 1, 2, 4, 5, 6" in made.failed()["every version exists"]
+
+
+def test_a_removed_adapter_is_no_gap_unless_it_is_evaluated_or_among_the_newest(made: MadeRun) -> None:
+    config = made.folder.config
+    config.write_text(config.read_text().replace("keep_adapters: 8", "keep_adapters: 2"))
+    made.folder.adapter(1).rmdir()
+    assert made.failed() == {}
+    made.edit_log(lambda rows: [*rows, {"kind": "evaluation", "step": 1, "version": 1, "time": 0.0}])
+    assert made.failed() == {"every version exists": "adapters that are kept are missing: 1"}
+    made.edit_log(lambda rows: [r for r in rows if r["kind"] != "evaluation"])
+    before_last = max(adapter_versions(made.folder)) - 1
+    made.folder.adapter(before_last).rmdir()
+    assert made.failed() == {"every version exists": f"adapters that are kept are missing: {before_last}"}
 
 
 def test_a_trajectory_of_a_version_that_nobody_published_is_seen(made: MadeRun) -> None:

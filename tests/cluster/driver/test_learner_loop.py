@@ -1,5 +1,7 @@
 """The learner's loop when its process dies between two of the things that a step leaves behind."""
 
+import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,6 +42,10 @@ class MortalLearner(SimulatedLearner):
             raise Killed
 
 
+def publish(store: AdapterStore, source: str, step: int, *, keep: bool) -> int:
+    return store.publish(Path(source), step, keep=keep)
+
+
 def call(function):
     """What an actor's method looks like; here the answer is the reference."""
     return SimpleNamespace(remote=function)
@@ -57,7 +63,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(
         learner_loop,
         "find_adapter_store",
-        lambda name: SimpleNamespace(publish=call(lambda path: store.publish(Path(path))), newest=call(store.newest)),
+        lambda name: SimpleNamespace(publish=call(partial(publish, store)), newest=call(store.newest)),
     )
     monkeypatch.setattr(learner_loop, "get_buffer", lambda name: SimpleNamespace(wait_sample=call(lambda **_: batch)))
     monkeypatch.setattr(LearnerLoop, "_check_sampler_agrees", lambda self: None)
@@ -123,3 +129,21 @@ def test_a_learner_whose_reason_cannot_be_written_still_ends_and_is_not_started_
     said = capfd.readouterr().err
     assert "/no/such/model" in said
     assert "cannot be written" in said
+
+
+def test_versions_that_are_evaluated_say_so_also_between_two_publications():
+    config = resolve_config(
+        None, None, ["learner.steps=10", "learner.publish_every=2", "evaluation.every=3", "learner.warmup_steps=1"]
+    )
+    # Evaluated after the steps 3, 6, 9 and 10, by what was published at 2, 6, 8 and 10.
+    assert [step for step in range(1, 11) if step % 2 == 0 and config.is_evaluated(step)] == [2, 6, 8, 10]
+    # A learner that starts again at a step between two publications publishes there.
+    assert [step for step in (1, 3, 5, 7, 9) if config.is_evaluated(step)] == [3, 9]
+
+
+def test_a_learner_publishes_its_step_and_leaves_nothing_beside_its_versions(run):
+    learn(run)
+    published = [json.loads((path / "publication.json").read_text()) for path in sorted(run.adapters.iterdir())]
+    assert [publication["step"] for publication in published] == list(range(1, STEPS + 1))
+    assert [publication["keep"] for publication in published] == [False] * (STEPS - 1) + [True]
+    assert not list(run.root.glob("adapter-*"))

@@ -79,7 +79,7 @@ def test_an_adapters_folder_is_served_on_the_model_that_is_named(tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"version": 9}, "no adapter version 9"),
+        ({"version": 9}, "adapter version 9 was never published; there are"),
         ({"name": "a b"}, "model name 'a b'"),
         ({"model": "./nowhere"}, "nowhere"),
         ({"settings": ["sampler.max_num_seq=5"]}, "did you mean 'sampler.max_num_seqs'"),
