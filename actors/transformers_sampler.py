@@ -20,6 +20,7 @@ from gflowvlm.actors.sampling import (
     SamplerUnavailableError,
 )
 from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.device import compute_device
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.trajectory import BASE_VERSION
@@ -46,7 +47,7 @@ class TransformersSampler:
         model_path: str,
         path_of: Callable[[int], Awaitable[Path]] | None = None,
     ) -> None:
-        """Loads the model, on a GPU where there is one.
+        """Loads the model, on a GPU if ``sampler.gpus_per_replica`` asks for one.
 
         Args:
             config: The run's configuration.
@@ -54,11 +55,11 @@ class TransformersSampler:
             path_of: Finds the adapter of a version that a request names (see `AdapterVersions`).
 
         Raises:
-            UserError: The model cannot be loaded.
+            UserError: The model cannot be loaded, or there is no GPU where one was asked for.
         """
         self._inputs = PolicyInputs.load(model_path)
         self._settings = config.sampler
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = compute_device(config.sampler.gpus_per_replica, "sampler.gpus_per_replica")
         self._dtype: torch.dtype = getattr(torch, config.policy.dtype)
         self._model = _load_model(self._inputs.model, self._dtype).to(self._device)
         self._free_draws = torch.Generator(self._device).manual_seed(config.seed)

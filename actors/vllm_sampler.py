@@ -8,8 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-
 from gflowvlm.actors.process_guard import ProcessGuard
 from gflowvlm.actors.process_output import OutputTail, output_tail
 from gflowvlm.actors.rendered_prompts import RenderedPrompts
@@ -232,7 +230,7 @@ def engine_arguments(config: RunConfig, model: str, forbidden: int) -> Any:
         forbidden: How many tokens must not be sampled.
 
     Raises:
-        UserError: vLLM is not installed.
+        UserError: vLLM is not installed, or runs on GPUs only where none was asked for, or the other way round.
     """
     _set_environment(config, forbidden)
     try:
@@ -241,6 +239,16 @@ def engine_arguments(config: RunConfig, model: str, forbidden: int) -> Any:
     except ImportError as error:
         raise _not_importable(error) from None
     sampler = config.sampler
+    if sampler.gpus_per_replica == 0 and not current_platform.is_cpu():
+        raise UserError(
+            "sampler.gpus_per_replica = 0, but the vLLM that is installed computes on GPUs only; ask for a GPU, "
+            "install the extra `cpu`, or use the engine transformers"
+        )
+    if sampler.gpus_per_replica > 0 and current_platform.is_cpu():
+        raise UserError(
+            f"sampler.gpus_per_replica = {sampler.gpus_per_replica:g}, but the vLLM that is installed computes on CPUs "
+            "only; set it to 0, or install the extra `gpu`"
+        )
     return AsyncEngineArgs(
         model=model,
         dtype=config.policy.dtype,
@@ -293,6 +301,9 @@ def _set_environment(config: RunConfig, forbidden: int) -> None:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(max(1, round(config.sampler.cpus_per_replica))),
     }
+    if config.sampler.gpus_per_replica == 0:
+        # Not a default: the engine's processes must not take a GPU that was not asked for.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if forbidden > 1024:
         # Model runner V2 takes no more biased tokens than that.
         defaults["VLLM_USE_V2_MODEL_RUNNER"] = "0"
@@ -312,7 +323,7 @@ def _one_cpu_process(config: RunConfig) -> bool:
     An engine waits for its worker processes in a busy loop. With two cores that takes half of the machine
     from the model: without it, the tiny policy samples more than twice as many tokens a second.
     """
-    return not torch.cuda.is_available() and config.sampler.tensor_parallel_size == 1
+    return config.sampler.gpus_per_replica == 0 and config.sampler.tensor_parallel_size == 1
 
 
 def _lora_rank(rank: int) -> int:

@@ -22,10 +22,11 @@ from gflowvlm.evaluation.exact import (
     action_probabilities,
 )
 from gflowvlm.evaluation.exact_match import ExactMatch, exact_match, log_thought_factors, mean_match
-from gflowvlm.learner.model import default_device, load_adapted
+from gflowvlm.learner.model import load_adapted
 from gflowvlm.learner.scoring import Scorer
 from gflowvlm.run.models import resolve_model
 from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.device import compute_device, on_this_machine
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.trajectory import BASE_VERSION
 
@@ -54,7 +55,7 @@ class ExactCheck:
             console: Where progress is shown.
         """
         self.instances = instances
-        self._config = config
+        self._config = config = on_this_machine(config)
         self._console = console
         self.base: ExactMatch | None = None
         env = make_env(config.task)
@@ -87,8 +88,9 @@ class ExactCheck:
     def _probabilities(
         self, adapter: Path | None, left_out: float, name: str
     ) -> list[list[ActionProbabilities | None]]:
-        policy = load_adapted(self._model, self._config.policy.dtype, adapter)
-        scorer = Scorer(policy, self._inputs, default_device(), self._config.learner.token_budget)
+        device = compute_device(self._config.sampler.gpus_per_replica, "sampler.gpus_per_replica")
+        policy = load_adapted(self._model, self._config.policy.dtype, adapter, device)
+        scorer = Scorer(policy, self._inputs, device, self._config.learner.token_budget)
         with (
             _thoughts(self._config, self._model, adapter) as sample_thoughts,
             Progress(console=self._console, transient=True) as progress,

@@ -207,8 +207,9 @@ def policy_player(policy: RunPolicy) -> Iterator[PolicyPlayer]:
     """Loads a policy and yields the player that samples it by transformers."""
     # Here, because the other players do without torch and its start-up time.
     from gflowvlm.actors.transformers_sampler import TransformersSampler
+    from gflowvlm.shared.device import on_this_machine
 
-    sampler = TransformersSampler(policy.config, resolve_model(policy.config.policy.model))
+    sampler = TransformersSampler(on_this_machine(policy.config), resolve_model(policy.config.policy.model))
     try:
         with asyncio.Runner() as loop:
             if policy.adapter is not None:

@@ -26,6 +26,7 @@ from gflowvlm.run.adapters import published_adapter
 from gflowvlm.run.models import resolve_model
 from gflowvlm.run.setup import open_run
 from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.device import on_this_machine
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.trajectory import BASE_VERSION
@@ -81,7 +82,7 @@ def evaluate_run(
     engine = config.sampler.engine if engine is None else engine
 
     async def play() -> tuple[list[PlayedGroup], list[PlayedGroup]]:
-        sampler = make_sampler(config, model, engine)
+        sampler = make_sampler(on_this_machine(config), model, engine)
         try:
             if adapter is not None:
                 await sampler.load(version, adapter)

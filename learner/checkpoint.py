@@ -21,7 +21,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def load_checkpoint(policy: Any, head: StateHead | None, optimization: Optimizat
     set_peft_model_state_dict(policy, adapter)
     if head is not None:
         head.load_state_dict(head_tensors)
-    optimization.counters = Counters(state["step"], state["skipped"], state["skipped_in_a_row"])
+    optimization.counters = Counters(**{field.name: state[field.name] for field in fields(Counters)})
 
 
 def check_checkpoint(directory: Path) -> dict[str, Any]:
@@ -226,8 +226,8 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: checkpoint format {state.get('format')}, this release reads {FORMAT}")
     if not whole:
         raise _corrupted(path, "entries are missing")
-    # Checkpoints without a head may lack the entry.
-    return {"head": None, **state}
+    # Checkpoints without a head may lack that entry, those of earlier releases the other.
+    return {"head": None, "without_signal": 0, **state}
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from gflowvlm.learner.distributed import Ranks
 from gflowvlm.learner.heads import StateHead
 from gflowvlm.learner.metrics import StepMetrics
 from gflowvlm.learner.mismatch import Mismatch, compare
-from gflowvlm.learner.model import adapter_parameters, default_device, load_policy
+from gflowvlm.learner.model import adapter_parameters, load_policy
 from gflowvlm.learner.objectives import ScoredBatch, make_objective
 from gflowvlm.learner.optimization import Optimization
 from gflowvlm.learner.packing import MicroBatch, steps_of
@@ -22,6 +22,7 @@ from gflowvlm.learner.reference import ReferenceScores
 from gflowvlm.learner.scoring import Scorer, StepScores
 from gflowvlm.learner.sharding import load_sharded_policy
 from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.device import compute_device
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.trajectory import Trajectory
 
@@ -30,19 +31,20 @@ class Learner:
     """Trains the adapter of a policy on trajectories.
 
     Args:
-        config: The run's configuration.
+        config: The run's configuration; without ``learner.gpus_per_worker`` it computes on the CPU.
         model_path: The policy's model directory or hub name.
         rank: Number of this learner.
         world_size: Number of learners; with more than one `torch.distributed` must be initialised (and the
             GPU of this rank must be the current one).
 
     Raises:
-        UserError: The model cannot be loaded, or its LoRA targets are not in its language model.
+        UserError: The model cannot be loaded, its LoRA targets are not in its language model, or there is no GPU
+            where one was asked for.
     """
 
     def __init__(self, config: RunConfig, model_path: str, rank: int = 0, world_size: int = 1) -> None:
         self.config = config
-        self.device = default_device()
+        self.device = compute_device(config.learner.gpus_per_worker, "learner.gpus_per_worker")
         self._ranks = Ranks(rank, world_size, self.device)
         inputs = PolicyInputs.load(model_path)
         self._sharded = config.learner.sharding == "fsdp" and world_size > 1
@@ -77,7 +79,8 @@ class Learner:
             ``trajectories_dropped`` and ``log_pf_mean`` (nats per transition, of the policy alone), and for
             losses that estimate it ``log_z`` (nats); ``grad_norm`` (of the adapter, before clipping),
             ``head_grad_norm`` (likewise, where the objective has a head), ``lr``, ``updated``,
-            ``skipped_updates``; ``trajectories``, ``responses``, ``response_tokens``; ``micro_batches``;
+            ``skipped_updates``, ``steps_without_signal``; ``trajectories``, ``responses``,
+            ``response_tokens``; ``micro_batches``;
             ``mismatch_mean`` and ``mismatch_max`` (nats per token, between the stored sampler's and the
             learner's log-probabilities: for replayed trajectories that is how far the policy has moved),
             ``mismatch_share`` (share of response tokens that have a sampler's log-probability);
@@ -100,6 +103,7 @@ class Learner:
             self._centre_head(self._head, trajectories, mine, estimates, scores)
         clock.lap("seconds_scoring")
         loss_of = self._objective.prepare(ScoredBatch(mine, scores.detach(), reference), self._ranks)
+        had_signal, update = False, {"updated": 0.0}
         for epoch in range(self._objective.epochs):
             if epoch > 0:
                 scores, _, kept = self._forward(batches)
@@ -110,14 +114,19 @@ class Learner:
             weights = torch.zeros_like(scores)
             if output.loss.requires_grad:
                 (weights,) = torch.autograd.grad(output.loss * (output.count / max(count, 1.0)), scores)
+            # No residual, or nothing but advantages of 0: there is nothing to learn.
+            own_signal = torch.any(weights != 0.0)
+            has_signal = bool(self._ranks.sum(own_signal.double()) > 0)
+            had_signal = had_signal or has_signal
             clock.lap("seconds_loss")
-            # A rank without a loss of its own still helps the others through a sharded model.
-            if output.loss.requires_grad or self._sharded:
+            # A rank without a signal of its own still helps the others through a sharded model.
+            if own_signal or (has_signal and self._sharded):
                 self._backward(batches, kept, weights)
             self._ranks.sum_gradients(self._optimization.parameters)
-            update = self._optimization.update(has_signal=count > 0)
+            made = self._optimization.update(has_signal)
+            update = made | {"updated": max(made["updated"], update["updated"])}
             clock.lap("seconds_backward")
-        self._optimization.end_step()
+        update |= self._optimization.end_step(had_signal)
 
         mismatch = compare(mine, _by_trajectory(mine, token_log_probs))
         figures = output.metrics | _batch_figures(mine, batches, mismatch, clock.seconds)

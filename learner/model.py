@@ -16,15 +16,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from gflowvlm.shared.config import PolicySettings
+from gflowvlm.shared.device import CPU
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import directory_or_hub_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def default_device() -> torch.device:
-    """Returns this process's GPU when there is one, else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def load_policy(settings: PolicySettings, model_path: str, *, seed: int, device: torch.device) -> Any:
@@ -100,8 +96,14 @@ def load_base_model(model_path: str, dtype: str) -> Any:
         raise UserError(f"model {model_path!r}: its weights cannot be loaded ({_one_line(error)})") from None
 
 
-def load_adapted(model_path: str, dtype: str, adapter: Path | None) -> Any:
+def load_adapted(model_path: str, dtype: str, adapter: Path | None, device: torch.device = CPU) -> Any:
     """Loads a policy to score with, not to train: the base model, with a published adapter unless None.
+
+    Args:
+        model_path: Model directory or hub name.
+        dtype: ``float32`` or ``bfloat16``.
+        adapter: The adapter's folder.
+        device: Where it shall compute.
 
     Raises:
         UserError: No such model, or weights or an adapter that cannot be loaded.
@@ -112,7 +114,7 @@ def load_adapted(model_path: str, dtype: str, adapter: Path | None) -> Any:
             model = PeftModel.from_pretrained(model, str(adapter))
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{adapter}: the adapter cannot be loaded ({_one_line(error)})") from None
-    return model.eval().to(default_device())
+    return model.eval().to(device)
 
 
 def lora_target_names(model: Any, targets: Sequence[str]) -> list[str]:

@@ -38,7 +38,8 @@ class Counters:
     """How far the optimisation is.
 
     Attributes:
-        step: Batches taken, those without an update included; the schedule follows it.
+        step: Batches taken, those without an update included.
+        without_signal: Batches among them that taught nothing; the schedule follows the others.
         skipped: Updates left out because the gradient was not finite.
         skipped_in_a_row: Those since the last update.
     """
@@ -46,6 +47,7 @@ class Counters:
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    without_signal: int = 0
 
 
 class Optimization:
@@ -87,11 +89,11 @@ class Optimization:
     def update(self, has_signal: bool) -> dict[str, float]:
         """Clips the gradients and makes one update.
 
-        A gradient that is not finite is skipped and counted. A batch without any residual makes no update
-        either: momentum alone would move the adapter.
+        A gradient that is not finite is skipped and counted. Without a signal there is no update either: momentum
+        and weight decay alone would move the adapter.
 
         Args:
-            has_signal: Whether the batch had any residual.
+            has_signal: Whether the loss asks any response to become more or less likely.
 
         Returns:
             ``grad_norm`` before clipping, of the adapter; ``lr``, ``updated`` (1 or 0), ``skipped_updates`` so
@@ -101,7 +103,7 @@ class Optimization:
             UserError: Too many non-finite gradients in a row.
         """
         counters = self.counters
-        lr = learning_rate(self._settings, counters.step)
+        lr = learning_rate(self._settings, counters.step - counters.without_signal)
         norms = {}
         for group, peak, name in zip(self._adamw.param_groups, self._peaks, _NORMS, strict=False):
             group["lr"] = lr * (peak / self._settings.learning_rate)
@@ -123,9 +125,15 @@ class Optimization:
             "skipped_updates": float(counters.skipped),
         }
 
-    def end_step(self) -> None:
-        """Counts a batch as taken; the schedule goes on."""
+    def end_step(self, had_signal: bool) -> dict[str, float]:
+        """Counts a batch as taken; the schedule goes on if it had a signal in any of its updates.
+
+        Returns:
+            ``steps_without_signal``, so far.
+        """
         self.counters.step += 1
+        self.counters.without_signal += not had_signal
+        return {"steps_without_signal": float(self.counters.without_signal)}
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the optimiser's state as named tensors; empty before the first update."""

@@ -54,7 +54,12 @@ class SamplerSettings(Settings):
 
     engine: Literal["vllm", "transformers"] = Field("vllm", description="What samples the responses.")
     replicas: int = Field(1, ge=1, le=256, description="Policy server replicas, each with an engine of its own.")
-    gpus_per_replica: float = Field(0.0, ge=0.0, le=16.0, description="GPUs that a replica asks Ray for.")
+    gpus_per_replica: float = Field(
+        0.0,
+        ge=0.0,
+        le=16.0,
+        description="GPUs that a replica asks Ray for; with 0 it computes on the CPU, and so do `eval` and `play`.",
+    )
     cpus_per_replica: float = Field(
         0.5, ge=0.0, le=64.0, description="CPUs that a replica asks Ray for; rounded, its threads on a CPU."
     )
@@ -172,7 +177,9 @@ class LearnerSettings(Settings):
         "none",
         description="Every learner holds the whole base model, or fsdp: a part, for models that do not fit on a GPU.",
     )
-    gpus_per_worker: float = Field(0.0, ge=0, le=8, description="GPUs that a learner process asks Ray for.")
+    gpus_per_worker: float = Field(
+        0.0, ge=0, le=8, description="GPUs that a learner process asks Ray for; with 0 it computes on the CPU."
+    )
     cpus_per_worker: float = Field(0.5, ge=0, le=64, description="CPUs that a learner process asks Ray for.")
     resources_per_worker: CustomResources = Field({}, description="As sampler.resources_per_replica.")
     node_labels: NodeLabels = Field({}, description="As sampler.node_labels.")

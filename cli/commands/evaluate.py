@@ -45,6 +45,9 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Evaluate a run's best adapter: success, diversity, validity, and the match to the target R^beta / Z.
 
+        It computes on a GPU where the run's samplers did (`sampler.gpus_per_replica`) and this machine has one,
+        else on the CPU, which needs the engine `transformers` or a vLLM for CPUs.
+
         Beside the success stands that of the perfect sampler of the same target, and beside the total
         variation its noise floor: no policy can be expected to do better than those.
 

@@ -83,10 +83,11 @@ def learner_loop(job_values: dict[str, Any]) -> None:
     job = LearnerJob(**job_values)
     folder = RunFolder(Path(job.run_dir))
     context = ray.train.get_context()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(ray.train.torch.get_device())
     try:
         config, rank = RunConfig.model_validate(job.config), context.get_world_rank()
+        if config.learner.gpus_per_worker > 0 and torch.cuda.is_available():
+            # Where none was asked for, Ray hides none either, and names the CPU.
+            torch.cuda.set_device(ray.train.torch.get_device())
         learner = Learner(config, job.model_path, rank=rank, world_size=context.get_world_size())
         LearnerLoop(job, folder, rank, learner).run()
     except UserError as error:

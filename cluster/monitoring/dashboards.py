@@ -180,7 +180,11 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             panel("Gradient norm", "grad_norm", "head_grad_norm"),
             panel("Residuals", "residual_abs_mean", "residual_abs_max"),
             panel(
-                "Trajectories that teach nothing", "trajectories_dropped", "trajectories_without_flow", "groups_of_one"
+                "Trajectories that teach nothing",
+                "trajectories_dropped",
+                "trajectories_without_flow",
+                "groups_of_one",
+                "steps_without_signal",
             ),
             Panel(
                 "Actors by state",

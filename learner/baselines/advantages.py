@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-9
+"""Share of a group's mean absolute reward up to which a spread of its rewards is none."""
+
 
 def generalised_advantages(
     *, reward: Tensor, value: Tensor, length: Tensor, last_value: Tensor, discount: float, gae_lambda: float
@@ -51,11 +54,13 @@ def group_advantages(total_reward: Tensor, instance: Tensor, *, epsilon: float =
         epsilon: What keeps a group without any spread finite; its advantages are 0.
 
     Returns:
-        (K,) advantages; 0 for a group of one.
+        (K,) advantages; exactly 0 in a group of one, and where rewards differ by no more than rounding.
     """
     together = (instance[:, None] == instance).to(total_reward.dtype)
     size = together.sum(dim=1)
     centred = total_reward - together @ total_reward / size
     # The population's deviation: that of a group of one is 0 and not undefined.
     spread = (together @ centred.square() / size).sqrt()
-    return centred / (spread + epsilon)
+    # AdamW would make a whole step of what rounding leaves.
+    size_of_rewards = together @ total_reward.abs() / size
+    return torch.where(spread > ROUNDING * size_of_rewards, centred / (spread + epsilon), 0.0)

@@ -51,7 +51,9 @@ class GrpoObjective(Objective):
 
     def _rewards(self, batch: ScoredBatch) -> Tensor:
         """(K, T) reward of every response in its unit, NaN in the padding."""
-        rewards = _padded([torch.tensor(_rewards(t, self._settings.reward)) for t in batch.trajectories])
+        rewards = _padded(
+            [torch.tensor(_rewards(t, self._settings.reward), dtype=torch.float64) for t in batch.trajectories]
+        )
         return rewards / self._reward_unit
 
     def _log_prob(self, batch: ScoredBatch, scores: Tensor) -> Tensor:

@@ -159,3 +159,21 @@ def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(policy: Pat
         assert (await sampler.sample(request())).version == 1
 
     with_sampler(policy, body)
+
+
+def test_without_a_gpu_asked_for_it_samples_on_the_cpu_where_torch_sees_one(
+    policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    async def body(sampler: TransformersSampler) -> None:
+        (response,) = await sample_all(sampler, [request(0)])
+        assert len(response.token_ids) > 0
+
+    with_sampler(policy, body)
+
+
+def test_a_gpu_that_is_asked_for_and_not_there_is_refused(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="sampler.gpus_per_replica = 1, but torch"):
+        TransformersSampler(config(gpus_per_replica=1.0), str(policy / "model"))

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -16,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 
 from gflowvlm.actors import rendered_prompts
 from gflowvlm.actors.sampling import SampleRequest, SampleResponse, SamplerUnavailableError, UnknownVersionError
-from gflowvlm.actors.vllm_sampler import VllmSampler
+from gflowvlm.actors.vllm_sampler import VllmSampler, engine_arguments
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import PolicyInputs, decode_image
 from tests.actors.tiny_adapters import config, request, write_policy
@@ -238,3 +239,15 @@ def test_a_killed_engine_fails_its_requests_and_the_health_check(run: Runner) ->
         assert sampler.stats()["in_flight"] == 0
 
     run(body)
+
+
+@pytest.mark.parametrize(("asked", "on_cpu"), [(0.0, False), (1.0, True)])
+def test_an_engine_that_computes_elsewhere_than_asked_for_is_refused(
+    policy: Path, monkeypatch: pytest.MonkeyPatch, asked: float, on_cpu: bool
+) -> None:
+    monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cpu=lambda: on_cpu), raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UserError, match=f"sampler.gpus_per_replica = {asked:g}, but the vLLM that is installed"):
+        engine_arguments(config(gpus_per_replica=asked), str(policy / "model"), 0)
+    # Whoever asked for none sees none either.
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ("" if asked == 0 else "0")

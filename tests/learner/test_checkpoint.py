@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText
 from gflowvlm.learner.learner import Learner
 from gflowvlm.learner.model import adapter_parameters
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.trajectory import EndReason
 
 LOSSES_BY_HEAD = ["var_tb", "tb", "flow_subtb", "fl_db"]
 FILES = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "optimizer.safetensors", "state.json"]
@@ -61,6 +62,27 @@ def test_a_checkpoint_before_the_first_step_can_be_loaded(learner, tiny_model, m
     resumed = Learner(make_config(seed=9), tiny_model)
     resumed.load(tmp_path / "step-0")
     assert torch.equal(parameters(resumed), parameters(learner))
+
+
+def test_the_count_of_batches_without_signal_is_resumed_and_may_be_missing(
+    tiny_model, make_config, make_trajectory, batches, tmp_path
+):
+    alone = [make_trajectory(["+"], EndReason.STEP_LIMIT, instance=i) for i in range(2)]
+    learner = Learner(make_config(), tiny_model)
+    learner.step(batches[0])
+    learner.step(alone)
+    learner.save(tmp_path / "c")
+    expected = learner.step(batches[1])
+    resumed = Learner(make_config(), tiny_model)
+    resumed.load(tmp_path / "c")
+    found = resumed.step(batches[1])
+    assert (found["steps_without_signal"], found["lr"]) == (1.0, expected["lr"])
+    # A checkpoint of an earlier release counts none.
+    state = json.loads((tmp_path / "c" / "state.json").read_text())
+    del state["without_signal"]
+    (tmp_path / "c" / "state.json").write_text(json.dumps(state))
+    resumed.load(tmp_path / "c")
+    assert resumed.step(alone)["steps_without_signal"] == 1.0
 
 
 def test_saving_twice_under_one_name_keeps_the_second(learner, batches, tmp_path):

@@ -129,14 +129,45 @@ def test_remembered_reference_scores_change_nothing(tiny_model, make_config, mak
     assert warm.step(batch)["loss"] == pytest.approx(fresh.step(batch)["loss"], rel=1e-6)
 
 
-def test_a_batch_without_signal_makes_no_update(tiny_model, make_config, make_trajectory):
-    learner = Learner(make_config(), tiny_model)
-    learner.step(make_trajectory.batch())
-    before = parameters(learner)
+def settings_state(learner):
+    """Parameters and AdamW's moments."""
+    return [parameters(learner), *(tensor.clone() for tensor in learner._optimization.tensors().values())]
+
+
+@pytest.mark.parametrize("objective", ["var_tb", "grpo", "sft"])
+def test_batches_without_signal_move_neither_adapter_nor_momentum_nor_schedule(
+    tiny_model, make_config, make_trajectory, objective
+):
+    config = make_config(objective={"loss": objective}, learner={"weight_decay": 0.1})
+    learner, undisturbed = Learner(config, tiny_model), Learner(config, tiny_model)
+    batch = [
+        dataclasses.replace(t, original_rewards=[float(place)] * len(t.steps), expert=objective == "sft")
+        for place, t in enumerate(make_trajectory.batch())
+    ]
+    # One of an instance is no group; rewards that differ by rounding only are equal; nobody is an expert.
     alone = [make_trajectory(["+"], EndReason.STEP_LIMIT, instance=i) for i in range(2)]
-    metrics = learner.step(alone)
-    assert (metrics["updated"], metrics["trajectories_used"], metrics["grad_norm"]) == (0.0, 0.0, 0.0)
-    assert torch.equal(parameters(learner), before)
+    equal = [
+        dataclasses.replace(make_trajectory(actions, EndReason.STEP_LIMIT), original_rewards=rewards)
+        for actions, rewards in ((["+"], [0.3]), (["-", "+"], [0.1, 0.2]), (["-"], [0.3]))
+    ]
+    nothing = {"var_tb": alone, "grpo": equal, "sft": alone}[objective]
+    learner.step(batch)
+    before = settings_state(learner)
+    for count in (1, 2, 3):
+        metrics = learner.step(nothing)
+        assert (metrics["updated"], metrics["grad_norm"], metrics["steps_without_signal"]) == (0.0, 0.0, count)
+    assert all(torch.equal(now, then) for now, then in zip(settings_state(learner), before, strict=True))
+    undisturbed.step(batch)
+    assert learner.step(batch)["lr"] == undisturbed.step(batch)["lr"]
+    assert torch.equal(parameters(learner), parameters(undisturbed))
+    assert (learner.steps_taken, undisturbed.steps_taken) == (5, 2)
+
+
+def test_a_learner_that_asked_for_no_gpu_uses_none_where_torch_sees_one(tiny_model, make_config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    learner = Learner(make_config(), tiny_model)
+    assert learner.device == torch.device("cpu")
+    assert {parameter.device.type for parameter in learner.policy.parameters()} == {"cpu"}
 
 
 def test_gradients_that_are_not_finite_are_skipped_and_then_end_the_run(tiny_model, make_config, make_trajectory):

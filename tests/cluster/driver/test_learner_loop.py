@@ -147,3 +147,22 @@ def test_a_learner_publishes_its_step_and_leaves_nothing_beside_its_versions(run
     assert [publication["step"] for publication in published] == list(range(1, STEPS + 1))
     assert [publication["keep"] for publication in published] == [False] * (STEPS - 1) + [True]
     assert not list(run.root.glob("adapter-*"))
+
+
+@pytest.mark.parametrize(("gpus", "chosen"), [(0.0, []), (1.0, ["cuda:1"])])
+def test_a_learner_takes_a_gpu_only_where_it_asked_for_one(tmp_path, monkeypatch, gpus, chosen):
+    # What Ray Train answers on a node with GPUs, which it does not hide from those that asked for none.
+    given = "cuda:1" if gpus > 0 else "cpu"
+    taken = []
+    monkeypatch.setattr(learner_loop.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(learner_loop.torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(learner_loop.ray.train.torch, "get_device", lambda: given)
+    alone = SimpleNamespace(get_world_size=lambda: 1, get_world_rank=lambda: 0)
+    monkeypatch.setattr(learner_loop.ray.train, "get_context", lambda: alone)
+    monkeypatch.setattr(learner_loop, "Learner", lambda *_, **__: None)
+    monkeypatch.setattr(learner_loop, "LearnerLoop", lambda *_: SimpleNamespace(run=lambda: None))
+    config = resolve_config(None, None, [f"learner.gpus_per_worker={gpus}"])
+    learner_loop.learner_loop(
+        vars(LearnerJob(config.model_dump(mode="json"), "m", str(tmp_path), "store", "buffer", "server"))
+    )
+    assert taken == chosen
