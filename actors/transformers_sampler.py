@@ -20,7 +20,7 @@ from gflowvlm.actors.sampling import (
     SamplerUnavailableError,
 )
 from gflowvlm.shared.config import RunConfig
-from gflowvlm.shared.device import compute_device
+from gflowvlm.shared.device import device_name
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.trajectory import BASE_VERSION
@@ -59,7 +59,9 @@ class TransformersSampler:
         """
         self._inputs = PolicyInputs.load(model_path)
         self._settings = config.sampler
-        self._device = compute_device(config.sampler.gpus_per_replica, "sampler.gpus_per_replica")
+        self._device = torch.device(
+            device_name(config.sampler.gpus_per_replica, "sampler.gpus_per_replica", torch.cuda.is_available())
+        )
         self._dtype: torch.dtype = getattr(torch, config.policy.dtype)
         self._model = _load_model(self._inputs.model, self._dtype).to(self._device)
         self._free_draws = torch.Generator(self._device).manual_seed(config.seed)

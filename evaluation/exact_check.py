@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -26,7 +27,7 @@ from gflowvlm.learner.model import load_adapted
 from gflowvlm.learner.scoring import Scorer
 from gflowvlm.run.models import resolve_model
 from gflowvlm.shared.config import RunConfig
-from gflowvlm.shared.device import compute_device, on_this_machine
+from gflowvlm.shared.device import device_name, on_this_machine
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.trajectory import BASE_VERSION
 
@@ -55,7 +56,7 @@ class ExactCheck:
             console: Where progress is shown.
         """
         self.instances = instances
-        self._config = config = on_this_machine(config)
+        self._config = config = on_this_machine(config, torch.cuda.is_available())
         self._console = console
         self.base: ExactMatch | None = None
         env = make_env(config.task)
@@ -88,7 +89,8 @@ class ExactCheck:
     def _probabilities(
         self, adapter: Path | None, left_out: float, name: str
     ) -> list[list[ActionProbabilities | None]]:
-        device = compute_device(self._config.sampler.gpus_per_replica, "sampler.gpus_per_replica")
+        sampler_gpus = self._config.sampler.gpus_per_replica
+        device = torch.device(device_name(sampler_gpus, "sampler.gpus_per_replica", torch.cuda.is_available()))
         policy = load_adapted(self._model, self._config.policy.dtype, adapter, device)
         scorer = Scorer(policy, self._inputs, device, self._config.learner.token_budget)
         with (

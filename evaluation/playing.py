@@ -19,6 +19,7 @@ from gflowvlm.run.models import resolve_model, shipped_models
 from gflowvlm.run.preset_library import load_preset
 from gflowvlm.shared.config import PolicySettings, RunConfig
 from gflowvlm.shared.config_io import load_config
+from gflowvlm.shared.device import on_this_machine
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.response import parse_response
 from gflowvlm.shared.task_settings import TaskSettings, default_settings
@@ -206,10 +207,12 @@ def _of_task(config: RunConfig, task: str, player: str) -> RunConfig:
 def policy_player(policy: RunPolicy) -> Iterator[PolicyPlayer]:
     """Loads a policy and yields the player that samples it by transformers."""
     # Here, because the other players do without torch and its start-up time.
-    from gflowvlm.actors.transformers_sampler import TransformersSampler
-    from gflowvlm.shared.device import on_this_machine
+    import torch
 
-    sampler = TransformersSampler(on_this_machine(policy.config), resolve_model(policy.config.policy.model))
+    from gflowvlm.actors.transformers_sampler import TransformersSampler
+
+    config = on_this_machine(policy.config, torch.cuda.is_available())
+    sampler = TransformersSampler(config, resolve_model(config.policy.model))
     try:
         with asyncio.Runner() as loop:
             if policy.adapter is not None:

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -82,7 +83,7 @@ def evaluate_run(
     engine = config.sampler.engine if engine is None else engine
 
     async def play() -> tuple[list[PlayedGroup], list[PlayedGroup]]:
-        sampler = make_sampler(on_this_machine(config), model, engine)
+        sampler = make_sampler(on_this_machine(config, torch.cuda.is_available()), model, engine)
         try:
             if adapter is not None:
                 await sampler.load(version, adapter)

@@ -22,7 +22,7 @@ from gflowvlm.learner.reference import ReferenceScores
 from gflowvlm.learner.scoring import Scorer, StepScores
 from gflowvlm.learner.sharding import load_sharded_policy
 from gflowvlm.shared.config import RunConfig
-from gflowvlm.shared.device import compute_device
+from gflowvlm.shared.device import device_name
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.trajectory import Trajectory
 
@@ -44,7 +44,9 @@ class Learner:
 
     def __init__(self, config: RunConfig, model_path: str, rank: int = 0, world_size: int = 1) -> None:
         self.config = config
-        self.device = compute_device(config.learner.gpus_per_worker, "learner.gpus_per_worker")
+        self.device = torch.device(
+            device_name(config.learner.gpus_per_worker, "learner.gpus_per_worker", torch.cuda.is_available())
+        )
         self._ranks = Ranks(rank, world_size, self.device)
         inputs = PolicyInputs.load(model_path)
         self._sharded = config.learner.sharding == "fsdp" and world_size > 1

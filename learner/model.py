@@ -16,10 +16,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from gflowvlm.shared.config import PolicySettings
-from gflowvlm.shared.device import CPU
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import directory_or_hub_name
 
+CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -175,5 +175,5 @@ def test_without_a_gpu_asked_for_it_samples_on_the_cpu_where_torch_sees_one(
 
 def test_a_gpu_that_is_asked_for_and_not_there_is_refused(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="sampler.gpus_per_replica = 1, but torch"):
+    with pytest.raises(UserError, match=r"sampler\.gpus_per_replica = 1, but torch"):
         TransformersSampler(config(gpus_per_replica=1.0), str(policy / "model"))

@@ -1,6 +1,7 @@
 """The vLLM sampler against plain transformers: the same tokens in, the same log-probabilities out."""
 
 import asyncio
+import importlib
 import os
 import signal
 from collections.abc import Callable, Coroutine, Iterator
@@ -245,6 +246,8 @@ def test_a_killed_engine_fails_its_requests_and_the_health_check(run: Runner) ->
 def test_an_engine_that_computes_elsewhere_than_asked_for_is_refused(
     policy: Path, monkeypatch: pytest.MonkeyPatch, asked: float, on_cpu: bool
 ) -> None:
+    # Before the platform is another: vLLM looks at it on import.
+    importlib.import_module("vllm.engine.arg_utils")
     monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cpu=lambda: on_cpu), raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(UserError, match=f"sampler.gpus_per_replica = {asked:g}, but the vLLM that is installed"):

@@ -269,7 +269,7 @@ def test_run_folder_names_the_best_adapter_else_the_newest_else_the_base_model(f
     folder.best.write_text('{"version": 0}')
     assert named_policy(str(folder.root), "numberline").adapter is None
     folder.best.write_text('{"version": 9}')
-    with pytest.raises(UserError, match="version 9 is not there"):
+    with pytest.raises(UserError, match="adapter version 9 was never published; there are 2-3"):
         named_policy(str(folder.root), "numberline")
     folder.best.write_text("[]")
     with pytest.raises(UserError, match=r"best\.json: names no adapter version"):
