@@ -16,12 +16,13 @@ from PIL import Image
 from gflowvlm.actors.event_loop import EventLoopThread
 from gflowvlm.actors.sampling import SampleRequest
 from gflowvlm.actors.transformers_sampler import TransformersSampler
-from gflowvlm.learner.model import default_device, load_adapted, reference_policy
+from gflowvlm.learner.model import load_adapted, reference_policy
 from gflowvlm.learner.packing import steps_of
 from gflowvlm.learner.scoring import LOG_ACT, LOG_COT, LOG_STOP, Scorer
 from gflowvlm.learner.targets import Target, is_malformed, loss_inputs
 from gflowvlm.run.models import resolve_model
 from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.device import device_name, on_this_machine
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.response import parse_response
@@ -103,10 +104,11 @@ class Policy:
     """One policy of a run: its base model, with an adapter unless it is version 0.
 
     Made by `gflowvlm.Run.policy`. The model is loaded when it is first needed, once to score and once to
-    respond; `close`, or a ``with`` block, frees it.
+    respond; `close`, or a ``with`` block, frees it. It computes on a GPU where the run's samplers did
+    (``sampler.gpus_per_replica``) and this machine has one, else on the CPU.
 
     Attributes:
-        config: The run's configuration.
+        config: The run's configuration, without GPUs where this machine has none.
         version: Policy version; 0 is the base model.
         adapter: Folder of its adapter in PEFT format; None for the base model.
 
@@ -119,7 +121,7 @@ class Policy:
     """
 
     def __init__(self, config: RunConfig, version: int, adapter: Path | None) -> None:
-        self.config = config
+        self.config = on_this_machine(config, torch.cuda.is_available())
         self.version = version
         self.adapter = adapter
         self._model = resolve_model(config.policy.model)
@@ -273,14 +275,19 @@ class Policy:
         which = "base model" if self.version == BASE_VERSION else f"adapter version {self.version}"
         return f"<policy {self.config.policy.model}, {which}>"
 
+    @property
+    def _device(self) -> torch.device:
+        gpus = self.config.sampler.gpus_per_replica
+        return torch.device(device_name(gpus, "sampler.gpus_per_replica", torch.cuda.is_available()))
+
     @cached_property
     def _adapted(self) -> Any:
-        return load_adapted(self._model, self.config.policy.dtype, self.adapter)
+        return load_adapted(self._model, self.config.policy.dtype, self.adapter, self._device)
 
     @cached_property
     def _scorer(self) -> Scorer:
         inputs = PolicyInputs.load(self._model)
-        return Scorer(self._adapted, inputs, default_device(), self.config.learner.token_budget)
+        return Scorer(self._adapted, inputs, self._device, self.config.learner.token_budget)
 
     def _scored(self, trajectories: Sequence[Trajectory]) -> tuple[torch.Tensor, list[list[float]]]:
         """Returns `StepScores.stacked` of all steps, (S, 4) float64, and their tokens' log-probabilities."""

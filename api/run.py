@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gflowvlm.api.trajectories import Filters, Trajectories
 from gflowvlm.envs.base import SPLITS
 from gflowvlm.evaluation.playing import best_version
+from gflowvlm.run.adapters import adapter_versions, published_adapter
 from gflowvlm.run.log import Row, read_rows
 from gflowvlm.run.setup import open_run
 from gflowvlm.shared.config import RunConfig
@@ -71,8 +72,7 @@ class Run:
     @property
     def versions(self) -> list[int]:
         """The policy versions whose adapters are in the folder, the oldest first; the base model, 0, is not listed."""
-        names = (path.name[1:] for path in self._folder.adapters.glob("v*"))
-        return sorted(int(name) for name in names if name.isdigit())
+        return adapter_versions(self._folder)
 
     def metrics(self, kind: Literal["step", "rollout"] = "step") -> pd.DataFrame:
         """Returns what the run has logged; docs/metrics.md says what every column is.
@@ -313,9 +313,8 @@ class Run:
             number = version
         else:
             raise UserError(f"version {version!r}: use a number, 'best' or 'newest'")
-        if number != BASE_VERSION and not self._folder.adapter(number).is_dir():
-            there = ", ".join(map(str, self.versions)) or "none"
-            raise UserError(f"{self.path}: there is no adapter version {number}; there are: {there}")
+        if number != BASE_VERSION:
+            published_adapter(self._folder, number)
         return number
 
     def _exact(self, version: int, split: str, seed: int, instances: int, console: Any) -> Row:

@@ -78,7 +78,7 @@ def test_adapters_are_found_by_number_and_by_name(run: gflowvlm.Run) -> None:
     assert run.versions == [1, 2]
     assert run.adapter() == run.adapter("best") == run.adapter("newest") == run.adapter(2)
     assert run.adapter(0) is None
-    with pytest.raises(UserError, match="there is no adapter version 7; there are: 1, 2"):
+    with pytest.raises(UserError, match="adapter version 7 was never published; there are 1-2"):
         run.policy(7)
     with pytest.raises(UserError, match="version 'last'"):
         run.adapter("last")  # type: ignore[arg-type]
@@ -197,7 +197,7 @@ def test_an_exact_evaluation_stands_beside_the_sampled_one(run: gflowvlm.Run) ->
         ({"instances": 0}, "instances 0: must be at least 1"),
         ({"temperature": 0.0}, "temperature 0.0: must be above 0"),
         ({"seed": -1}, "seed -1: must be from 0"),
-        ({"version": 9}, "there is no adapter version 9"),
+        ({"version": 9}, "adapter version 9 was never published"),
     ],
 )
 def test_an_evaluation_that_cannot_be_is_refused_at_once(
