@@ -3,7 +3,9 @@
 import fnmatch
 import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,18 @@ def test_set_up_finds_every_file_it_needs_and_makes_this_engine(kind: str) -> No
     needed = {"pyproject.toml", "constraints.txt", "scripts", "README.md", "LICENSE"}
     packages = {p.parent.name for p in ROOT.glob("*/__init__.py")}
     assert set(copied(kind)) == needed | packages | {"k8s/docker/train-or-resume"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_copied_holds_the_whole_package_its_links_included(kind: str, tmp_path: Path) -> None:
+    """Does what `COPY` does: links inside of a folder stay links, and lead to where the image has their targets."""
+    for source in copied(kind):
+        if (ROOT / source).is_dir():
+            shutil.copytree(ROOT / source, tmp_path / source, symlinks=True)
+    command = [sys.executable, "-m", "gflowvlm", "presets"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert "numberline-tiny" in done.stdout, done.stderr
+    assert {path.resolve().parent for path in (tmp_path / "gflowvlm").iterdir() if path.is_symlink()} == {tmp_path}
 
 
 @pytest.mark.parametrize("kind", KINDS)

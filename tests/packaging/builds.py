@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "gflowvlm"
 ROOMS = tuple(sorted(path.name for path in (ROOT / PACKAGE).iterdir() if path.is_symlink()))
@@ -37,6 +39,29 @@ def build_wheel(source: Path, target: Path) -> Path:
     run_in(target, *PIP, "wheel", *offline, "--wheel-dir", str(target), str(source))
     (built,) = target.glob("*.whl")
     return built
+
+
+def build_editable(source: Path, target: Path) -> Path:
+    """Builds what `pip install -e` installs of a tree, into a folder that holds no other; returns its path."""
+    code = f"from setuptools.build_meta import build_editable; build_editable({str(target)!r})"
+    run_in(source, sys.executable, "-c", code)
+    (built,) = target.glob("*.whl")
+    return built
+
+
+def fresh_environment(folder: Path, wheel: Path) -> Path:
+    """Makes a virtual environment with a wheel in it; what the wheel needs comes from the tests' own environment.
+
+    Returns:
+        The environment's folder of packages.
+    """
+    run_in(folder.parent, sys.executable, "-m", "venv", "--without-pip", str(folder))
+    install = ("install", "--no-deps", "--no-index", str(wheel))
+    run_in(folder, *PIP, "--python", str(folder / "bin" / "python"), *install)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    # A folder that is named in a .pth file has its own .pth files left alone, so its editable install stays out.
+    (packages / "dependencies.pth").write_text(f"{Path(str(setuptools.__file__)).parents[1]}\n")
+    return packages
 
 
 def build_sdist(source: Path, target: Path) -> Path:

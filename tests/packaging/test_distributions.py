@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 import gflowvlm
-from tests.packaging.builds import PACKAGE, ROOMS, ROOT, build_sdist, build_wheel, copy_tree, run_in
+from tests.packaging.builds import (
+    PACKAGE,
+    ROOMS,
+    ROOT,
+    build_editable,
+    build_sdist,
+    build_wheel,
+    copy_tree,
+    fresh_environment,
+    run_in,
+)
 
 
 def contents(wheel: Path) -> dict[str, bytes]:
@@ -59,6 +69,19 @@ def test_a_source_distribution_holds_no_links_and_gives_the_same_wheel(wheel: Pa
         archive.extractall(tmp_path / "unpacked", filter="data")
     (source,) = (tmp_path / "unpacked").iterdir()
     assert contents(build_wheel(source, tmp_path / "wheel")) == contents(wheel)
+
+
+def test_an_editable_install_is_the_tree_itself(tmp_path: Path) -> None:
+    for name in ("tree", "wheel", "elsewhere"):
+        (tmp_path / name).mkdir()
+    copy_tree(tmp_path / "tree")
+    fresh_environment(tmp_path / "environment", build_editable(tmp_path / "tree", tmp_path / "wheel"))
+    python = str(tmp_path / "environment" / "bin" / "python")
+    code = "import gflowvlm.envs.registry as r; print(r.__file__)"
+    found = run_in(tmp_path / "elsewhere", python, "-c", code, PYTHONPATH="")
+    assert Path(found.strip()).resolve() == tmp_path / "tree" / "envs" / "registry.py"
+    told = run_in(tmp_path / "elsewhere", str(tmp_path / "environment" / "bin" / "gflowvlm"), "presets", PYTHONPATH="")
+    assert "numberline-tiny" in told
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")

@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from gflowvlm.envs.registry import make_env
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.log import read_rows
 from gflowvlm.shared.task_settings import default_settings
-from tests.packaging.builds import PACKAGE, PIP, ROOMS, run_in
+from tests.packaging.builds import PACKAGE, ROOMS, fresh_environment
 from tests.whole_runs import MARK, assert_nothing_is_left, wait_for
 
 pytestmark = pytest.mark.slow
@@ -130,17 +129,10 @@ def project(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
         (made.root / name).mkdir(parents=True)
         (made.root / name / "__init__.py").write_text(f'"""The project\'s own {name}."""\n')
     (made.root / "program.py").write_text(PROGRAM)
-    run_in(base, sys.executable, "-m", "venv", "--without-pip", str(made.environment))
-    install = ("install", "--no-deps", "--no-index", str(wheel))
-    run_in(base, *PIP, "--python", str(made.environment / "bin" / "python"), *install)
-    # A folder that is named in a .pth file has its own .pth files left alone, so the editable install stays out.
-    (made.packages / "dependencies.pth").write_text(f"{_packages_of_this_environment()}\nimport record_origins\n")
+    fresh_environment(made.environment, wheel)
+    (made.packages / "origins.pth").write_text("import record_origins\n")
     shutil.copy(Path(__file__).with_name("record_origins.py"), made.packages)
     return made
-
-
-def _packages_of_this_environment() -> Path:
-    return Path(str(httpx.__file__)).parents[1]
 
 
 def assert_ours_and_theirs_are_kept_apart(project: Project, *, on_path: bool) -> None:
