@@ -21,7 +21,7 @@ from gflowvlm.actors.sampling import (
     SamplerUnavailableError,
 )
 from gflowvlm.envs.registry import make_env
-from gflowvlm.evaluation.figures import EvaluationPlan, evaluate_trajectories
+from gflowvlm.evaluation.metrics import EvaluationPlan, evaluate_trajectories
 from gflowvlm.evaluation.playing import best_version
 from gflowvlm.run.adapters import published_adapter
 from gflowvlm.run.models import resolve_model

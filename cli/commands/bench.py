@@ -14,7 +14,7 @@ from gflowvlm.cli.json_file import write_json_file
 from gflowvlm.cluster.launch.machine import machine, machine_lines, versions
 from gflowvlm.run.preset_library import DEFAULT_PRESET, load_preset
 from gflowvlm.shared.errors import UserError
-from gflowvlm.studies.benchmarks.figures import PARTS, QUICK, SIMULATED_PARTS, USUAL_PARTS, Figure, Scale
+from gflowvlm.studies.benchmarks.measurement import PARTS, QUICK, SIMULATED_PARTS, USUAL_PARTS, Measurement, Scale
 
 
 def register(app: typer.Typer) -> None:
@@ -29,7 +29,7 @@ def register(app: typer.Typer) -> None:
         preset: Annotated[str, typer.Option(help="Whose settings to measure; see `gflowvlm presets`.")] = (
             DEFAULT_PRESET
         ),
-        quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions: rougher figures sooner.")] = False,
+        quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions: rougher measurements sooner.")] = False,
         parts: Annotated[
             str | None,
             typer.Option(
@@ -42,12 +42,12 @@ def register(app: typer.Typer) -> None:
             typer.Option(help="Also tell how this finished run spent its time; alone, measure nothing else."),
         ] = None,
         json_file: Annotated[
-            Path | None, typer.Option("--json", help="Write the figures here, too.", dir_okay=False)
+            Path | None, typer.Option("--json", help="Write the measurements here, too.", dir_okay=False)
         ] = None,
     ) -> None:
         """Measure sampler, policy server, environment, learner, adapter hand-over and replay buffer.
 
-        Whatever else runs on the machine shows in the figures: close it first.
+        Whatever else runs on the machine shows in the measurements: close it first.
 
         Everything in a few minutes: `gflowvlm bench --quick`
 
@@ -60,16 +60,16 @@ def register(app: typer.Typer) -> None:
         config = load_preset(preset, overrides or ())
         load, began = os.getloadavg()[0], time.perf_counter()
         console.print(f"{machine_lines()}\nload before: {load:.1f}", highlight=False)
-        figures: list[Figure] = []
+        measurements: list[Measurement] = []
         if run is not None:
             from gflowvlm.studies.benchmarks.finished_run import bench_run
 
-            figures += bench_run(run)
+            measurements += bench_run(run)
         if chosen:
             from gflowvlm.studies.benchmarks.suite import run_parts
 
-            figures += run_parts(config, chosen, QUICK if quick else Scale(), console)
-        console.print(_table(figures))
+            measurements += run_parts(config, chosen, QUICK if quick else Scale(), console)
+        console.print(_table(measurements))
         if json_file is not None:
             content = {
                 "preset": preset,
@@ -78,7 +78,7 @@ def register(app: typer.Typer) -> None:
                 "machine": {**machine(), "load_before": load},
                 "versions": versions(),
                 "seconds": round(time.perf_counter() - began, 1),
-                "figures": {figure.name: figure.as_dict() for figure in figures},
+                "measurements": {measurement.name: measurement.as_dict() for measurement in measurements},
             }
             write_json_file(content, json_file)
 
@@ -93,20 +93,20 @@ def _chosen(parts: str | None, *, only_run: bool) -> set[str]:
     return chosen
 
 
-def _table(figures: list[Figure]) -> Table:
-    table = Table("figure", "value", "unit", "bar")
+def _table(measurements: list[Measurement]) -> Table:
+    table = Table("measurement", "value", "unit", "bar")
     table.columns[1].justify = "right"
     table.columns[1].no_wrap = table.columns[2].no_wrap = True
     previous = None
-    for figure in figures:
-        if previous not in (None, figure.part):
+    for measurement in measurements:
+        if previous not in (None, measurement.part):
             table.add_section()
-        previous = figure.part
+        previous = measurement.part
         bar = ""
-        if figure.met is not None:
-            bar = f"[green]{figure.bar}[/]" if figure.met else f"[red]missed: {figure.bar}[/]"
-        what = Text.assemble(figure.name, "\n", (figure.description, "dim"))
-        table.add_row(what, _readable(figure.value), figure.unit, bar)
+        if measurement.met is not None:
+            bar = f"[green]{measurement.bar}[/]" if measurement.met else f"[red]missed: {measurement.bar}[/]"
+        what = Text.assemble(measurement.name, "\n", (measurement.description, "dim"))
+        table.add_row(what, _readable(measurement.value), measurement.unit, bar)
     return table
 
 

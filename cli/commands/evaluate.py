@@ -58,7 +58,7 @@ def register(app: typer.Typer) -> None:
         much out; what is still left out is `uncovered`. It takes some minutes with the default task and
         policy, and works where all action sequences can be enumerated.
         """
-        from gflowvlm.evaluation.figures import EvaluationPlan
+        from gflowvlm.evaluation.metrics import EvaluationPlan
         from gflowvlm.evaluation.run_evaluation import evaluate_run
 
         if split not in SPLITS:

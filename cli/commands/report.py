@@ -68,16 +68,16 @@ def run_page(run: Path, limit: int, instance: str | None) -> str:
         UserError: There is no run, one of its files is damaged, or nothing of the instance was played.
     """
     # Here, because it brings tokenizers and the tasks, which the command line starts without.
-    from gflowvlm.studies.report.browsing import Pictures, browsing_data
     from gflowvlm.studies.report.page import write_page
     from gflowvlm.studies.report.selection import select_trajectories
+    from gflowvlm.studies.report.trajectory_data import Pictures, trajectory_data
 
     folder, config = open_run(run)
     selection = select_trajectories(folder.trajectories, limit, instance)
     pictures = Pictures()
-    browsing = browsing_data(selection.trajectories, config, pictures, instance)
+    trajectories = trajectory_data(selection.trajectories, config, pictures, instance)
     return write_page(
-        folder.root.name, config, read_rows(folder.metrics), _summary(folder), selection, browsing, pictures
+        folder.root.name, config, read_rows(folder.metrics), _summary(folder), selection, trajectories, pictures
     )
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from gflowvlm.actors.admission import Admission
 from gflowvlm.actors.groups import GroupRequest, GroupSummary
 from gflowvlm.cluster.driver.worker_pool import WorkerPool, last_line
-from gflowvlm.evaluation.figures import EvaluationPlan
+from gflowvlm.evaluation.metrics import EvaluationPlan
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.instances import TRAINING_SEEDS
 from gflowvlm.shared.trajectory import Trajectory, from_arrow

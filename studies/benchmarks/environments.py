@@ -6,13 +6,13 @@ import numpy as np
 
 from gflowvlm.envs.registry import make_env
 from gflowvlm.shared.config import RunConfig
-from gflowvlm.studies.benchmarks.figures import Figure, Say, Scale
+from gflowvlm.studies.benchmarks.measurement import Measurement, Say, Scale
 
 PART = "environment"
 _MOVES = ("reset", "prompt", "picture", "step")
 
 
-def bench_environment(config: RunConfig, scale: Scale, say: Say) -> list[Figure]:
+def bench_environment(config: RunConfig, scale: Scale, say: Say) -> list[Measurement]:
     """Plays random admissible actions in one environment: reset, prompt, picture as PNG, step."""
     say(f"{config.task.name}, {scale.seconds:g} s")
     env, rng = make_env(config.task), np.random.default_rng(config.seed)
@@ -36,9 +36,11 @@ def bench_environment(config: RunConfig, scale: Scale, say: Say) -> list[Figure]
     what = "one environment, one process: reset, prompt, PNG and step of random admissible actions"
     counts = {"reset": episodes, "prompt": steps, "picture": steps, "step": steps}
     return [
-        Figure(PART, "environment_steps_per_s", steps / elapsed, "steps/s", what),
+        Measurement(PART, "environment_steps_per_s", steps / elapsed, "steps/s", what),
         *(
-            Figure(PART, f"environment_{move}_us", spent[move] / counts[move] * 1e6, "us", f"mean time of one {move}")
+            Measurement(
+                PART, f"environment_{move}_us", spent[move] / counts[move] * 1e6, "us", f"mean time of one {move}"
+            )
             for move in _MOVES
         ),
     ]

@@ -8,7 +8,7 @@ import torch
 from gflowvlm.learner.learner import Learner
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.studies.benchmarks.figures import Figure, Say, Scale
+from gflowvlm.studies.benchmarks.measurement import Measurement, Say, Scale
 from gflowvlm.studies.benchmarks.workload import made_groups
 
 PART = "learner"
@@ -19,7 +19,7 @@ LONG_EPISODES = 64
 LOSS_SHARE_BAR = 0.02
 
 
-def bench_learner(config: RunConfig, model_path: str, scale: Scale, say: Say) -> list[Figure]:
+def bench_learner(config: RunConfig, model_path: str, scale: Scale, say: Say) -> list[Measurement]:
     """Times optimisation steps on batches of the run's size, each of trajectories not seen before.
 
     Runs with as many threads as Ray gives the learner of a run.
@@ -33,7 +33,7 @@ def bench_learner(config: RunConfig, model_path: str, scale: Scale, say: Say) ->
         torch.set_num_threads(usual)
 
 
-def _timed(config: RunConfig, model_path: str, scale: Scale, say: Say, threads: int) -> list[Figure]:
+def _timed(config: RunConfig, model_path: str, scale: Scale, say: Say, threads: int) -> list[Measurement]:
     say(f"loading {config.policy.model}")
     inputs = PolicyInputs.load(model_path)
     learner = Learner(config, model_path)
@@ -52,14 +52,14 @@ def _timed(config: RunConfig, model_path: str, scale: Scale, say: Say, threads: 
             tokens += sum(t.response_tokens for t in batch)
     how = f"{config.objective.loss}, batches of {groups} groups, {learner.device.type}, {threads} thread(s)"
     return [
-        Figure(PART, "learner_trajectories_per_s", trajectories / sum(seconds), "trajectories/s", how),
-        Figure(PART, "learner_tokens_per_s", tokens / sum(seconds), "tokens/s", f"response tokens; {how}"),
-        Figure(PART, "learner_step_s", statistics.median(seconds), "s", f"median; {how}"),
+        Measurement(PART, "learner_trajectories_per_s", trajectories / sum(seconds), "trajectories/s", how),
+        Measurement(PART, "learner_tokens_per_s", tokens / sum(seconds), "tokens/s", f"response tokens; {how}"),
+        Measurement(PART, "learner_step_s", statistics.median(seconds), "s", f"median; {how}"),
         _loss_share(config, learner, inputs, say),
     ]
 
 
-def _loss_share(config: RunConfig, learner: Learner, inputs: PolicyInputs, say: Say) -> Figure:
+def _loss_share(config: RunConfig, learner: Learner, inputs: PolicyInputs, say: Say) -> Measurement:
     """Measures how much of a step the loss function and its gradient in the scores take."""
     groups = -(-LONG_EPISODES // config.rollout.group_size)
     batch = [t for group in made_groups(config, inputs, groups, first=10**6, stops=False) for t in group]
@@ -72,4 +72,4 @@ def _loss_share(config: RunConfig, learner: Learner, inputs: PolicyInputs, say: 
         f"of a step's time in {config.objective.loss} and its gradient in the scores; {len(batch)} trajectories of "
         f"up to {max(len(t.steps) for t in batch)} steps"
     )
-    return Figure(PART, "learner_loss_share", share, "share", what, at_most=LOSS_SHARE_BAR)
+    return Measurement(PART, "learner_loss_share", share, "share", what, at_most=LOSS_SHARE_BAR)

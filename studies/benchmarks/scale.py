@@ -13,7 +13,7 @@ from typing import Any
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.response import DONE_TOKEN
-from gflowvlm.studies.benchmarks.figures import Figure, Say
+from gflowvlm.studies.benchmarks.measurement import Measurement, Say
 from gflowvlm.studies.benchmarks.scale_publish import publish_times
 from gflowvlm.studies.benchmarks.scale_run import SETTLED_SHARE, Observed, Simulation, simulate_run
 from gflowvlm.studies.benchmarks.scale_sampler import RecordedResponse, SimulatedEngine
@@ -54,19 +54,19 @@ class SimulatedRuns:
         self._base, self._model_path, self._scale = config, model_path, scale
         self._say = say
 
-    def measured(self, parts: set[str]) -> list[Figure]:
-        """Returns the figures of the parts among `SCALE`, `OVERLAP` and `PUBLISH`."""
-        figures: list[Figure] = []
+    def measured(self, parts: set[str]) -> list[Measurement]:
+        """Returns the measurements of the parts among `SCALE`, `OVERLAP` and `PUBLISH`."""
+        measurements: list[Measurement] = []
         with tempfile.TemporaryDirectory(prefix="gflowvlm-simulated-") as folder:
             if SCALE in parts:
-                figures += self._scaled(Path(folder))
+                measurements += self._scaled(Path(folder))
             if OVERLAP in parts:
-                figures += self._overlapped(Path(folder))
+                measurements += self._overlapped(Path(folder))
             if PUBLISH in parts:
-                figures += self._published(Path(folder))
-        return figures
+                measurements += self._published(Path(folder))
+        return measurements
 
-    def _scaled(self, folder: Path) -> list[Figure]:
+    def _scaled(self, folder: Path) -> list[Measurement]:
         scale = self._scale
         engine = self._engine(recorded_responses(self._base, self._model_path, stops=True))
         self._say("one simulated sampler, which limits the run")
@@ -76,9 +76,9 @@ class SimulatedRuns:
         self._say(f"{scale.samplers} simulated samplers")
         config = self.config(scale.samplers, processes=scale.processes)
         many = self._run(folder / "many", config, engine, FASTER, scale.trajectories)
-        return scale_figures(one, slow, many)
+        return scale_measurements(one, slow, many)
 
-    def _overlapped(self, folder: Path) -> list[Figure]:
+    def _overlapped(self, folder: Path) -> list[Measurement]:
         scale = self._scale
         size = self._base.rollout.group_size
         groups = scale.overlap_places // size
@@ -106,7 +106,7 @@ class SimulatedRuns:
             f"{groups * size} trajectories"
         )
         return [
-            Figure(
+            Measurement(
                 OVERLAP,
                 "overlap_wall_ratio",
                 seconds["overlapped"] / each,
@@ -114,7 +114,7 @@ class SimulatedRuns:
                 f"wall time / time of either of the two; {how}",
                 at_most=OVERLAP_BAR,
             ),
-            Figure(
+            Measurement(
                 OVERLAP,
                 "overlap_synchronous_wall_ratio",
                 seconds["synchronous"] / each,
@@ -123,10 +123,10 @@ class SimulatedRuns:
             ),
         ]
 
-    def _published(self, folder: Path) -> list[Figure]:
+    def _published(self, folder: Path) -> list[Measurement]:
         scale = self._scale
         engine = self._engine(())
-        figures: list[Figure] = []
+        measurements: list[Measurement] = []
         p95: dict[int, float] = {}
         for replicas in (1, scale.publish_replicas):
             self._say(f"publishing {scale.publishes} adapters to {replicas} simulated replicas")
@@ -138,10 +138,10 @@ class SimulatedRuns:
                 f"SIMULATED engines: p95 of {len(times)}: publish called -> newest on all of {replicas}, of which "
                 f"{scale.load_s:g} s are the simulated loading; nothing else in flight"
             )
-            figures.append(Figure(PUBLISH, f"publish_{replicas}_p95_s", p95[replicas], "s", what))
+            measurements.append(Measurement(PUBLISH, f"publish_{replicas}_p95_s", p95[replicas], "s", what))
         ratio = p95[scale.publish_replicas] / p95[1]
         what = f"p95 for {scale.publish_replicas} simulated replicas / p95 for one"
-        return [*figures, Figure(PUBLISH, "publish_ratio", ratio, "ratio", what, at_most=PUBLISH_BAR)]
+        return [*measurements, Measurement(PUBLISH, "publish_ratio", ratio, "ratio", what, at_most=PUBLISH_BAR)]
 
     def _run(
         self, folder: Path, config: RunConfig, engine: SimulatedEngine, learner_speed: float, trajectories: int
@@ -203,8 +203,8 @@ def expected_responses(engine: SimulatedEngine, max_steps: int) -> float:
     return sum((1.0 - done) ** step for step in range(max_steps))
 
 
-def scale_figures(one: Observed, slow: Observed, many: Observed) -> list[Figure]:
-    """Returns the figures of three runs.
+def scale_measurements(one: Observed, slow: Observed, many: Observed) -> list[Measurement]:
+    """Returns the measurements of three runs.
 
     Args:
         one: One sampler, which limits the run.
@@ -218,30 +218,30 @@ def scale_figures(one: Observed, slow: Observed, many: Observed) -> list[Figure]
     environments = many.config.rollout.rollouts_at_once
     linear = window.responses_per_s / (sampler.replicas * few.responses_per_s)
 
-    def figure(name: str, value: float, unit: str, what: str, **bar: float) -> Figure:
-        return Figure(SCALE, f"scale_{name}", value, unit, what, **bar)
+    def measurement(name: str, value: float, unit: str, what: str, **bar: float) -> Measurement:
+        return Measurement(SCALE, f"scale_{name}", value, unit, what, **bar)
 
-    figures = [
-        figure("trajectories", many.written.total(), "trajectories", f"on disk at the end; {how}"),
-        figure("environments", environments, "environments", f"in {many.config.rollout.workers} worker processes"),
-        figure("in_flight", window.in_flight, "requests", "at the samplers, mean over the measured time"),
-        figure("trajectories_per_s", window.trajectories_per_s, "trajectories/s", f"acknowledged; {how}"),
-        figure("responses_per_s", window.responses_per_s, "responses/s", how),
-        figure(
+    measurements = [
+        measurement("trajectories", many.written.total(), "trajectories", f"on disk at the end; {how}"),
+        measurement("environments", environments, "environments", f"in {many.config.rollout.workers} worker processes"),
+        measurement("in_flight", window.in_flight, "requests", "at the samplers, mean over the measured time"),
+        measurement("trajectories_per_s", window.trajectories_per_s, "trajectories/s", f"acknowledged; {how}"),
+        measurement("responses_per_s", window.responses_per_s, "responses/s", how),
+        measurement(
             "throughput_share",
             many.sampler_share,
             "share",
             f"responses/s of the ideal min(sampler, learner), the samplers being slower; {how}",
             at_least=THROUGHPUT_BAR,
         ),
-        figure(
+        measurement(
             "learner_bound_share",
             slow.learner_share,
             "share",
             "steps/s of the ideal min(sampler, learner), the learner being slower; one sampler",
             at_least=THROUGHPUT_BAR,
         ),
-        figure(
+        measurement(
             "linear",
             linear,
             "share",
@@ -249,26 +249,26 @@ def scale_figures(one: Observed, slow: Observed, many: Observed) -> list[Figure]
             "of one, each with environments to match",
             at_least=LINEAR_BAR,
         ),
-        figure("driver_cores", window.driver_cores, "cores", "processor time of the driver", at_most=DRIVER_BAR),
-        figure("memory_gib", window.memory_gib, "GiB", "all processes, shared pages once"),
-        figure(
+        measurement("driver_cores", window.driver_cores, "cores", "processor time of the driver", at_most=DRIVER_BAR),
+        measurement("memory_gib", window.memory_gib, "GiB", "all processes, shared pages once"),
+        measurement(
             "memory_growth",
             settled.memory_growth,
             "share",
             f"over the last {1 - SETTLED_SHARE:.0%} of the trajectories, by a straight line",
             at_most=MEMORY_BAR,
         ),
-        figure("lost", many.lost, "trajectories", "reported to the driver, not on disk", at_most=0),
-        figure("doubled", many.doubled, "trajectories", "on disk more than once", at_most=0),
-        figure("groups_failed", many.groups_failed, "groups", "failed and played again", at_most=0),
+        measurement("lost", many.lost, "trajectories", "reported to the driver, not on disk", at_most=0),
+        measurement("doubled", many.doubled, "trajectories", "on disk more than once", at_most=0),
+        measurement("groups_failed", many.groups_failed, "groups", "failed and played again", at_most=0),
     ]
-    figures += [
-        figure(f"cores_{kind}", cores, "cores", f"processor time of {kind}")
+    measurements += [
+        measurement(f"cores_{kind}", cores, "cores", f"processor time of {kind}")
         for kind, cores in window.cores.items()
         if cores >= 0.005
     ]
-    return figures + [
-        figure(
+    return measurements + [
+        measurement(
             f"growth_{kind}", growth, "MiB/min", f"memory of {kind}, over the same trajectories as scale_memory_growth"
         )
         for kind, growth in settled.growth_mib_per_min.items()

@@ -26,7 +26,7 @@ from gflowvlm.learner.checkpoint import save_adapter
 from gflowvlm.learner.model import load_policy
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.studies.benchmarks.figures import Figure, Say, Scale
+from gflowvlm.studies.benchmarks.measurement import Measurement, Say, Scale
 from gflowvlm.studies.benchmarks.workload import made_requests
 
 SAMPLER, SERVE, ADAPTER = "sampler", "serve", "adapter"
@@ -36,7 +36,7 @@ ROUND_TIMEOUT_S = 600.0
 PAUSE_BETWEEN_PUBLISHES_S = 0.2
 
 
-def bench_serving(config: RunConfig, model_path: str, parts: set[str], scale: Scale, say: Say) -> list[Figure]:
+def bench_serving(config: RunConfig, model_path: str, parts: set[str], scale: Scale, say: Say) -> list[Measurement]:
     """Measures the parts among `SAMPLER`, `SERVE` and `ADAPTER`; the last two need a connected Ray.
 
     With both engines, rounds alternate between them: the same requests, new ones every round, so that
@@ -44,7 +44,7 @@ def bench_serving(config: RunConfig, model_path: str, parts: set[str], scale: Sc
     """
     say("making the requests and an adapter")
     inputs = PolicyInputs.load(model_path)
-    figures: list[Figure] = []
+    measurements: list[Measurement] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gflowvlm-bench-")))
         adapter = _made_adapter(config, model_path, folder / "adapter")
@@ -53,18 +53,20 @@ def bench_serving(config: RunConfig, model_path: str, parts: set[str], scale: Sc
         if SAMPLER in parts:
             say("starting the bare engine")
             bare = stack.enter_context(bare_engine(config, model_path, adapter))
-            figures.append(
-                Figure(SAMPLER, "sampler_start_s", bare.start_s, "s", "until the bare engine has an adapter")
+            measurements.append(
+                Measurement(SAMPLER, "sampler_start_s", bare.start_s, "s", "until the bare engine has an adapter")
             )
         if parts & {SERVE, ADAPTER}:
             say("starting the policy server")
             served = stack.enter_context(served_policy(config, model_path, adapter, folder / "run"))
-            figures.append(Figure(SERVE, "serve_start_s", served.start_s, "s", "until the policy server answers"))
-        figures += _throughput(config, inputs, bare, served if SERVE in parts else None, scale, say)
+            measurements.append(
+                Measurement(SERVE, "serve_start_s", served.start_s, "s", "until the policy server answers")
+            )
+        measurements += _throughput(config, inputs, bare, served if SERVE in parts else None, scale, say)
         if served is not None and ADAPTER in parts:
-            figures += _measure_adapter_swap(config, inputs, served, adapter, scale, say)
+            measurements += _measure_adapter_swap(config, inputs, served, adapter, scale, say)
         say("stopping the engines")
-    return figures
+    return measurements
 
 
 class BareEngine:
@@ -192,7 +194,7 @@ def _throughput(
     served: ServedPolicy | None,
     scale: Scale,
     say: Say,
-) -> list[Figure]:
+) -> list[Measurement]:
     engines: dict[str, BareEngine | ServedPolicy] = {}
     if bare is not None:
         engines[SAMPLER] = bare
@@ -213,20 +215,20 @@ def _throughput(
     how = f"response tokens, LoRA on, {in_flight} requests in flight, median of {scale.rounds} rounds of {count}"
     titles = {SAMPLER: f"bare {config.sampler.engine} engine", SERVE: f"through Ray Serve, {CLIENTS} clients"}
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    figures = [
-        Figure(name, f"{name}_tokens_per_s", value, "tokens/s", f"{titles[name]}: {how}")
+    measurements = [
+        Measurement(name, f"{name}_tokens_per_s", value, "tokens/s", f"{titles[name]}: {how}")
         for name, value in medians.items()
     ]
     if len(medians) == 2:
         ratio = medians[SERVE] / medians[SAMPLER]
         what = "tokens/s through Ray Serve / bare engine, the same requests, alternating"
-        figures.append(Figure(SERVE, "serve_ratio", ratio, "ratio", what, at_least=SERVE_RATIO_BAR))
-    return figures
+        measurements.append(Measurement(SERVE, "serve_ratio", ratio, "ratio", what, at_least=SERVE_RATIO_BAR))
+    return measurements
 
 
 def _measure_adapter_swap(
     config: RunConfig, inputs: PolicyInputs, served: ServedPolicy, adapter: Path, scale: Scale, say: Say
-) -> list[Figure]:
+) -> list[Measurement]:
     requests = made_requests(config, inputs, 256, first=10**6)
     say(f"publishing {scale.publishes} adapters, no other requests")
     idle = served.loop.run(_adapter_swap_times(config, served, adapter, requests[0], scale.publishes))
@@ -241,14 +243,14 @@ def _measure_adapter_swap(
         busy = served.loop.run(_adapter_swap_times(config, served, adapter, requests[0], scale.publishes))
     finally:
         ray.get([actor.stop_load.remote() for actor in served.actors], timeout=ROUND_TIMEOUT_S)
-    figures = []
+    measurements = []
     for name, seconds, load in (("idle", idle, "no"), ("busy", busy, str(in_flight))):
         what = f"publish called -> first token of the new version, {load} other sequences in flight"
         percentiles = statistics.quantiles(seconds, n=20, method="inclusive")
         for percent, value in ((50, percentiles[9]), (95, percentiles[18])):
             what_exactly = f"p{percent} of {len(seconds)}: {what}"
-            figures.append(Figure(ADAPTER, f"adapter_{name}_p{percent}_s", value, "s", what_exactly))
-    return figures
+            measurements.append(Measurement(ADAPTER, f"adapter_{name}_p{percent}_s", value, "s", what_exactly))
+    return measurements
 
 
 async def _adapter_swap_times(

@@ -9,31 +9,31 @@ from gflowvlm.cluster.launch.ray_runtime import ray_cluster
 from gflowvlm.run.models import resolve_model
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.studies.benchmarks.figures import PARTS, SIMULATED_PARTS, Figure, Say, Scale
+from gflowvlm.studies.benchmarks.measurement import PARTS, SIMULATED_PARTS, Measurement, Say, Scale
 from gflowvlm.studies.benchmarks.quiet import quiet_stderr
 
 _NEED_ENGINE = {"sampler", "serve", "adapter"}
 _NEED_RAY = {"serve", "adapter", "replay"}
 
 
-def run_parts(config: RunConfig, parts: set[str], scale: Scale, console: Console) -> list[Figure]:
+def run_parts(config: RunConfig, parts: set[str], scale: Scale, console: Console) -> list[Measurement]:
     """Measures the chosen parts, one after another; a part that is not chosen is not even imported.
 
     Raises:
         UserError: The model, the engine or Ray cannot be had here.
     """
     with quiet_stderr():
-        figures = _measured(config, parts, scale, console)
-    return sorted(figures, key=lambda figure: PARTS.index(figure.part))
+        measurements = _measured(config, parts, scale, console)
+    return sorted(measurements, key=lambda measurement: PARTS.index(measurement.part))
 
 
-def _measured(config: RunConfig, parts: set[str], scale: Scale, console: Console) -> list[Figure]:
+def _measured(config: RunConfig, parts: set[str], scale: Scale, console: Console) -> list[Measurement]:
     began = time.perf_counter()
     model_path = resolve_model(config.policy.model)
     if parts != {"environment"}:
         # A missing model is told before anything is started.
         PolicyInputs.load(model_path)
-    figures: list[Figure] = []
+    measurements: list[Measurement] = []
 
     def progress_printer(part: str) -> Say:
         def say(text: str) -> None:
@@ -44,11 +44,11 @@ def _measured(config: RunConfig, parts: set[str], scale: Scale, console: Console
     if "environment" in parts:
         from gflowvlm.studies.benchmarks.environments import bench_environment
 
-        figures += bench_environment(config, scale, progress_printer("environment"))
+        measurements += bench_environment(config, scale, progress_printer("environment"))
     if "learner" in parts:
         from gflowvlm.studies.benchmarks.learning import bench_learner
 
-        figures += bench_learner(config, model_path, scale, progress_printer("learner"))
+        measurements += bench_learner(config, model_path, scale, progress_printer("learner"))
     with ExitStack() as stack:
         if parts & _NEED_RAY:
             progress_printer("ray")("starting")
@@ -56,16 +56,18 @@ def _measured(config: RunConfig, parts: set[str], scale: Scale, console: Console
         if "replay" in parts:
             from gflowvlm.studies.benchmarks.replay import bench_replay
 
-            figures += bench_replay(config, model_path, scale, progress_printer("replay"))
+            measurements += bench_replay(config, model_path, scale, progress_printer("replay"))
         if parts & _NEED_ENGINE:
             from gflowvlm.studies.benchmarks.serving import bench_serving
 
-            figures += bench_serving(config, model_path, parts & _NEED_ENGINE, scale, progress_printer("sampler"))
+            measurements += bench_serving(config, model_path, parts & _NEED_ENGINE, scale, progress_printer("sampler"))
         if parts & _NEED_RAY:
             progress_printer("ray")("stopping")
     simulated = parts & set(SIMULATED_PARTS)
     if simulated:
         from gflowvlm.studies.benchmarks.scale import SimulatedRuns
 
-        figures += SimulatedRuns(config, model_path, scale.simulated, progress_printer("simulated")).measured(simulated)
-    return figures
+        measurements += SimulatedRuns(config, model_path, scale.simulated, progress_printer("simulated")).measured(
+            simulated
+        )
+    return measurements

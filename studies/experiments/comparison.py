@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from gflowvlm.evaluation.figures import REPORT_SEED_OFFSET
+from gflowvlm.evaluation.metrics import REPORT_SEED_OFFSET
 from gflowvlm.run.adapters import published_adapter
 from gflowvlm.run.setup import write_whole
 from gflowvlm.shared.config import RunConfig

@@ -10,7 +10,7 @@ from gflowvlm.run.log import Row
 from gflowvlm.run.setup import write_whole
 from gflowvlm.shared.errors import UserError
 from gflowvlm.studies.experiments.description import PAPER, PAPER_MODEL, Column, Experiment
-from gflowvlm.studies.experiments.pictures import draw_picture
+from gflowvlm.studies.experiments.plots import draw_plot
 from gflowvlm.studies.experiments.sweep import (
     Figures,
     cell,
@@ -56,7 +56,7 @@ def write_results(experiment: Experiment, trials: Sequence[Trial], out: Path) ->
     text = page(experiment, rows)
     write_whole(out / TABLE, text)
     write_whole(out / RAW, csv_text(rows))
-    draw_picture(experiment, by_variant(rows), out / PICTURE)
+    draw_plot(experiment, by_variant(rows), out / PICTURE)
     names = {variant.slug: variant.name for variant in experiment.variants}
     draw_curves([trial.run for trial in trials], out / CURVES, names, experiment.axis)
     return text

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gflowvlm.evaluation.figures import REPORT_SEED_OFFSET, EvaluationPlan
+from gflowvlm.evaluation.metrics import REPORT_SEED_OFFSET, EvaluationPlan
 from gflowvlm.run.final_report import before_and_after
 from gflowvlm.run.log import Row
 from gflowvlm.run.models import resolve_model, shipped_models

@@ -16,10 +16,10 @@ from typing import Any
 
 from gflowvlm.run.log import Row
 from gflowvlm.shared.config import RunConfig
-from gflowvlm.studies.report.browsing import Pictures
 from gflowvlm.studies.report.curves import draw, panels
-from gflowvlm.studies.report.figures import configuration, evaluations, events, final_report, overview, step_summary
 from gflowvlm.studies.report.selection import Selection
+from gflowvlm.studies.report.tables import configuration, evaluations, events, final_report, overview, step_summary
+from gflowvlm.studies.report.trajectory_data import Pictures
 
 
 def write_page(
@@ -28,7 +28,7 @@ def write_page(
     rows: Sequence[Row],
     summary: dict[str, Any] | None,
     selection: Selection,
-    browsing: dict[str, Any],
+    trajectories: dict[str, Any],
     pictures: Pictures,
 ) -> str:
     """Returns the page as HTML.
@@ -39,8 +39,8 @@ def write_page(
         rows: The run's log (`read_rows`).
         summary: The run's summary, None while it is not finished.
         selection: The trajectories that are shown, for how they were chosen.
-        browsing: What the script shows (`browsing_data`).
-        pictures: The pictures that `browsing` refers to.
+        trajectories: What the script shows (`trajectory_data`).
+        pictures: The pictures that `trajectories` refers to.
     """
     style, script = _own("page.css"), _own("page.js")
     left_out = f" {pictures.left_out} pictures found no room and are left out." if pictures.left_out > 0 else ""
@@ -61,7 +61,7 @@ def write_page(
         rule=escape(selection.rule + left_out),
         configuration=configuration(config),
         pictures=embedded_json(pictures.uris),
-        data=packed_json(browsing),
+        data=packed_json(trajectories),
     )
 
 

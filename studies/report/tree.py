@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gflowvlm.envs.base import TaskEnv
-from gflowvlm.evaluation.figures import total_variation
+from gflowvlm.evaluation.metrics import total_variation
 from gflowvlm.shared.response import DONE_TOKEN
 from gflowvlm.shared.trajectory import Step, Trajectory, Validity
 

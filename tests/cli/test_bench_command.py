@@ -23,8 +23,8 @@ from gflowvlm.shared.config_io import dump_config
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.trajectory import EndReason, to_record_batch
-from gflowvlm.studies.benchmarks.figures import QUICK, Figure, Scale
 from gflowvlm.studies.benchmarks.finished_run import bench_run
+from gflowvlm.studies.benchmarks.measurement import QUICK, Measurement, Scale
 from gflowvlm.studies.benchmarks.quiet import quiet_stderr
 from gflowvlm.studies.benchmarks.serving import sample_all
 from gflowvlm.studies.benchmarks.suite import run_parts
@@ -63,7 +63,9 @@ def _fail_loudly() -> None:
 
 
 def _measured(config: RunConfig, *parts: str) -> dict[str, float]:
-    return {figure.name: figure.value for figure in run_parts(config, set(parts), BRIEF, Console(quiet=True))}
+    return {
+        measurement.name: measurement.value for measurement in run_parts(config, set(parts), BRIEF, Console(quiet=True))
+    }
 
 
 def test_an_unknown_part_is_named_with_those_that_exist() -> None:
@@ -81,14 +83,14 @@ def test_a_missing_model_is_told_before_anything_is_started() -> None:
 
 
 def test_one_part_is_measured_alone_and_written_as_json(tmp_path: Path) -> None:
-    path = tmp_path / "figures.json"
+    path = tmp_path / "measurements.json"
     arguments = ["bench", "--quick", "--parts", "environment", "--json", str(path), "task.n_max=7"]
     result = CliRunner().invoke(_command(), arguments)
     assert result.exit_code == 0, result.output
     content = json.loads(path.read_text())
-    assert {figure["part"] for figure in content["figures"].values()} == {"environment"}
-    assert content["figures"]["environment_steps_per_s"]["value"] > 10
-    assert content["figures"]["environment_steps_per_s"]["unit"] == "steps/s"
+    assert {measurement["part"] for measurement in content["measurements"].values()} == {"environment"}
+    assert content["measurements"]["environment_steps_per_s"]["value"] > 10
+    assert content["measurements"]["environment_steps_per_s"]["unit"] == "steps/s"
     assert content["machine"]["cores"] >= 1
     assert content["overrides"] == ["task.n_max=7"]
     assert "environment_steps_per_s" in result.output
@@ -98,7 +100,7 @@ def test_parts_without_an_engine_do_not_import_vllm() -> None:
     code = (
         "import sys\n"
         "from rich.console import Console\n"
-        "from gflowvlm.studies.benchmarks.figures import Scale\n"
+        "from gflowvlm.studies.benchmarks.measurement import Scale\n"
         "from gflowvlm.studies.benchmarks.suite import run_parts\n"
         "import gflowvlm.studies.benchmarks.replay, ray\n"
         "from gflowvlm.shared.config import RunConfig\n"
@@ -160,11 +162,11 @@ def test_sampling_keeps_so_many_requests_in_flight_and_asks_each_once() -> None:
 
 
 def test_a_bar_is_met_or_missed_or_absent() -> None:
-    assert Figure("serve", "serve_ratio", 0.9, "ratio", "", at_least=0.9).met is True
-    assert Figure("serve", "serve_ratio", 0.89, "ratio", "", at_least=0.9).met is False
-    assert Figure("learner", "share", 0.02, "share", "", at_most=0.02).met is True
-    assert Figure("learner", "share", 0.03, "share", "", at_most=0.02).met is False
-    assert Figure("serve", "other", 0.0, "ratio", "").met is None
+    assert Measurement("serve", "serve_ratio", 0.9, "ratio", "", at_least=0.9).met is True
+    assert Measurement("serve", "serve_ratio", 0.89, "ratio", "", at_least=0.9).met is False
+    assert Measurement("learner", "share", 0.02, "share", "", at_most=0.02).met is True
+    assert Measurement("learner", "share", 0.03, "share", "", at_most=0.02).met is False
+    assert Measurement("serve", "other", 0.0, "ratio", "").met is None
 
 
 def test_quick_still_publishes_at_least_twenty_adapters() -> None:
@@ -178,10 +180,10 @@ def test_a_finished_run_tells_who_waited(tmp_path: Path, config: RunConfig) -> N
         append_row(folder.metrics, "step", {"step": step, "wait_s": wait, "step_s": 4.0})
     for share in (0.25, 0.75):
         append_row(folder.metrics, "rollout", {"step": 1, "sampler_idle_share": share})
-    figures = {figure.name: figure.value for figure in bench_run(tmp_path)}
-    assert figures["run_learner_wait_share"] == pytest.approx(0.25)
-    assert figures["run_sampler_idle_share"] == pytest.approx(0.5)
-    assert figures["run_learner_steps_per_s"] == pytest.approx(0.25)
+    measurements = {measurement.name: measurement.value for measurement in bench_run(tmp_path)}
+    assert measurements["run_learner_wait_share"] == pytest.approx(0.25)
+    assert measurements["run_sampler_idle_share"] == pytest.approx(0.5)
+    assert measurements["run_learner_steps_per_s"] == pytest.approx(0.25)
 
 
 def test_a_run_without_steps_is_refused(tmp_path: Path, config: RunConfig) -> None:
@@ -200,23 +202,23 @@ def test_what_an_engine_prints_is_shown_only_when_it_fails(capfd: pytest.Capture
 
 @pytest.mark.slow
 def test_the_learner_is_timed_on_its_own(config: RunConfig) -> None:
-    figures = _measured(config, "learner")
-    assert figures["learner_trajectories_per_s"] > 0
-    assert figures["learner_tokens_per_s"] > figures["learner_trajectories_per_s"]
+    measurements = _measured(config, "learner")
+    assert measurements["learner_trajectories_per_s"] > 0
+    assert measurements["learner_tokens_per_s"] > measurements["learner_trajectories_per_s"]
 
 
 @pytest.mark.slow
 def test_the_replay_buffer_is_timed_alone_and_through_ray(config: RunConfig) -> None:
-    figures = _measured(config, "replay")
+    measurements = _measured(config, "replay")
     for name in ("replay_append", "replay_sample", "replay_actor_append", "replay_actor_sample"):
-        assert figures[f"{name}_trajectories_per_s"] > 0
-        assert figures[f"{name}_mb_per_s"] > 0
+        assert measurements[f"{name}_trajectories_per_s"] > 0
+        assert measurements[f"{name}_mb_per_s"] > 0
 
 
 @pytest.mark.slow
 def test_serve_is_compared_with_the_bare_engine_and_new_adapters_answer(config: RunConfig) -> None:
-    figures = _measured(config, "sampler", "serve", "adapter")
-    ratio = figures["serve_tokens_per_s"] / figures["sampler_tokens_per_s"]
-    assert figures["serve_ratio"] == pytest.approx(ratio)
+    measurements = _measured(config, "sampler", "serve", "adapter")
+    ratio = measurements["serve_tokens_per_s"] / measurements["sampler_tokens_per_s"]
+    assert measurements["serve_ratio"] == pytest.approx(ratio)
     for load in ("idle", "busy"):
-        assert 0 < figures[f"adapter_{load}_p50_s"] <= figures[f"adapter_{load}_p95_s"]
+        assert 0 < measurements[f"adapter_{load}_p50_s"] <= measurements[f"adapter_{load}_p95_s"]

@@ -1,4 +1,4 @@
-"""Simulated runs: what is simulated behaves as it says, and the figures are those of what happened."""
+"""Simulated runs: what is simulated behaves as it says, and the measurements are those of what happened."""
 
 import asyncio
 import os
@@ -18,8 +18,8 @@ from gflowvlm.actors.sampling import SampleRequest
 from gflowvlm.learner.tiny_policy import build_processor
 from gflowvlm.shared.config import ClusterSettings, PolicySettings, RunConfig
 from gflowvlm.shared.errors import UserError
-from gflowvlm.studies.benchmarks.figures import PARTS, USUAL_PARTS
-from gflowvlm.studies.benchmarks.scale import SimulatedRuns, expected_responses, recorded_responses, scale_figures
+from gflowvlm.studies.benchmarks.measurement import PARTS, USUAL_PARTS
+from gflowvlm.studies.benchmarks.scale import SimulatedRuns, expected_responses, recorded_responses, scale_measurements
 from gflowvlm.studies.benchmarks.scale_learner import SimulatedLearner
 from gflowvlm.studies.benchmarks.scale_publish import publish_times
 from gflowvlm.studies.benchmarks.scale_run import Observed, Simulation, Snapshot, process_kind, simulate_run
@@ -144,21 +144,23 @@ def observed(config: RunConfig, samplers: int, rate: float, **changed: Any) -> O
 
 def test_figures_are_those_of_the_measured_part_of_the_run(config: RunConfig) -> None:
     one, many = observed(config, 1, 3.6), observed(config, 16, 64 * 0.96)
-    figures = {figure.name: figure for figure in scale_figures(one, observed(config, 1, 3.9), many)}
+    measurements = {
+        measurement.name: measurement for measurement in scale_measurements(one, observed(config, 1, 3.9), many)
+    }
     # 16 samplers of 256 places, 16 s a response, 4 responses a trajectory: 64 trajectories/s are ideal.
-    assert figures["scale_throughput_share"].value == pytest.approx(0.96, rel=0.01)
-    assert figures["scale_throughput_share"].met is True
-    assert figures["scale_linear"].value == pytest.approx(64 * 0.96 / (16 * 3.6))
+    assert measurements["scale_throughput_share"].value == pytest.approx(0.96, rel=0.01)
+    assert measurements["scale_throughput_share"].met is True
+    assert measurements["scale_linear"].value == pytest.approx(64 * 0.96 / (16 * 3.6))
     # A step every 5 s after the warm-up, of which 4.9 s are the simulated learner's.
-    assert figures["scale_learner_bound_share"].value == pytest.approx(4.9 / 5)
-    assert figures["scale_in_flight"].value == 160
-    assert figures["scale_driver_cores"].value == pytest.approx(0.1)
-    assert figures["scale_cores_raylet"].value == pytest.approx(0.5)
-    assert 0.0 < figures["scale_memory_growth"].value < 0.025
+    assert measurements["scale_learner_bound_share"].value == pytest.approx(4.9 / 5)
+    assert measurements["scale_in_flight"].value == 160
+    assert measurements["scale_driver_cores"].value == pytest.approx(0.1)
+    assert measurements["scale_cores_raylet"].value == pytest.approx(0.5)
+    assert 0.0 < measurements["scale_memory_growth"].value < 0.025
     # 1 MiB every 30 s; what shrinks is not said.
-    assert figures["scale_growth_raylet"].value == pytest.approx(2.0)
-    assert "scale_growth_PolicyServer" not in figures
-    assert figures["scale_lost"].value == figures["scale_doubled"].value == 0
+    assert measurements["scale_growth_raylet"].value == pytest.approx(2.0)
+    assert "scale_growth_PolicyServer" not in measurements
+    assert measurements["scale_lost"].value == measurements["scale_doubled"].value == 0
 
 
 def test_a_trajectory_lost_or_doubled_is_counted(config: RunConfig) -> None:

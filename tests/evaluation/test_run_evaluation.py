@@ -7,7 +7,7 @@ from rich.console import Console
 
 from gflowvlm.actors.sampling import SamplerUnavailableError
 from gflowvlm.evaluation import run_evaluation
-from gflowvlm.evaluation.figures import EvaluationPlan
+from gflowvlm.evaluation.metrics import EvaluationPlan
 from gflowvlm.learner.tiny_policy import build_tiny_policy
 from gflowvlm.run.setup import new_run
 from gflowvlm.shared.config import RunConfig

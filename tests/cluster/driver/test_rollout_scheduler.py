@@ -11,7 +11,7 @@ from gflowvlm.cluster.driver.rollout_scheduler import (
     training_seed,
 )
 from gflowvlm.cluster.driver.worker_pool import WorkerPool
-from gflowvlm.evaluation.figures import EvaluationPlan
+from gflowvlm.evaluation.metrics import EvaluationPlan
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.trajectory import to_record_batch
 from tests.actors.made_trajectories import make_trajectory

@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from gflowvlm.evaluation.figures import REPORT_SEED_OFFSET
+from gflowvlm.evaluation.metrics import REPORT_SEED_OFFSET
 from gflowvlm.shared.errors import UserError
 from gflowvlm.studies.experiments import trials as trials_module
 from gflowvlm.studies.experiments.catalog import EXPERIMENTS

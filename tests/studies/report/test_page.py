@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from gflowvlm.cli.commands.report import run_page
 from gflowvlm.cli.main import app, main
 from gflowvlm.shared.config import PolicySettings, RunConfig
-from gflowvlm.studies.report import browsing
+from gflowvlm.studies.report import trajectory_data
 from gflowvlm.studies.report.curves import Curve, Panel, draw, panels
 from gflowvlm.studies.report.page import embedded_json, packed_json
 from tests.studies.report.played import HOSTILE, hostile, numberline_group, write_run
@@ -146,7 +146,7 @@ def test_a_loss_that_may_be_negative_has_an_axis_that_shows_it(losses: tuple[flo
     ],
 )
 def test_prompts_repeat_whole_lines_of_the_one_before(previous: str, text: str, expected: tuple[int, str]) -> None:
-    assert browsing.new_lines(previous, text) == expected
+    assert trajectory_data.new_lines(previous, text) == expected
 
 
 @pytest.mark.parametrize("pack", [embedded_json, packed_json])
@@ -176,7 +176,7 @@ def test_a_picture_that_is_in_many_places_is_stored_once(tmp_path: Path) -> None
 
 
 def test_pictures_beyond_their_room_are_left_out_and_it_is_said(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(browsing, "PICTURE_CHARS", 20_000)
+    monkeypatch.setattr(trajectory_data, "PICTURE_CHARS", 20_000)
     reader, pictures, data = read(run_page(run, 1000, None))
     assert 0 < sum(map(len, pictures)) <= 20_000
     assert re.search(r"\d+ pictures found no room and are left out", " ".join(reader.text))

@@ -54,7 +54,7 @@ QUICK = Scale(
 
 
 @dataclass(frozen=True)
-class Figure:
+class Measurement:
     """One measured number.
 
     Attributes:

@@ -56,7 +56,7 @@ class Pictures:
         return len(self.uris) - 1
 
 
-def browsing_data(
+def trajectory_data(
     trajectories: Sequence[Trajectory], config: RunConfig, pictures: Pictures, instance: str | None
 ) -> dict[str, Any]:
     """Returns what the script of the page shows.

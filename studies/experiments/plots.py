@@ -12,7 +12,7 @@ from gflowvlm.studies.experiments.sweep import Figures
 _PANEL_WIDTH, _HEIGHT = 4.5, 4.0
 
 
-def draw_picture(experiment: Experiment, grouped: Mapping[str, Sequence[Figures]], path: Path) -> None:
+def draw_plot(experiment: Experiment, grouped: Mapping[str, Sequence[Figures]], path: Path) -> None:
     """Draws the columns that the experiment's picture names: means, standard deviations, and the paper's figures.
 
     Args:

@@ -7,7 +7,7 @@ from gflowvlm.envs.blackjack.settings import BlackjackSettings
 from gflowvlm.envs.numberline.environment import NumberLineEnv
 from gflowvlm.envs.numbersequence.settings import NumberSequenceSettings
 from gflowvlm.envs.registry import make_env
-from gflowvlm.evaluation.figures import (
+from gflowvlm.evaluation.metrics import (
     EvaluationPlan,
     div_at_n,
     evaluate_trajectories,
