@@ -236,7 +236,7 @@ class Run:
         from rich.console import Console
 
         from gflowvlm.api.tables import figures_row
-        from gflowvlm.evaluation.figures import EvaluationPlan
+        from gflowvlm.evaluation.metrics import EvaluationPlan
         from gflowvlm.evaluation.run_evaluation import evaluate_run
 
         if split not in SPLITS:

@@ -1,14 +1,12 @@
 """The tasks, one folder each: settings, environment, prompt, reward, expert, picture. No Ray, no torch.
 
-Importing this package makes the shipped tasks known by their settings, which costs next to nothing: environments are
-imported when they are made.
+Importing this package makes the shipped tasks known, which costs nothing: settings are imported when a configuration
+names them, environments when they are made.
 """
 
-from gflowvlm.envs.blackjack.settings import BlackjackSettings
-from gflowvlm.envs.household.settings import AlfworldSettings
-from gflowvlm.envs.numberline.settings import NumberLineSettings
-from gflowvlm.envs.numbersequence.settings import NumberSequenceSettings
-from gflowvlm.shared.task_settings import register_task
+from gflowvlm.shared.task_registry import register_place
 
-for _settings in (NumberLineSettings, BlackjackSettings, NumberSequenceSettings, AlfworldSettings):
-    register_task(_settings)
+register_place("numberline", "gflowvlm.envs.numberline.settings:NumberLineSettings")
+register_place("blackjack", "gflowvlm.envs.blackjack.settings:BlackjackSettings")
+register_place("numbersequence", "gflowvlm.envs.numbersequence.settings:NumberSequenceSettings")
+register_place("alfworld", "gflowvlm.envs.household.settings:AlfworldSettings")

@@ -4,6 +4,7 @@ The settings of one task stand in its folder, ``envs/FOLDER/settings.py``. `gflo
 shipped tasks here, and whoever imports anything of `gflowvlm` has imported it.
 """
 
+from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
@@ -11,6 +12,8 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.settings import Settings
+from gflowvlm.shared.task_registry import register_place, settings_place
+from gflowvlm.shared.task_registry import task_names as task_names
 
 DEFAULT_TASK = "numberline"
 
@@ -48,7 +51,8 @@ class TaskSettings(Settings):
         return self
 
 
-_TASKS: dict[str, type[TaskSettings]] = {}
+_CLASSES: dict[str, type[TaskSettings]] = {}
+"""Classes that were registered themselves, or imported from their place."""
 
 
 def register_task(settings: type[TaskSettings]) -> None:
@@ -60,15 +64,8 @@ def register_task(settings: type[TaskSettings]) -> None:
     name = settings.model_fields["name"].default
     if not isinstance(name, str):
         raise ValueError(f"{settings.__name__}: declare name: Literal[...] with the task's name as its default")
-    there = _TASKS.get(name, settings)
-    if (there.__module__, there.__qualname__) != (settings.__module__, settings.__qualname__):
-        raise ValueError(f"task {name!r}: {there.__module__}.{there.__qualname__} has that name")
-    _TASKS[name] = settings
-
-
-def task_names() -> tuple[str, ...]:
-    """Returns the names of the tasks."""
-    return tuple(_TASKS)
+    register_place(name, f"{settings.__module__}:{settings.__qualname__}")
+    _CLASSES[name] = settings
 
 
 def task_settings_class(task: str) -> type[TaskSettings]:
@@ -77,9 +74,12 @@ def task_settings_class(task: str) -> type[TaskSettings]:
     Raises:
         UserError: No such task.
     """
-    if task not in _TASKS:
-        raise UserError(f"task {task!r}: there is no such task; use one of: {', '.join(_TASKS)}")
-    return _TASKS[task]
+    if task not in task_names():
+        raise UserError(f"task {task!r}: there is no such task; use one of: {', '.join(task_names())}")
+    if task not in _CLASSES:
+        module, _, name = settings_place(task).partition(":")
+        register_task(getattr(import_module(module), name))
+    return _CLASSES[task]
 
 
 def default_settings(task: str = DEFAULT_TASK) -> TaskSettings:
@@ -95,10 +95,10 @@ def _of_its_class(settings: Any) -> Any:
     if not isinstance(settings, dict):
         return settings
     name = settings.get("name", DEFAULT_TASK)
-    if isinstance(name, str) and name in _TASKS:
-        return _TASKS[name].model_validate(settings)
+    if isinstance(name, str) and name in task_names():
+        return task_settings_class(name).model_validate(settings)
     unknown = PydanticCustomError(
-        "unknown_task", "there is no such task; use one of: {tasks}", {"tasks": ", ".join(_TASKS)}
+        "unknown_task", "there is no such task; use one of: {tasks}", {"tasks": ", ".join(task_names())}
     )
     raise ValidationError.from_exception_data("task", [InitErrorDetails(type=unknown, loc=("name",), input=name)])
 

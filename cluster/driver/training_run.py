@@ -26,8 +26,8 @@ from gflowvlm.cluster.monitoring.sampler_watch import STATUS_TIMEOUT_S, SamplerL
 from gflowvlm.cluster.monitoring.telemetry import Telemetry
 from gflowvlm.cluster.scaling.auto_scaling import Load, Size
 from gflowvlm.cluster.scaling.run_scaling import RunScaling
-from gflowvlm.evaluation.metrics import REPORT_SEED_OFFSET, EvaluationPlan, evaluate_trajectories
 from gflowvlm.evaluation.learning_curve import draw_learning_curve
+from gflowvlm.evaluation.metrics import REPORT_SEED_OFFSET, EvaluationPlan, evaluate_trajectories
 from gflowvlm.run.checkpoints import latest_checkpoint
 from gflowvlm.run.final_report import measured_on, ordered
 from gflowvlm.run.folder import RunFolder

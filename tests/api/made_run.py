@@ -11,7 +11,7 @@ from gflowvlm.actors.replay_buffer import ReplayBuffer
 from gflowvlm.actors.transformers_sampler import TransformersSampler
 from gflowvlm.api.training import load_config
 from gflowvlm.envs.registry import make_env
-from gflowvlm.evaluation.figures import EvaluationPlan, evaluate_trajectories
+from gflowvlm.evaluation.metrics import EvaluationPlan, evaluate_trajectories
 from gflowvlm.learner.learner import Learner
 from gflowvlm.run.log import append_row
 from gflowvlm.run.models import resolve_model

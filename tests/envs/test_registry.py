@@ -128,6 +128,21 @@ def test_every_process_knows_the_shipped_tasks_without_their_environments() -> N
     subprocess.run([sys.executable, "-c", LEARNER_PROBE], check=True, timeout=60, env={"PYTHONPATH": str(ROOT)})
 
 
+def test_importing_the_package_names_the_tasks_and_loads_nothing() -> None:
+    code = (
+        "import sys, gflowvlm\n"
+        "from gflowvlm.shared.task_registry import settings_place, task_names\n"
+        "from importlib import import_module\n"
+        "assert 'pydantic' not in sys.modules and 'numpy' not in sys.modules\n"
+        "for name in task_names():\n"
+        "    module, _, settings = settings_place(name).partition(':')\n"
+        "    found = getattr(import_module(module), settings)\n"
+        "    assert found.model_fields['name'].default == name\n"
+        "assert len(task_names()) >= 4\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env={"PYTHONPATH": str(ROOT)})
+
+
 def test_two_tasks_cannot_have_one_name() -> None:
     class Other(NumberLineSettings):
         pass

@@ -27,8 +27,8 @@ from tests.whole_runs import MARK, assert_nothing_is_left, wait_for
 
 pytestmark = pytest.mark.slow
 
-NAMES = (*ROOMS, "api", "tests", "scripts")
-"""Packages of the project: what our folders are called, and what they may come to be called."""
+NAMES = (*ROOMS, "tests", "scripts")
+"""Packages of the project: what our folders are called."""
 
 SETTINGS = (
     "learner.steps=2",
