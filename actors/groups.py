@@ -3,6 +3,9 @@
 import re
 import secrets
 from dataclasses import dataclass, field
+from enum import StrEnum
+
+from gflowvlm.shared.trajectory import EndReason
 
 _GROUP_ID = re.compile(r"g(\d+)-[0-9a-f]+")
 
@@ -51,6 +54,22 @@ class PlaySettings:
     sampling_seed: int | None = None
 
 
+class FailureCause(StrEnum):
+    """Why a group failed: what it says about the next try."""
+
+    ENVIRONMENT = "environment"
+    """Its own environment's code raised, exited, ended its process or did not return; or its first prompt is too
+    long. The same instance is likely to fail again, others are not."""
+    LOST = "lost"
+    """A process that held a part of it is gone, for no reason of the group's own."""
+    SAMPLER = "sampler"
+    """No response came in time, or the version that was to answer is gone."""
+    BUFFER = "buffer"
+    """The replay buffer did not acknowledge it in time."""
+    REFUSED = "refused"
+    """A person must help before another try can do better: a full disk, settings that allow no environment."""
+
+
 @dataclass(frozen=True)
 class GroupSummary:
     """What became of one group, without its trajectories. Lists have one entry per trajectory.
@@ -58,12 +77,13 @@ class GroupSummary:
     Attributes:
         request: What was asked.
         group_id: The group's id; empty when it failed.
-        failure: Why there are no trajectories, or None. A failed group has left nothing anywhere.
-        permanent: Whether a person must help before another try can do better: a full disk, a request that
-            can never be answered.
+        failure: Why there are no trajectories, one line, or None. A failed group has left nothing anywhere. Of an
+            environment's failure it names the instance, and the file it is read from where there is one.
+        cause: What kind of failure it was; None without one.
         trajectory_ids: Ids, the expert's last.
         expert: Whether the expert made it.
         success: Whether it solved the task.
+        end: Why it ended.
         length: Number of non-stop transitions.
         response_tokens: Response tokens in all its steps.
         malformed: Number of its malformed responses.
@@ -77,10 +97,11 @@ class GroupSummary:
     request: GroupRequest
     group_id: str = ""
     failure: str | None = None
-    permanent: bool = False
+    cause: FailureCause | None = None
     trajectory_ids: list[str] = field(default_factory=list)
     expert: list[bool] = field(default_factory=list)
     success: list[bool] = field(default_factory=list)
+    end: list[EndReason] = field(default_factory=list)
     length: list[int] = field(default_factory=list)
     response_tokens: list[int] = field(default_factory=list)
     malformed: list[int] = field(default_factory=list)
@@ -89,6 +110,11 @@ class GroupSummary:
     versions: list[int] = field(default_factory=list)
     env_seconds: float = 0.0
     wait_seconds: float = 0.0
+
+    @property
+    def permanent(self) -> bool:
+        """Whether a person must help before another try can do better."""
+        return self.cause is FailureCause.REFUSED
 
 
 def new_group_id(group_index: int) -> str:

@@ -16,10 +16,18 @@ from ray.rllib.env.env_runner import EnvRunner
 from gflowvlm.actors.buffer_actor import get_buffer
 from gflowvlm.actors.demonstration_set import DemonstrationSet
 from gflowvlm.actors.environment_hosts import EnvironmentHosts
-from gflowvlm.actors.environments import EnvironmentLostError, EpisodeEnvironment, LocalEnvironment
+from gflowvlm.actors.environments import (
+    EnvironmentFailedError,
+    EnvironmentLostError,
+    EpisodeEnvironment,
+    LocalCalls,
+    LocalEnvironment,
+    instance_name,
+    make_environment,
+)
 from gflowvlm.actors.episode import PlayedGroup, ResponseSource, as_member, play_group
-from gflowvlm.actors.event_loop import EventLoopThread
-from gflowvlm.actors.groups import GroupRequest, GroupSummary, PlaySettings
+from gflowvlm.actors.event_loop import EventLoopEndedError, EventLoopThread
+from gflowvlm.actors.groups import FailureCause, GroupRequest, GroupSummary, PlaySettings
 from gflowvlm.actors.policy_client import PolicyServerError
 from gflowvlm.actors.sampling import SamplerUnavailableError, UnknownVersionError
 from gflowvlm.envs.base import TaskEnv
@@ -36,6 +44,11 @@ APPEND_DEADLINE_S = 300.0
 """Longest all tries of an append may take: covers a restart of the replay buffer with a long history."""
 
 APPEND_PAUSE_S = 0.5
+
+STOP_TIMEOUT_S = 10.0
+"""How long the calls of environments whose processes were ended may take to notice."""
+
+_PlayedGroups = list[tuple[GroupSummary, list[Trajectory]]]
 
 
 class ReplayBufferError(RuntimeError):
@@ -88,11 +101,13 @@ class RolloutWorker(EnvRunner):
         self._inputs = PolicyInputs.load(model_path)
         self._source = source
         self._buffer = get_buffer(buffer) if isinstance(buffer, str) else buffer
-        self._loop = EventLoopThread("rollouts")
+        timeout_s = run_config.rollout.environment_timeout_s
+        self._loop = EventLoopThread("rollouts", blocked_s=timeout_s)
         self._demonstrations: DemonstrationSet | None = None
         self._opening = threading.Lock()
+        self._local_calls = LocalCalls()
         processes = run_config.environment_processes
-        self._hosts = EnvironmentHosts(run_config.task, processes) if processes > 0 else None
+        self._hosts = EnvironmentHosts(run_config.task, processes, timeout_s) if processes > 0 else None
 
     def __repr__(self) -> str:
         """Returns what Ray's dashboard and log lines call this actor."""
@@ -188,41 +203,41 @@ class RolloutWorker(EnvRunner):
 
     def stop(self) -> None:
         """Ends the worker's event loop and its environments' processes."""
-        self._loop.close()
         if self._hosts is not None:
             self._hosts.close()
+            if self._loop.is_running:
+                self._loop.run(self._hosts.settled(), STOP_TIMEOUT_S)
+        self._loop.close()
 
     def _play(
         self,
         requests: Sequence[GroupRequest],
         settings: PlaySettings,
         finish: Callable[[GroupRequest, PlayedGroup], Coroutine[Any, Any, None]],
-    ) -> list[tuple[GroupSummary, list[Trajectory]]]:
+    ) -> _PlayedGroups:
         async def play_one(request: GroupRequest) -> tuple[GroupSummary, list[Trajectory]]:
-            open_environment = partial(self._open_environment, request.group_index)
+            open_environment = partial(self._open_environment, request)
             try:
                 group = await play_group(open_environment, self._source, self._inputs, request, settings)
                 await finish(request, group)
-            except (
-                PolicyServerError,
-                SamplerUnavailableError,
-                # A training group is played again by the newest version.
-                UnknownVersionError,
-                ReplayBufferError,
-                EnvironmentLostError,
-            ) as error:
-                return GroupSummary(request, failure=str(error)), []
-            except UserError as error:
-                return GroupSummary(request, failure=str(error), permanent=True), []
+            except _GROUP_FAILURES as error:
+                return GroupSummary(request, failure=str(error), cause=_cause_of(error)), []
             return summarise(request, group), group.trajectories
 
-        async def play_all() -> list[tuple[GroupSummary, list[Trajectory]]]:
+        async def play_all() -> _PlayedGroups:
             async with asyncio.TaskGroup() as tasks:
                 groups = [tasks.create_task(play_one(request)) for request in requests]
             return [group.result() for group in groups]
 
-        # No time limit of its own: every wait inside (for a response, for the buffer) has one.
-        played = self._loop.run(play_all())
+        playing = self._loop.is_running
+        try:
+            # No time limit of its own: every wait inside (for a response, for the buffer) has one.
+            played = self._loop.run(play_all())
+        except EventLoopEndedError:
+            running = self._local_calls.running
+            if not playing or running is None:
+                raise
+            return [(self._blocked(request, *running), []) for request in requests]
         steps = sum(len(trajectory.steps) for _, members in played for trajectory in members)
         if steps > 0:
             self.num_env_steps_sampled_lifetime += steps
@@ -238,8 +253,55 @@ class RolloutWorker(EnvRunner):
             raise ValueError("this run has no demonstrations")
         return self._demonstrations.find(instance_seed)
 
-    def _open_environment(self, group_index: int) -> EpisodeEnvironment:
-        return LocalEnvironment(self.make_env()) if self._hosts is None else self._hosts.open(group_index)
+    def _open_environment(self, request: GroupRequest) -> EpisodeEnvironment:
+        if self._hosts is not None:
+            return self._hosts.open(request.group_index)
+        try:
+            return LocalEnvironment(make_environment(self._run.task), self._local_calls)
+        except EnvironmentFailedError as error:
+            raise EnvironmentFailedError(f"{self._name_of(request)}: {error}") from None
+
+    def _blocked(self, request: GroupRequest, split: str, seed: int, name: str) -> GroupSummary:
+        """Returns what becomes of a group when an environment in this process does not return.
+
+        The worker plays nothing any more: its next call raises, which ends its process, and Ray starts it again.
+        """
+        if (request.split, request.instance_seed) == (split, seed):
+            limit = f"{self._run.rollout.environment_timeout_s:g} s (rollout.environment_timeout_s)"
+            failure = f"{name}: did not return in {limit}; its worker is started again"
+            return GroupSummary(request, failure=failure, cause=FailureCause.ENVIRONMENT)
+        failure = f"{self._name_of(request)}: lost with its worker, because {name} does not return"
+        return GroupSummary(request, failure=failure, cause=FailureCause.LOST)
+
+    def _name_of(self, request: GroupRequest) -> str:
+        return instance_name(self._run.task.name, request.split, request.instance_seed)
+
+
+_GROUP_FAILURES = (
+    EnvironmentLostError,
+    PolicyServerError,
+    SamplerUnavailableError,
+    ReplayBufferError,
+    UnknownVersionError,
+    # `EnvironmentFailedError` included.
+    UserError,
+)
+"""What fails one group; anything else is a defect."""
+
+
+def _cause_of(error: Exception) -> FailureCause:
+    match error:
+        case EnvironmentFailedError():
+            return FailureCause.ENVIRONMENT
+        case EnvironmentLostError():
+            return FailureCause.LOST
+        # A training group whose version is gone is played again by the newest.
+        case PolicyServerError() | SamplerUnavailableError() | UnknownVersionError():
+            return FailureCause.SAMPLER
+        case ReplayBufferError():
+            return FailureCause.BUFFER
+        case _:
+            return FailureCause.REFUSED
 
 
 async def append_group(buffer: Any, batch: pa.RecordBatch, deadline_s: float = APPEND_DEADLINE_S) -> None:
@@ -282,6 +344,7 @@ def summarise(request: GroupRequest, group: PlayedGroup) -> GroupSummary:
         trajectory_ids=[t.trajectory_id for t in members],
         expert=[t.expert for t in members],
         success=[t.success for t in members],
+        end=[t.end for t in members],
         length=[t.length for t in members],
         response_tokens=[t.response_tokens for t in members],
         malformed=[count(t, Validity.MALFORMED) for t in members],

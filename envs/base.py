@@ -210,6 +210,10 @@ class TaskEnv(gymnasium.Env, ABC):
         """Returns which kind of task the instance of a seed is, None where all are of one kind."""
         return None
 
+    def source(self, seed: int, split: str) -> str | None:
+        """Returns the file that the instance of a seed is read from, None where a seed is all there is to it."""
+        return None
+
     def prompt(self) -> str:
         """Returns the text that goes with the current picture, with or without history as the settings say.
 

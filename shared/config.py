@@ -109,6 +109,13 @@ class RolloutSettings(Settings):
         description="Processes of each worker that hold its environments and are replaced when they die; 0 keeps the "
         "environments in the worker. By default 1 for tasks that ask for it (alfworld), 0 for those of short steps.",
     )
+    environment_timeout_s: float = Field(
+        300.0,
+        ge=1,
+        le=86_400,
+        description="Longest that an environment may take for one call; then its group fails, and its process is "
+        "replaced (the worker itself, where it holds the environments).",
+    )
 
     @property
     def rollouts_at_once(self) -> int:

@@ -10,6 +10,7 @@ from PIL import Image
 from gflowvlm.envs.base import TaskEnv
 from gflowvlm.envs.household import lexicon, prompts
 from gflowvlm.envs.household.games import (
+    GAME_FILE,
     SEEN_FOLDER,
     TRAIN_FOLDER,
     UNSEEN_FOLDER,
@@ -79,6 +80,10 @@ class AlfworldEnv(TaskEnv):
     def category(self, seed: int, split: str) -> str:
         """Returns the task type of the game of a seed; the game is not opened."""
         return self._game_of(seed, split).task_type.value
+
+    def source(self, seed: int, split: str) -> str:
+        """Returns the game file of a seed; the game is not opened."""
+        return str(self._game_of(seed, split).folder / GAME_FILE)
 
     def prompt(self) -> str:
         """Returns the prompt, with or without history as the settings say."""

@@ -14,13 +14,14 @@ import psutil
 import pytest
 
 from gflowvlm.actors.environment_hosts import EnvironmentHosts
-from gflowvlm.actors.environments import EnvironmentLostError, LocalEnvironment
+from gflowvlm.actors.environments import EnvironmentFailedError, EnvironmentLostError, LocalEnvironment
 from gflowvlm.actors.episode import play_group
 from gflowvlm.actors.groups import GroupRequest, PlaySettings
 from gflowvlm.envs.numberline.settings import NumberLineSettings
 from gflowvlm.envs.registry import make_env
 from gflowvlm.learner.tiny_policy import build_processor
 from gflowvlm.shared.policy_inputs import PolicyInputs
+from tests.actors.misbehaving import GOOD, KILLS, RAISES, SEEDS, MisbehavingSettings
 from tests.actors.scripted import Texts
 
 PLAY = PlaySettings(group_size=3, temperature=1.0, max_tokens=64, expert_on_failure=True)
@@ -77,6 +78,13 @@ def test_the_event_loop_goes_on_while_an_environment_is_slow(hosts: EnvironmentH
     assert longest < 0.5 * (time.perf_counter() - started)
 
 
+def is_dead(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def test_what_lived_in_a_dead_process_is_lost_and_a_new_one_takes_its_place(hosts: EnvironmentHosts) -> None:
     async def body() -> None:
         one, other = hosts.open(0), hosts.open(1)
@@ -84,7 +92,10 @@ def test_what_lived_in_a_dead_process_is_lost_and_a_new_one_takes_its_place(host
         await other.start(1, "id", [0])
         before = hosts.pids
         os.kill(before[0], signal.SIGKILL)
-        with pytest.raises(EnvironmentLostError, match=r"died|ended"):
+        while not is_dead(before[0]):
+            await asyncio.sleep(0.01)
+        # Nobody's call was running.
+        with pytest.raises(EnvironmentLostError, match=rf"^numberline/id/1: process {before[0]}.*killed by SIGKILL"):
             await one.act("+")
         with pytest.raises(EnvironmentLostError):
             await one.act("+")
@@ -100,7 +111,7 @@ def test_what_lived_in_a_dead_process_is_lost_and_a_new_one_takes_its_place(host
 
 
 def test_a_process_that_does_not_answer_is_replaced() -> None:
-    hosts = EnvironmentHosts(TASK, processes=1, answer_s=3.0)
+    hosts = EnvironmentHosts(TASK, processes=1, timeout_s=3.0)
 
     async def body() -> None:
         environment = hosts.open(0)
@@ -110,11 +121,11 @@ def test_a_process_that_does_not_answer_is_replaced() -> None:
             try:
                 await environment.start(1, "id", [0])
                 break
-            except EnvironmentLostError:
+            except EnvironmentFailedError:
                 assert time.monotonic() < deadline
         stopped = hosts.pids[0]
         os.kill(stopped, signal.SIGSTOP)
-        with pytest.raises(EnvironmentLostError, match="did not answer for 3 s"):
+        with pytest.raises(EnvironmentFailedError, match=r"^numberline/id/1: did not return in 3 s"):
             await environment.act("+")
         assert hosts.pids == []
         assert not psutil.pid_exists(stopped)
@@ -123,6 +134,96 @@ def test_a_process_that_does_not_answer_is_replaced() -> None:
         asyncio.run(body())
     finally:
         hosts.close()
+
+
+def named(seed: int) -> str:
+    return f"numberline/id/{seed} (games/{seed}.json): "
+
+
+def test_whatever_an_environment_raises_fails_it_alone_and_the_others_of_its_process_go_on() -> None:
+    hosts = EnvironmentHosts(MisbehavingSettings(), processes=1)
+
+    async def body() -> None:
+        good = hosts.open(0)
+        await good.start(GOOD, "id", [0])
+        pids = hosts.pids
+        for name, (_, reason) in RAISES.items():
+            with pytest.raises(EnvironmentFailedError) as raised:
+                await hosts.open(0).start(SEEDS[name], "id", [0])
+            failure = str(raised.value)
+            assert failure.startswith(named(SEEDS[name]) + reason)
+            assert "\n" not in failure
+            assert ("(it said: the planner says: object twice)" in failure) == (name == "SystemExit")
+        with pytest.raises(EnvironmentFailedError, match="EOFError"):
+            await hosts.open(0).start(SEEDS["input"], "id", [0])
+        assert (await good.act("+")).task == "numberline"
+        assert hosts.pids == pids
+
+    try:
+        asyncio.run(body())
+    finally:
+        hosts.close()
+
+
+def test_what_ends_its_process_is_named_and_the_others_are_lost_with_it() -> None:
+    hosts = EnvironmentHosts(MisbehavingSettings(at_start=False), processes=1, timeout_s=10.0)
+
+    async def body() -> None:
+        for name, (_, reason) in KILLS.items():
+            bad, good = hosts.open(0), hosts.open(0)
+            await good.start(GOOD, "id", [0])
+            await bad.start(SEEDS[name], "id", [0])
+            # Both are asked in one moment; the good one waits for its turn.
+            failed, lost = await asyncio.gather(bad.act("+"), good.act("+"), return_exceptions=True)
+            assert isinstance(failed, EnvironmentFailedError)
+            assert str(failed).startswith(named(SEEDS[name]))
+            assert reason in str(failed)
+            assert isinstance(lost, EnvironmentLostError)
+            assert "another environment in it failed" in str(lost)
+            assert hosts.pids == []
+
+    try:
+        asyncio.run(body())
+    finally:
+        hosts.close()
+
+
+def test_a_call_that_nobody_waits_for_any_more_is_still_the_one_to_blame() -> None:
+    hosts = EnvironmentHosts(MisbehavingSettings(at_start=False), processes=1, timeout_s=10.0)
+
+    async def body() -> None:
+        bad, good = hosts.open(0), hosts.open(0)
+        await good.start(GOOD, "id", [0])
+        await bad.start(SEEDS["a call without end"], "id", [0])
+        given_up = asyncio.create_task(bad.act("+"))
+        await asyncio.sleep(0.2)
+        given_up.cancel()
+        with pytest.raises(EnvironmentLostError):
+            await good.act("+")
+        hosts.close()
+        await hosts.settled()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    try:
+        asyncio.run(body())
+    finally:
+        hosts.close()
+
+
+def test_the_output_of_an_environment_is_passed_on_up_to_a_limit(capfd: pytest.CaptureFixture[str]) -> None:
+    hosts = EnvironmentHosts(MisbehavingSettings(), processes=1)
+
+    async def body() -> None:
+        with pytest.raises(EnvironmentFailedError):
+            await hosts.open(0).start(SEEDS["output without end"], "id", [0])
+
+    try:
+        asyncio.run(body())
+    finally:
+        hosts.close()
+    passed_on = capfd.readouterr().err
+    assert 2**20 <= len(passed_on) < 2**20 + 200
+    assert passed_on.endswith("(more output of this environment is not shown)\n")
 
 
 OWNER = """
@@ -148,6 +249,6 @@ def test_a_process_ends_with_its_owner_however_that_ends(tmp_path: Path) -> None
     assert owner.returncode == -signal.SIGKILL, owner.stderr
     pid = int(owner.stdout)
     deadline = time.monotonic() + 20
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+    while not is_dead(pid):
         assert time.monotonic() < deadline
         time.sleep(0.1)

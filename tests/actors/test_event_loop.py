@@ -2,10 +2,11 @@
 
 import asyncio
 import threading
+import time
 
 import pytest
 
-from gflowvlm.actors.event_loop import EventLoopThread
+from gflowvlm.actors.event_loop import EventLoopEndedError, EventLoopThread
 
 
 @pytest.fixture
@@ -79,3 +80,73 @@ def test_closing_ends_the_thread():
     assert thread.is_running
     thread.close()
     assert not thread.is_running
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+def test_a_loop_that_ends_fails_all_who_wait_for_it_and_all_who_come_later_at_once(error):
+    thread = EventLoopThread("test")
+    failures = []
+
+    async def forever() -> None:
+        await asyncio.sleep(3600)
+
+    async def fail() -> None:
+        raise error
+
+    def wait_for(work) -> None:
+        with pytest.raises(EventLoopEndedError, match=type(error).__name__) as raised:
+            thread.run(work)
+        failures.append(raised.value)
+
+    waiting = threading.Thread(target=wait_for, args=(forever(),))
+    waiting.start()
+    started = time.monotonic()
+    wait_for(fail())
+    waiting.join(timeout=5)
+    assert not waiting.is_alive()
+    wait_for(forever())
+    assert time.monotonic() - started < 5
+    assert len(failures) == 3
+    assert not thread.is_running
+
+
+def test_a_loop_that_something_blocks_fails_all_who_wait_for_it():
+    thread = EventLoopThread("test", blocked_s=0.6)
+    released = threading.Event()
+
+    async def block() -> None:
+        released.wait()
+
+    async def wait_long() -> str:
+        await asyncio.sleep(1.5)
+        return "done"
+
+    try:
+        # Waiting itself is no block.
+        assert thread.run(wait_long()) == "done"
+        with pytest.raises(EventLoopEndedError, match="has not returned"):
+            thread.run(block())
+        with pytest.raises(EventLoopEndedError):
+            thread.run(wait_long())
+    finally:
+        released.set()
+        thread.close()
+
+
+def test_who_waits_while_it_is_closed_hears_of_it():
+    thread = EventLoopThread("test")
+    waits = threading.Event()
+
+    async def forever() -> None:
+        waits.set()
+        await asyncio.sleep(3600)
+
+    def close() -> None:
+        waits.wait(5)
+        thread.close()
+
+    closing = threading.Thread(target=close)
+    closing.start()
+    with pytest.raises(EventLoopEndedError, match="closed"):
+        thread.run(forever())
+    closing.join(5)

@@ -18,7 +18,8 @@ import ray
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
 from gflowvlm.actors.buffer_actor import create_buffer_actor
-from gflowvlm.actors.groups import GroupRequest, GroupSummary
+from gflowvlm.actors.event_loop import EventLoopEndedError
+from gflowvlm.actors.groups import FailureCause, GroupRequest, GroupSummary
 from gflowvlm.actors.policy_client import PolicyServerError
 from gflowvlm.actors.rollout_worker import ReplayBufferError, RolloutWorker, append_group
 from gflowvlm.actors.sampling import UnknownVersionError
@@ -29,6 +30,7 @@ from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.trajectory import EndReason, from_arrow, to_record_batch
 from tests.actors.local_ray import local_ray
 from tests.actors.made_trajectories import make_group
+from tests.actors.misbehaving import GOOD, RELEASE, SEEDS, MisbehavingEnv, MisbehavingSettings
 from tests.actors.scripted import Fixed
 
 CONFIG = RunConfig(
@@ -74,14 +76,16 @@ def test_rollouts_are_returned_with_their_summaries(model_path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "permanent"),
+    ("error", "cause"),
     [
-        (PolicyServerError("waited 9 s"), False),
-        (UnknownVersionError("no version 9"), True),
-        (UserError("too long"), True),
+        (PolicyServerError("waited 9 s"), FailureCause.SAMPLER),
+        (UnknownVersionError("no version 9"), FailureCause.SAMPLER),
+        (UserError("refused"), FailureCause.REFUSED),
     ],
 )
-def test_a_failed_group_is_reported_and_the_others_go_on(error: Exception, permanent: bool, model_path: str) -> None:
+def test_a_failed_group_is_reported_and_the_others_go_on(
+    error: Exception, cause: FailureCause, model_path: str
+) -> None:
     # The second state's prompt tells the groups apart by their start numbers.
     source = Fixed(model_path, error=error, fails_on="State 0: 3")
     worker = make_worker(model_path, source)
@@ -92,9 +96,63 @@ def test_a_failed_group_is_reported_and_the_others_go_on(error: Exception, perma
     assert 0 < len(failed) < 40
     assert batch.num_rows == 40 - len(failed)
     for summary in failed:
-        assert (summary.failure, summary.permanent) == (str(error), permanent)
+        assert (summary.failure, summary.cause) == (str(error), cause)
+        assert summary.permanent == (cause is FailureCause.REFUSED)
         assert summary.trajectory_ids == []
     assert [s.request for s in summaries] == requests
+
+
+def misbehaving_worker(model_path: str, **rollout: Any) -> RolloutWorker:
+    config = RunConfig(task=MisbehavingSettings(max_steps=3), rollout=RolloutSettings(group_size=4, **rollout))
+    return RolloutWorker(run_config=config, model_path=model_path, source=Fixed(model_path))
+
+
+def test_an_environment_that_exits_fails_its_group_alone_with_instance_file_and_reason(model_path: str) -> None:
+    worker = misbehaving_worker(model_path)
+    bad = SEEDS["SystemExit"]
+    requests = [GroupRequest(index, bad if index == 2 else GOOD) for index in range(6)]
+    batch, summaries = worker.rollout(requests=requests, group_size=2, temperature=1.0)
+    assert [s.failure is None for s in summaries] == [True, True, False, True, True, True]
+    assert batch.num_rows == 5 * 2
+    failed = summaries[2]
+    assert failed.failure == f"numberline/id/{bad} (games/{bad}.json): SystemExit: 37"
+    assert (failed.cause, failed.permanent) == (FailureCause.ENVIRONMENT, False)
+    again, _ = worker.rollout(requests=requests[:1], group_size=2, temperature=1.0)
+    worker.stop()
+    assert again.num_rows == 2
+
+
+def test_an_environment_in_the_worker_that_never_returns_is_named_and_the_worker_plays_no_more(model_path: str) -> None:
+    worker = misbehaving_worker(model_path, environment_timeout_s=1.0)
+    bad = SEEDS["a call without end"]
+    try:
+        _, (lost, failed) = worker.rollout(
+            requests=[GroupRequest(0, GOOD), GroupRequest(1, bad)], group_size=1, temperature=1.0
+        )
+        with pytest.raises(EventLoopEndedError):
+            worker.rollout(requests=[GroupRequest(0, GOOD)], group_size=1, temperature=1.0)
+        with pytest.raises(AssertionError):
+            worker.assert_healthy()
+    finally:
+        RELEASE.set()
+        worker.stop()
+        RELEASE.clear()
+    assert (failed.cause, lost.cause) == (FailureCause.ENVIRONMENT, FailureCause.LOST)
+    assert str(failed.failure).startswith(f"numberline/id/{bad} (games/{bad}.json): did not return in 1 s")
+    assert str(lost.failure).startswith(f"numberline/id/{GOOD}: lost with its worker, because numberline/id/{bad}")
+
+
+def test_settings_that_allow_no_environment_are_refused_at_once(
+    model_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise UserError("task.games: no such folder")
+
+    monkeypatch.setattr(MisbehavingEnv, "__init__", refuse)
+    worker = misbehaving_worker(model_path)
+    _, (summary,) = worker.rollout(requests=[GroupRequest(0, GOOD)], group_size=1, temperature=1.0)
+    worker.stop()
+    assert (summary.failure, summary.cause) == ("task.games: no such folder", FailureCause.REFUSED)
 
 
 def test_calls_from_several_threads_play_at_the_same_time(model_path: str) -> None:
@@ -138,7 +196,8 @@ def test_groups_fail_when_their_environments_process_dies_and_the_next_ones_have
         host.kill()
         batch, summaries = playing.result(timeout=60)
     assert batch.num_rows == 0
-    assert all(s.failure is not None and str(host.pid) in s.failure and not s.permanent for s in summaries)
+    assert all(s.failure is not None and str(host.pid) in s.failure for s in summaries)
+    assert {s.cause for s in summaries} == {FailureCause.LOST}
     batch, summaries = worker.rollout(**arguments)
     worker.stop()
     assert [s.failure for s in summaries] == [None] * len(REQUESTS)
