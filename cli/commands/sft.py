@@ -1,7 +1,7 @@
 """`gflowvlm sft`: supervised fine-tuning on demonstrations."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -9,8 +9,12 @@ from rich.console import Console
 
 from gflowvlm.cli.option_errors import first_problem
 from gflowvlm.run.interruption import INTERRUPTED
+from gflowvlm.shared.config_io import override_task
 from gflowvlm.shared.errors import UserError
-from gflowvlm.shared.task_settings import DEFAULT_TASK, TaskSettings
+from gflowvlm.shared.task_settings import DEFAULT_TASK, TaskSettings, default_settings
+
+if TYPE_CHECKING:
+    from gflowvlm.warm_starts.supervised import SftRequest
 
 
 def register(app: typer.Typer) -> None:
@@ -96,60 +100,58 @@ def register(app: typer.Typer) -> None:
         --gradient-checkpointing --micro-batch 4 --image-size 336`
         """
         # Imported here: torch and transformers take seconds, and `--help` does not need them.
-        from gflowvlm.shared.config_io import override_task
-        from gflowvlm.shared.task_settings import default_settings
         from gflowvlm.warm_starts import supervised
 
         console = Console()
-        if resume:
-            finished = supervised.resume(out, console)
-        else:
-            fresh = model == supervised.TINY
-            settings = {
-                "steps": steps if steps is not None else 2400 if fresh else 1500,
-                "batch_size": batch,
-                "micro_batch": micro_batch,
-                "learning_rate": lr if lr is not None else 3e-3 if fresh else 1e-5,
-                "dtype": dtype,
-                "gradient_checkpointing": gradient_checkpointing,
-                "checkpoint_every": checkpoint_every,
-                "seed": seed,
-            }
-            if demonstrations is None:
-                of_task = override_task(
-                    default_settings(task or DEFAULT_TASK), [f"image_size={image_size}", *(task_settings or [])]
-                )
-                shown: dict[str, object] = {
-                    "noise": noise,
-                    "detours": detours,
-                    "ood": ood,
-                    "reading_steps": reading_steps if reading_steps is not None else 1000 if fresh else 0,
-                    "fresh_steps": fresh_steps,
-                }
-            else:
-                _refuse_playing(context)
-                of_task, shown = _recorded(demonstrations, task)
-            try:
-                request = supervised.SftRequest.model_validate(
-                    {
-                        "task": of_task,
-                        "model": model,
-                        "head_scale": head_scale,
-                        "with_done": with_done,
-                        "episodes": episodes,
-                        "sft": settings,
-                        **shown,
-                    }
-                )
-            except ValidationError as error:
-                raise UserError(first_problem(error, {"batch_size": "batch", "learning_rate": "lr"})) from None
-            finished = supervised.start(request, out, console)
+        finished = supervised.resume(out, console) if resume else supervised.start(_request(context), out, console)
         if not finished:
             raise typer.Exit(INTERRUPTED)
 
 
+def _request(context: typer.Context) -> "SftRequest":
+    """Returns what the command's options ask for.
+
+    Raises:
+        UserError: They do not fit together, or one is out of its bounds.
+    """
+    from gflowvlm.warm_starts.supervised import TINY, SftRequest
+
+    options = context.params
+    fresh = options["model"] == TINY
+    if options["demonstrations"] is None:
+        task, shown = _played(options, fresh)
+    else:
+        _refuse_playing(context)
+        task, shown = _recorded(Path(options["demonstrations"]), options["task"])
+    training = {
+        "steps": _given(options["steps"], 2400 if fresh else 1500),
+        "batch_size": options["batch"],
+        "learning_rate": _given(options["lr"], 3e-3 if fresh else 1e-5),
+        **{name: options[name] for name in _OF_TRAINING},
+    }
+    whole = {"task": task, **{name: options[name] for name in _OF_REQUEST}, "sft": training, **shown}
+    try:
+        return SftRequest.model_validate(whole)
+    except ValidationError as error:
+        raise UserError(first_problem(error, {"batch_size": "batch", "learning_rate": "lr"})) from None
+
+
+_OF_TRAINING = ("micro_batch", "dtype", "gradient_checkpointing", "checkpoint_every", "seed")
+_OF_REQUEST = ("model", "head_scale", "with_done", "episodes")
 _PLAYING = ("task_settings", "noise", "detours", "ood", "reading_steps", "fresh_steps", "image_size")
 """Options that say how demonstrations are made on the spot."""
+
+
+def _played(options: dict[str, Any], fresh: bool) -> tuple[TaskSettings, dict[str, object]]:
+    """Returns the settings of the task that is played, and what a request says of its demonstrations."""
+    changes = [f"image_size={options['image_size']}", *(options["task_settings"] or [])]
+    task = override_task(default_settings(options["task"] or DEFAULT_TASK), changes)
+    shown: dict[str, object] = {name: options[name] for name in ("noise", "detours", "ood", "fresh_steps")}
+    return task, {**shown, "reading_steps": _given(options["reading_steps"], 1000 if fresh else 0)}
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 def _refuse_playing(context: typer.Context) -> None:

@@ -10,6 +10,7 @@ from gflowvlm.run.log import Row
 WIDTH, HEIGHT = 420, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 24, 10, 36
 _TICKS = 5
+_AT_STEP, _BY_ENV = "learner step", "environment steps played"
 
 Point = tuple[float, float]
 
@@ -56,58 +57,101 @@ class Panel:
 
 def panels(rows: Sequence[Row]) -> list[Panel]:
     """Returns the diagrams that a run's log has data for."""
-    at_step, by_env = "learner step", "environment steps played"
+    curves = _LoggedCurves(rows)
+    made = [*_policy_panels(curves), *_training_panels(curves), *_rollout_panels(curves)]
+    return [panel for panel in made if any(len(curve.points) > 0 for curve in panel.curves)]
 
-    def steps(label: str, key: str, style: str) -> Curve:
-        return Curve(label, _points(rows, "step", key), style)
 
-    def rated(label: str, key: str, style: str, *, marked: bool = True) -> Curve:
-        return Curve(label, _points(rows, "evaluation", key, only=lambda r: r["split"] == "id"), style, marked)
+class _LoggedCurves:
+    """Curves of the rows of one kind each."""
 
-    def played(label: str, key: str, style: str) -> Curve:
-        return Curve(label, _points(rows, "rollout", key, x="env_steps"), style)
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = rows
+        self.samples = next((row["samples"] for row in rows if row["kind"] == "evaluation"), "N")
 
-    samples = next((row["samples"] for row in rows if row["kind"] == "evaluation"), "N")
-    loss = steps("loss", "loss", "blue")
-    made = [
+    def of_steps(self, label: str, key: str, style: str) -> Curve:
+        return Curve(label, _points(self._rows, "step", key), style)
+
+    def of_evaluations(self, label: str, key: str, style: str, *, marked: bool = True) -> Curve:
+        return Curve(label, _points(self._rows, "evaluation", key, only=lambda r: r["split"] == "id"), style, marked)
+
+    def of_rollouts(self, label: str, key: str, style: str) -> Curve:
+        return Curve(label, _points(self._rows, "rollout", key, x="env_steps"), style)
+
+
+def _policy_panels(curves: _LoggedCurves) -> list[Panel]:
+    """How good the policy is."""
+    evaluated = curves.of_evaluations
+    return [
         Panel(
             "Success",
-            at_step,
+            _AT_STEP,
             "share of trajectories",
             [
-                steps("training batches", "batch_success", "grey"),
-                rated("evaluation, temperature 1", "success", "blue"),
-                rated("evaluation, greedy", "success_greedy", "orange dashed"),
-                rated("perfect sampler of the target", "success_bound", "black dotted", marked=False),
+                curves.of_steps("training batches", "batch_success", "grey"),
+                evaluated("evaluation, temperature 1", "success", "blue"),
+                evaluated("evaluation, greedy", "success_greedy", "orange dashed"),
+                evaluated("perfect sampler of the target", "success_bound", "black dotted", marked=False),
             ],
             top=1.0,
             from_zero=True,
         ),
         Panel(
-            f"Diversity: Div@{samples}",
-            at_step,
+            f"Diversity: Div@{curves.samples}",
+            _AT_STEP,
             "distinct solutions",
-            [rated("distinct solutions of a solved instance", "div_at_n", "green")],
+            [evaluated("distinct solutions of a solved instance", "div_at_n", "green")],
             from_zero=True,
         ),
         Panel(
             "Distance to the target R^β / Z",
-            at_step,
+            _AT_STEP,
             "total variation",
             [
-                rated("total variation of outcomes", "total_variation", "red"),
-                rated("95 % interval, lower end", "total_variation_low", "red dotted", marked=False),
-                rated("upper end", "total_variation_high", "red dotted", marked=False),
-                rated("noise floor of a perfect policy", "total_variation_floor", "black dotted", marked=False),
+                evaluated("total variation of outcomes", "total_variation", "red"),
+                evaluated("95 % interval, lower end", "total_variation_low", "red dotted", marked=False),
+                evaluated("upper end", "total_variation_high", "red dotted", marked=False),
+                evaluated("noise floor of a perfect policy", "total_variation_floor", "black dotted", marked=False),
             ],
             top=1.0,
             from_zero=True,
         ),
+    ]
+
+
+def _training_panels(curves: _LoggedCurves) -> list[Panel]:
+    """What the learner's steps are like."""
+    of_steps = curves.of_steps
+    loss = of_steps("loss", "loss", "blue")
+    return [
         # The baselines' loss may be negative.
-        Panel("Loss", at_step, "loss", [loss], logarithmic=all(value > 0 for _, value in loss.points)),
+        Panel("Loss", _AT_STEP, "loss", [loss], logarithmic=all(value > 0 for _, value in loss.points)),
+        Panel("Log-probability of a transition", _AT_STEP, "nats", [of_steps("mean log P_F", "log_pf_mean", "purple")]),
+        Panel("Partition function", _AT_STEP, "nats", [of_steps("mean log Z of the batch", "log_z", "green")]),
+        Panel(
+            "Gradient norm",
+            _AT_STEP,
+            "norm",
+            [of_steps("adapter", "grad_norm", "blue"), of_steps("head", "head_grad_norm", "orange dashed")],
+            logarithmic=True,
+        ),
+        Panel(
+            "Age of the training data",
+            _AT_STEP,
+            "adapter versions",
+            [of_steps("mean", "staleness_mean", "blue"), of_steps("oldest", "staleness_max", "orange dashed")],
+            from_zero=True,
+        ),
+    ]
+
+
+def _rollout_panels(curves: _LoggedCurves) -> list[Panel]:
+    """What is played, how fast, and in how much memory."""
+    played = curves.of_rollouts
+    return [
         Panel(
             "Success while playing",
-            by_env,
+            _BY_ENV,
             "share of the newest rollouts",
             [
                 played("successful", "rollout_success", "blue"),
@@ -116,39 +160,22 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
             top=1.0,
             from_zero=True,
         ),
-        Panel("Log-probability of a transition", at_step, "nats", [steps("mean log P_F", "log_pf_mean", "purple")]),
-        Panel("Partition function", at_step, "nats", [steps("mean log Z of the batch", "log_z", "green")]),
-        Panel(
-            "Gradient norm",
-            at_step,
-            "norm",
-            [steps("adapter", "grad_norm", "blue"), steps("head", "head_grad_norm", "orange dashed")],
-            logarithmic=True,
-        ),
-        Panel(
-            "Age of the training data",
-            at_step,
-            "adapter versions",
-            [steps("mean", "staleness_mean", "blue"), steps("oldest", "staleness_max", "orange dashed")],
-            from_zero=True,
-        ),
-        Panel(
-            "Sampling",
-            by_env,
-            "response tokens / s",
-            [played("since the start", "tokens_per_s", "green")],
-            from_zero=True,
-        ),
         Panel(
             "Length of an episode",
-            by_env,
+            _BY_ENV,
             "transitions",
             [played("newest rollouts, mean", "rollout_length", "purple")],
             from_zero=True,
         ),
-        Panel("Memory of the run", by_env, "GiB", [played("all processes", "memory_gib", "grey")], from_zero=True),
+        Panel(
+            "Sampling",
+            _BY_ENV,
+            "response tokens / s",
+            [played("since the start", "tokens_per_s", "green")],
+            from_zero=True,
+        ),
+        Panel("Memory of the run", _BY_ENV, "GiB", [played("all processes", "memory_gib", "grey")], from_zero=True),
     ]
-    return [panel for panel in made if any(len(curve.points) > 0 for curve in panel.curves)]
 
 
 def draw(panel: Panel) -> str:

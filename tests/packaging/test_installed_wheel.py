@@ -174,6 +174,9 @@ def test_its_names_are_found_from_the_project(project: Project) -> None:
     code = "from importlib.metadata import entry_points as e; print(*e(group='vllm.platform_plugins', name=%r))"
     found = project.python("-c", code % "gflowvlm_cpu_lora")
     assert found.count("gflowvlm.actors.cpu_platform:cpu_lora_platform") == 1
+    public = "import gflowvlm\nfor name in gflowvlm.__all__: getattr(gflowvlm, name)\nprint(gflowvlm.__all__)"
+    assert "'train'" in project.python("-c", public)
+    assert "0.1.0" in project.run("gflowvlm", "--version")
     told = project.run("gflowvlm", "--help")
     assert all(command in told for command in ("train", "eval", "play", "bench", "doctor"))
     for path in ({}, {"PYTHONPATH": "."}):
