@@ -21,8 +21,13 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line: learner steps, evaluations, events."""
+        """The record: one JSON object a line (learner steps, evaluations, events)."""
         return self.root / "metrics.jsonl"
+
+    @property
+    def state(self) -> Path:
+        """What a resumed run goes on with, besides checkpoint and trajectories (JSON)."""
+        return self.root / "state.json"
 
     @property
     def tensorboard(self) -> Path:

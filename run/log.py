@@ -1,7 +1,9 @@
-"""metrics.jsonl: the run's log, one JSON object a line, appended to by learner and driver.
+"""metrics.jsonl: the record of a run, one JSON object a line, appended to by its driver and by nobody else.
 
-Kinds of rows: ``step`` (a learner step), ``rollout`` (a snapshot of the rollouts), ``evaluation``,
-``learner`` (the learner started at a step), ``scale`` (other numbers of rollout workers and replicas, or why not),
+Nothing in a run is decided by what stands in it: it is for people, reports and plots. Kinds of rows: ``step`` (a
+learner step), ``rollout`` (a snapshot of the rollouts), ``evaluation``, ``report`` (the evaluations at the end),
+``learner`` (the learner started at a step), ``mismatch`` (the check of sampler against learner), ``scale`` (other
+numbers of rollout workers and replicas, or why not), ``set_aside`` (a group that is not played any more, and why),
 ``fatal`` (the learner cannot go on, with the reason).
 A ``learner`` row with step s says that earlier rows of later steps were undone.
 """
@@ -18,22 +20,46 @@ from gflowvlm.shared.errors import UserError
 Row = dict[str, Any]
 
 
-def append_row(path: Path, kind: str, content: Mapping[str, Any]) -> None:
-    """Appends one row with a single write, so that rows of two processes never mix.
+def append_row(path: Path, kind: str, content: Mapping[str, Any], *, durable: bool = False) -> None:
+    """Appends one row, all of it or nothing. For one process at a time: not every file system keeps two apart.
+
+    A half line that a crash has left is closed first, so that it costs itself only.
+
+    Args:
+        path: The log; made where it is missing.
+        kind: What the row is.
+        content: Its figures.
+        durable: Whether it must outlast a loss of power from here on.
 
     Raises:
         UserError: The row cannot be written.
     """
-    line = json.dumps({"kind": kind, "time": round(time.time(), 3), **content}) + "\n"
+    line = (json.dumps({"kind": kind, "time": round(time.time(), 3), **content}) + "\n").encode()
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, line.encode())
+            size = os.fstat(descriptor).st_size
+            if size > 0 and os.pread(descriptor, 1, size - 1) != b"\n":
+                line = b"\n" + line
+            _write_all(descriptor, line, size)
+            if durable:
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"{path}: cannot be written ({reason}); free some space, then resume") from None
+
+
+def _write_all(descriptor: int, data: bytes, size: int) -> None:
+    """Writes all of the data at the end of a file, or cuts the file back to its size."""
+    try:
+        # A disk that fills up takes a part, and refuses the next write.
+        while len(data) > 0:
+            data = data[os.write(descriptor, data) :]
+    except OSError:
+        os.ftruncate(descriptor, size)
+        raise
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -15,12 +15,22 @@ from gflowvlm.shared.config_io import dump_config, load_config
 from gflowvlm.shared.errors import UserError
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file so that a reader sees all of it or none."""
+def write_whole(path: Path, text: str, *, durable: bool = False) -> None:
+    """Writes a text file so that a reader sees all of it or none.
+
+    Args:
+        path: The file; replaced where there is one.
+        text: Its content.
+        durable: Whether it must outlast a loss of power from here on.
+    """
     partial = path.with_name(f"{path.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
+        if durable:
+            _sync(partial)
         partial.replace(path)
+        if durable:
+            _sync(path.parent)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
@@ -60,6 +70,14 @@ def open_run(directory: Path) -> tuple[RunFolder, RunConfig]:
     if not folder.config.exists():
         raise UserError(f"{directory}: no run there (no config.yaml); `gflowvlm train --run {directory}` starts one")
     return folder, load_config(folder.config)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -90,6 +90,7 @@ ROLLOUT_METRICS = (
     MetricSpec("buffer_size", "trajectories", "Trajectories in the replay buffer now."),
     MetricSpec("groups_running", "groups", "Groups being played now."),
     MetricSpec("groups_failed", "groups", "Groups that failed and were played again, in total."),
+    MetricSpec("groups_set_aside", "groups", "Groups given up after failing again and again while others did not."),
     MetricSpec("worker_restarts", "restarts", "Rollout worker restarts in total."),
     MetricSpec("rollout_workers", "workers", "Rollout workers in service now."),
     MetricSpec("rollout_workers_wanted", "workers", "Rollout workers that the run is set to."),

@@ -102,7 +102,7 @@ class RunDisplay:
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def update(self, **changes: object) -> None:
         """Changes fields of the state and shows it."""

@@ -1,9 +1,9 @@
-"""The learner's loop inside a Ray Train worker: pull a batch, take a step, publish, checkpoint, log."""
+"""The learner's loop inside a Ray Train worker: pull a batch, take a step, publish, report, checkpoint."""
 
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,18 +15,17 @@ import torch
 from ray.train.collective import broadcast_from_rank_zero
 
 from gflowvlm.actors.adapter_store import find_adapter_store, staging_folder
+from gflowvlm.actors.admission import Pacing
 from gflowvlm.actors.buffer_actor import get_buffer
+from gflowvlm.cluster.driver.actor_calls import ACTOR_TIMEOUT_S, answer_of
+from gflowvlm.cluster.driver.learner_reports import FATAL, MISMATCH, STARTED, STEP, RemoteMailbox, Reporter
 from gflowvlm.cluster.driver.sampler_check import compare_with_sampler, mismatch_row, require_agreement
 from gflowvlm.learner.learner import Learner
 from gflowvlm.run.checkpoints import latest_checkpoint, prune_checkpoints
 from gflowvlm.run.folder import RunFolder
-from gflowvlm.run.log import append_row
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.trajectory import BASE_VERSION, Trajectory, from_arrow
-
-ACTOR_TIMEOUT_S = 120.0
-"""Longest wait for the adapter store or the replay buffer to answer; covers their restart."""
 
 
 class BatchLearner(Protocol):
@@ -63,6 +62,7 @@ class LearnerJob:
         store_name: Name of the adapter store actor.
         buffer_name: Name of the replay buffer actor.
         server_name: Name of the policy server's Serve application.
+        mailbox_name: Name of the actor that takes reports for the driver.
     """
 
     config: dict[str, Any]
@@ -71,30 +71,31 @@ class LearnerJob:
     store_name: str
     buffer_name: str
     server_name: str
+    mailbox_name: str
 
 
 def learner_loop(job_values: dict[str, Any]) -> None:
     """Runs one data-parallel learner to the last step; `job_values` are the fields of a `LearnerJob`.
 
-    A `UserError` ends the loop with a ``fatal`` row in the run's log instead of an exception, so that
-    Ray Train does not restart what cannot succeed. Where a full disk refuses that row too, the driver meets
-    the same disk and says so.
+    A `UserError` ends the loop with a `FATAL` report instead of an exception, so that Ray Train does not restart what
+    cannot succeed. Where the driver does not take that either (its disk is full), it says why by itself.
     """
     job = LearnerJob(**job_values)
     folder = RunFolder(Path(job.run_dir))
     context = ray.train.get_context()
+    reporter = Reporter(RemoteMailbox.find(job.mailbox_name))
     try:
         config, rank = RunConfig.model_validate(job.config), context.get_world_rank()
         if config.learner.gpus_per_worker > 0 and torch.cuda.is_available():
             # Where none was asked for, Ray hides none either, and names the CPU.
             torch.cuda.set_device(ray.train.torch.get_device())
         learner = Learner(config, job.model_path, rank=rank, world_size=context.get_world_size())
-        LearnerLoop(job, folder, rank, learner).run()
+        LearnerLoop(job, folder, rank, learner, reporter).run()
     except UserError as error:
         try:
-            append_row(folder.metrics, "fatal", {"error": str(error)})
-        except UserError as unwritten:
-            print(error, unwritten, sep="\n", file=sys.stderr)
+            reporter.send(FATAL, {"error": str(error)})
+        except (UserError, TimeoutError) as untaken:
+            print(error, untaken, sep="\n", file=sys.stderr)
 
 
 class LearnerLoop:
@@ -105,11 +106,15 @@ class LearnerLoop:
         folder: The run's folder.
         rank: Number of this learner.
         learner: Takes the steps; restored from the newest checkpoint.
+        reporter: Tells the driver what was done.
     """
 
-    def __init__(self, job: LearnerJob, folder: RunFolder, rank: int, learner: BatchLearner) -> None:
+    def __init__(
+        self, job: LearnerJob, folder: RunFolder, rank: int, learner: BatchLearner, reporter: Reporter
+    ) -> None:
         self.config = RunConfig.model_validate(job.config)
-        self.job, self.folder, self.rank, self.learner = job, folder, rank, learner
+        self.pacing = Pacing.of(self.config)
+        self.job, self.folder, self.rank, self.learner, self.reporter = job, folder, rank, learner, reporter
         self.store = find_adapter_store(job.store_name)
         self.buffer = get_buffer(job.buffer_name)
         checkpoint = latest_checkpoint(folder.checkpoints)
@@ -125,7 +130,7 @@ class LearnerLoop:
             # The samplers must not go on with what a step has left that was undone.
             self._publish()
         if self.rank == 0:
-            append_row(self.folder.metrics, "learner", {"step": first, "version": self.version, "pid": os.getpid()})
+            self.reporter.send(STARTED, {"step": first, "version": self.version, "pid": os.getpid()})
         if first == 0:
             self._check_sampler_agrees()
         batch_ref = self._request_batch(first)
@@ -147,7 +152,7 @@ class LearnerLoop:
             step=step,
             groups=self.config.groups_per_batch,
             version=self.version,
-            min_accepted=(step + 1) * self.config.fresh_per_step,
+            min_accepted=self.pacing.accepted_before(step),
             timeout_s=self.config.learner.data_timeout_s,
         )
 
@@ -169,11 +174,12 @@ class LearnerLoop:
     def _finish_step(
         self, done: int, batch: list[Trajectory], metrics: dict[str, float], started: float, waited: float
     ) -> float:
-        """Publishes, logs and keeps a step; returns when its time ended: its checkpoint's counts as the next step's."""
+        """Publishes, reports and keeps a step; returns when its time ended: its checkpoint's is the next step's."""
         settings = self.config.learner
         ages = [self.version - t.oldest_version for t in batch if not t.expert and t.steps]
         published = time.monotonic()
-        if done % settings.publish_every == 0:
+        # What is left at the end is a version too: it is evaluated, and what the run leaves behind.
+        if done % settings.publish_every == 0 or done == settings.steps:
             self._publish()
         ended = time.monotonic()
         if self.rank == 0:
@@ -189,9 +195,9 @@ class LearnerLoop:
                 "publish_s": ended - published,
                 "step_s": ended - started,
             }
-            append_row(self.folder.metrics, "step", row)
+            self.reporter.send(STEP, row)
         if self.rank == 0 and done % settings.checkpoint_every == 0:
-            # Last, because a learner that goes on from it must find the step in the log and its adapter published.
+            # Last, because a learner that goes on from it must find the step reported and its adapter published.
             self._checkpoint(done)
         # No `ray.train.report`: it waits until Ray Train's controller looks again, every two seconds.
         return ended
@@ -201,7 +207,7 @@ class LearnerLoop:
         prune_checkpoints(self.folder.checkpoints, self.config.learner.keep_checkpoints)
 
     def _newest_version(self) -> int:
-        version, _ = _answer(lambda: self.store.newest.remote(), "the adapter store's newest version")
+        version, _ = answer_of(lambda: self.store.newest.remote(), "the adapter store's newest version")
         return int(version)
 
     def _publish(self) -> None:
@@ -215,7 +221,7 @@ class LearnerLoop:
         staging, step = staging_folder(self.folder.root), self.learner.steps_taken
         self.learner.save_adapter(staging)
         keep = self.config.is_evaluated(step)
-        self.version = _answer(
+        self.version = answer_of(
             lambda: self.store.publish.remote(str(staging), step, keep=keep), "the adapter store to publish"
         )
 
@@ -225,19 +231,5 @@ class LearnerLoop:
             self.learner.score([])
             return
         mismatch = compare_with_sampler(self.config, self.job.model_path, self.job.server_name, self.learner.score)
-        append_row(self.folder.metrics, "mismatch", mismatch_row(mismatch))
+        self.reporter.send(MISMATCH, mismatch_row(mismatch))
         require_agreement(mismatch, self.config, self.job.model_path)
-
-
-def _answer(call: Callable[[], ray.ObjectRef], what: str) -> Any:
-    """Returns the answer of an actor that may be restarting, asking again until `ACTOR_TIMEOUT_S`."""
-    deadline = time.monotonic() + ACTOR_TIMEOUT_S
-    while True:
-        try:
-            return ray.get(call(), timeout=max(1.0, deadline - time.monotonic()))
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"waited {ACTOR_TIMEOUT_S:.0f} s for {what}") from error
-            time.sleep(0.5)

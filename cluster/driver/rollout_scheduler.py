@@ -2,16 +2,16 @@
 
 import itertools
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from gflowvlm.actors.admission import Admission
 from gflowvlm.actors.groups import GroupRequest, GroupSummary
+from gflowvlm.cluster.driver.group_failures import Cause, GroupFailures
 from gflowvlm.cluster.driver.worker_pool import WorkerPool, last_line
 from gflowvlm.evaluation.metrics import EvaluationPlan
 from gflowvlm.shared.errors import UserError
@@ -21,9 +21,6 @@ from gflowvlm.shared.trajectory import Trajectory, from_arrow
 ROLLOUT, SAMPLED, GREEDY = "rollout", "sampled", "greedy"
 EVALUATION_CHUNK = 4
 """Instances of an evaluation that a worker plays in one call."""
-
-MAX_FAILURES_IN_A_ROW = 50
-"""Failed calls without any finished group between them after which the run stops."""
 
 
 def training_seed(run_seed: int, group_index: int) -> int:
@@ -50,6 +47,7 @@ class EvaluationJob:
         label: Kind of row that its figures become.
         sampled: Trajectories at the plan's temperature so far.
         greedy: Greedy trajectories so far.
+        set_aside: How many instances' sampled and how many instances' greedy trajectories it goes without, by tag.
     """
 
     plan: EvaluationPlan
@@ -58,12 +56,37 @@ class EvaluationJob:
     label: str = "evaluation"
     sampled: list[Trajectory] = field(default_factory=list)
     greedy: list[Trajectory] = field(default_factory=list)
+    set_aside: Counter[str] = field(default_factory=Counter)
 
     @property
     def finished(self) -> bool:
-        """Whether all instances have been played, sampled and greedily."""
-        wanted = self.plan.instances * self.plan.samples
-        return len(self.sampled) >= wanted and len(self.greedy) >= self.plan.instances
+        """Whether all instances that were not set aside have been played, sampled and greedily."""
+        sampled = (self.plan.instances - self.set_aside[SAMPLED]) * self.plan.samples
+        greedy = self.plan.instances - self.set_aside[GREEDY]
+        return len(self.sampled) >= sampled and len(self.greedy) >= greedy
+
+    def played(self, tag: str, trajectories: Sequence[Trajectory]) -> None:
+        """Takes trajectories that were sampled, or greedily played, as the tag says."""
+        (self.sampled if tag == SAMPLED else self.greedy).extend(trajectories)
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A group that is not played any more.
+
+    Attributes:
+        request: What was asked for.
+        cause: Why it failed the last time.
+        reason: The same in words.
+        tries: How often it was played.
+        evaluation: The evaluation that it belonged to; None for a training group, another of which takes its place.
+    """
+
+    request: GroupRequest
+    cause: Cause
+    reason: str
+    tries: int
+    evaluation: EvaluationJob | None
 
 
 @dataclass(frozen=True)
@@ -102,6 +125,7 @@ class RolloutScheduler:
             leaves every response to the newest.
         on_groups: Called with the summaries of finished training groups.
         on_evaluation: Called with each finished evaluation.
+        on_set_aside: Called with each group that is given up, because it fails again and again while others do not.
     """
 
     def __init__(
@@ -115,6 +139,7 @@ class RolloutScheduler:
         rollout_version: Callable[[], int | None],
         on_groups: Callable[[list[GroupSummary]], None],
         on_evaluation: Callable[[EvaluationJob], None],
+        on_set_aside: Callable[[SetAside], None],
     ) -> None:
         self._workers = workers
         self._admission = admission
@@ -122,13 +147,13 @@ class RolloutScheduler:
         self._instance_seed = instance_seed
         self._next_group = next_group
         self._rollout_version = rollout_version
-        self._on_groups, self._on_evaluation = on_groups, on_evaluation
+        self._on_groups, self._on_evaluation, self._on_set_aside = on_groups, on_evaluation, on_set_aside
         self._running: dict[int, list[_Call]] = {}
         self._again: deque[_Call] = deque()
         self._evaluations: deque[_Call] = deque()
         self._jobs: list[EvaluationJob] = []
         self._evaluated_groups = itertools.count()
-        self._failures_in_a_row = 0
+        self._failures = GroupFailures()
         self.groups_failed = 0
         self.last_failure = ""
 
@@ -140,7 +165,12 @@ class RolloutScheduler:
     @property
     def groups_running(self) -> int:
         """Training groups being played."""
-        return self._admission.running // self._admission.group_size
+        return self._admission.groups_running
+
+    @property
+    def groups_set_aside(self) -> int:
+        """Groups, those of evaluations included, that are not played any more."""
+        return self._failures.set_aside
 
     def evaluates(self, step: int) -> bool:
         """Whether an evaluation of a learner step has been asked for and is not finished."""
@@ -194,33 +224,44 @@ class RolloutScheduler:
         if hopeless is not None:
             raise UserError(hopeless)
         finished = [s for s in summaries if s.failure is None]
+        for summary in finished:
+            self._failures.note_finished((tag, summary.request))
         if call.job is not None:
-            self._collect_evaluation(call, call.job, result[0])
+            call.job.played(tag, from_arrow(result[0]))
         elif finished:
             self._admission.note_accepted(len(finished))
             self._on_groups(finished)
-        if finished:
-            self._failures_in_a_row = 0
-        lost = tuple(s.request for s in summaries if s.failure is not None)
-        if lost:
-            self.last_failure = last_line(next(s.failure for s in summaries if s.failure is not None))
-            self._play_again(replace(call, requests=lost))
+        failed = [(s.request, last_line(s.failure), s.own) for s in summaries if s.failure is not None]
+        again = [
+            request
+            for request, reason, own in failed
+            if self._is_played_again(call, request, Cause.INSTANCE if own else Cause.SHARED, reason)
+        ]
+        if again:
+            self._requeue(replace(call, requests=tuple(again)))
+        if call.job is not None:
+            self._finish_evaluation(call.job)
 
-    def _collect_evaluation(self, call: _Call, job: EvaluationJob, batch: pa.RecordBatch) -> None:
-        (job.sampled if call.tag == SAMPLED else job.greedy).extend(from_arrow(batch))
+    def _finish_evaluation(self, job: EvaluationJob) -> None:
         if job.finished and job in self._jobs:
             self._jobs.remove(job)
             self._on_evaluation(job)
 
-    def _play_again(self, call: _Call) -> None:
-        self._failures_in_a_row += 1
-        self.groups_failed += len(call.requests)
-        self._requeue(call)
-        if self._failures_in_a_row > MAX_FAILURES_IN_A_ROW:
-            raise UserError(
-                f"rollouts failed {self._failures_in_a_row} times in a row, last: {self.last_failure}; "
-                "look at the policy server's and workers' logs in the Ray dashboard"
-            )
+    def _is_played_again(self, call: _Call, request: GroupRequest, cause: Cause, reason: str) -> bool:
+        """Counts a failure; returns whether the group is to be played again, else it is set aside."""
+        self.groups_failed += 1
+        self.last_failure = reason
+        group = (call.tag, request)
+        tries = self._failures.tries(group) + 1
+        at_a_time = self._groups_per_worker * max(1, self._workers.wanted)
+        if not self._failures.note_failed(group, cause, reason, at_a_time):
+            return True
+        if call.job is None:
+            self._admission.note_failed()
+        else:
+            call.job.set_aside[call.tag] += 1
+        self._on_set_aside(SetAside(request, cause, reason, tries, call.job))
+        return False
 
     def _requeue(self, call: _Call) -> None:
         if call.job is None:
@@ -232,7 +273,12 @@ class RolloutScheduler:
         # A call whose actor was found dead disappears from the manager without a result.
         for actor_id in self._workers.update():
             for call in self._running.pop(actor_id, []):
-                self._play_again(call)
+                reason = self.last_failure or "a rollout worker was lost"
+                again = [r for r in call.requests if self._is_played_again(call, r, Cause.WORKER, reason)]
+                if again:
+                    self._requeue(replace(call, requests=tuple(again)))
+                if call.job is not None:
+                    self._finish_evaluation(call.job)
 
     def _dismiss_idle_leavers(self) -> None:
         for actor_id in self._workers.leaving:

@@ -17,7 +17,9 @@ from gflowvlm.actors.event_loop import EventLoopThread
 from gflowvlm.actors.policy_client import PolicyClient
 from gflowvlm.actors.policy_server import deploy_policy_server, scale_policy_server, shutdown_policy_server
 from gflowvlm.actors.rollout_worker import RolloutWorker
-from gflowvlm.cluster.driver.learner_loop import ACTOR_TIMEOUT_S, LearnerJob, learner_loop
+from gflowvlm.cluster.driver.actor_calls import ACTOR_TIMEOUT_S
+from gflowvlm.cluster.driver.learner_loop import LearnerJob, learner_loop
+from gflowvlm.cluster.driver.learner_reports import RemoteMailbox, Report, ReportReceiver, start_mailbox
 from gflowvlm.cluster.driver.worker_pool import WorkerPool
 from gflowvlm.cluster.launch.placement import LEARNER, ROLLOUT, as_placed, resource_plan
 from gflowvlm.run.folder import RunFolder
@@ -35,18 +37,28 @@ class RunActors:
         config: The run's configuration.
         model_path: Model directory or hub name.
         say: Called with a line about what is being done.
+        write_down: Writes a learner's report down, before the learner goes on.
 
     Attributes:
         engine: Name of the samplers' engine.
         client: The client of the policy server.
         loop: The event loop that the client's requests of this process are made on.
         buffer: Handle of the replay buffer.
+        reports: What the learner has reported.
         workers: The rollout workers.
         learner_error: Why the learner was given up, None while it was not.
     """
 
-    def __init__(self, folder: RunFolder, config: RunConfig, model_path: str, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        model_path: str,
+        say: Callable[[str], None],
+        write_down: Callable[[Report], None],
+    ) -> None:
         self._folder, self._config, self._model_path, self._say = folder, config, model_path, say
+        self._write_down = write_down
         self._name = f"gflowvlm-{uuid.uuid4().hex[:8]}"
         self.engine: str = config.sampler.engine
         self._learner: threading.Thread | None = None
@@ -59,10 +71,14 @@ class RunActors:
             f"{self._name}-store", self._folder.root, self._config.cluster, self._config.learner.keep_adapters
         )
         self.buffer = create_buffer_actor(self._config, self._folder.root, f"{self._name}-buffer")
+        self._mailbox = start_mailbox(f"{self._name}-mailbox")
+        self.reports = ReportReceiver(RemoteMailbox(self._mailbox), self._write_down)
+        self.reports.start()
         started = time.monotonic()
         try:
             handle = self._deploy_policy_server()
         except BaseException:
+            self.reports.close()
             shutdown_policy_server(f"{self._name}-policy")
             raise
         self._say(f"policy server is up ({self.engine}, {time.monotonic() - started:.0f} s)")
@@ -76,6 +92,7 @@ class RunActors:
         try:
             self._stop_learner()
         finally:
+            self.reports.close()
             self.workers.close()
             shutdown_policy_server(f"{self._name}-policy")
             self.loop.close()
@@ -115,6 +132,7 @@ class RunActors:
             store_name=f"{self._name}-store",
             buffer_name=f"{self._name}-buffer",
             server_name=f"{self._name}-policy",
+            mailbox_name=f"{self._name}-mailbox",
         )
         trainer = TorchTrainer(
             self._learner_loop(),

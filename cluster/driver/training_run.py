@@ -3,22 +3,27 @@
 import json
 import time
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import psutil
 from rich.console import Console
 
-from gflowvlm.actors.admission import Admission
+from gflowvlm.actors.admission import Admission, Pacing
 from gflowvlm.actors.demonstration_set import DemonstrationSet
 from gflowvlm.actors.groups import GroupSummary
 from gflowvlm.cluster.driver.display import RunDisplay, evaluation_lines
+from gflowvlm.cluster.driver.learner_reports import FATAL, MISMATCH, STARTED, STEP
 from gflowvlm.cluster.driver.rollout_scheduler import (
     EvaluationJob,
     RolloutScheduler,
+    SetAside,
     demonstrated_seed,
     training_seed,
 )
 from gflowvlm.cluster.driver.run_actors import RunActors
+from gflowvlm.cluster.driver.run_record import RunRecord
+from gflowvlm.cluster.driver.run_state import RunState
 from gflowvlm.cluster.driver.worker_pool import last_line
 from gflowvlm.cluster.launch.ray_runtime import cluster_nodes
 from gflowvlm.cluster.monitoring.memory import MemoryMeter
@@ -26,12 +31,11 @@ from gflowvlm.cluster.monitoring.sampler_watch import STATUS_TIMEOUT_S, SamplerL
 from gflowvlm.cluster.monitoring.telemetry import Telemetry
 from gflowvlm.cluster.scaling.auto_scaling import Load, Size
 from gflowvlm.cluster.scaling.run_scaling import RunScaling
-from gflowvlm.evaluation.learning_curve import draw_learning_curve
 from gflowvlm.evaluation.metrics import REPORT_SEED_OFFSET, EvaluationPlan, evaluate_trajectories
 from gflowvlm.run.checkpoints import latest_checkpoint
 from gflowvlm.run.final_report import measured_on, ordered
 from gflowvlm.run.folder import RunFolder
-from gflowvlm.run.log import Row, RowTail, append_row, read_rows
+from gflowvlm.run.log import Row
 from gflowvlm.run.models import resolve_model
 from gflowvlm.run.setup import write_whole
 from gflowvlm.shared.config import RunConfig
@@ -61,16 +65,14 @@ class TrainingRun:
         self._demonstrated = None if demonstrations is None else demonstrations.instance_seeds
         self.display = RunDisplay(console, config.learner.steps)
         self.telemetry = Telemetry(folder.tensorboard, folder.root.name)
-        self._rows = read_rows(folder.metrics)
-        self._tail = RowTail(folder.metrics, from_end=True)
+        self.record = RunRecord(folder, config.evaluation_is_due)
         checkpoint = latest_checkpoint(folder.checkpoints)
-        self.step = int(checkpoint.name.removeprefix("step-")) if checkpoint is not None else 0
-        self.version = BASE_VERSION
-        self._learner_started = False
+        step = int(checkpoint.name.removeprefix("step-")) if checkpoint is not None else 0
+        self.state = RunState(Admission(Pacing.of(config), learned=step), step)
         self._newest: deque[list[Any]] = deque(maxlen=NEWEST_TRAJECTORIES)
-        last = next((r for r in reversed(self._rows) if r["kind"] == "rollout"), {})
-        self._env_steps = int(last.get("env_steps", 0))
-        self._response_tokens = int(last.get("response_tokens", 0))
+        self._env_steps = self.record.saved.env_steps
+        self._response_tokens = self.record.saved.response_tokens
+        self._report_rows: list[Row] = []
         self._tokens_since_start = 0
         self._started = time.monotonic()
         self._snapshot_at = 0.0
@@ -87,39 +89,43 @@ class TrainingRun:
         """
         try:
             with self.display, self._make_actors() as self._actors:
-                self.display.update(step=self.step)
+                self.display.update(step=self.state.step)
+                self._restore_curves()
                 self._make_scheduler()
                 return self._play_and_learn()
         finally:
             self.telemetry.close()
 
     def _make_actors(self) -> RunActors:
-        return RunActors(self.folder, self.config, self.model_path, self.display.say)
+        return RunActors(self.folder, self.config, self.model_path, self.display.say, self.record.write_down)
+
+    def _restore_curves(self) -> None:
+        """Gives TensorBoard what the log has; its own files lack what a killed driver had not written to disk."""
+        rows = self.record.rows()
+        if rows:
+            self.telemetry.go_back(-1, [r for r in rows if r["kind"] != STEP or r["step"] <= self.state.step])
 
     def _make_scheduler(self) -> None:
         config, stats = self.config, self._actors.buffer_stats()
-        self.admission = Admission(
-            max_staleness=config.replay.max_staleness,
-            batch=config.fresh_per_step * config.learner.publish_every,
-            group_size=config.rollout.group_size,
-            version=self.step // config.learner.publish_every,
-            accepted=stats["accepted"],
-        )
+        self.state.admission.accepted = stats["accepted"]
         self.scheduler = RolloutScheduler(
             self._actors.workers,
-            self.admission,
+            self.state.admission,
             groups_per_worker=config.rollout.groups_per_worker,
             instance_seed=self._instance_seed,
             next_group=0 if stats["largest_group_index"] is None else stats["largest_group_index"] + 1,
-            rollout_version=lambda: self.version if config.on_policy else None,
+            rollout_version=lambda: self.state.version if config.on_policy else None,
             on_groups=self._note_groups,
             on_evaluation=self._note_evaluation,
+            on_set_aside=self._note_set_aside,
         )
         # The outer limit is for a loop that is stuck itself.
         self._watch = SamplerWatch(
             lambda: self._actors.loop.run(self._actors.client.status(STATUS_TIMEOUT_S), 5 * STATUS_TIMEOUT_S)
         )
-        self.scaling = RunScaling(self.folder, config, self._actors, cluster_nodes, self.display.say)
+        self.scaling = RunScaling(
+            self.folder, config, self._actors, cluster_nodes, self.display.say, self.record.append
+        )
 
     def _instance_seed(self, group_index: int) -> int:
         if self._demonstrated is None:
@@ -132,69 +138,89 @@ class TrainingRun:
         self._started = time.monotonic()
         while not (self._actors.learner_finished and not self.scheduler.evaluating):
             self.scheduler.pump(train=self._rollouts_wanted(), wait_s=PUMP_WAIT_S)
-            self._follow_log()
-            self.scaling.answer_requests(self.step)
+            self._follow_learner()
+            self.scaling.answer_requests(self.state.step)
             if time.monotonic() - self._snapshot_at >= SNAPSHOT_INTERVAL_S:
                 self._snapshot()
-        self._follow_log()
+        self._follow_learner()
         if self._actors.learner_error is not None:
             raise UserError(
                 f"the learner failed {self.config.learner.max_failures + 1} times, last: "
                 f"{last_line(str(self._actors.learner_error))}; "
                 f"resume with `gflowvlm train --resume {self.folder.root}`"
             )
-        if self.step < self.config.learner.steps:
-            # A full disk keeps the learner's reason out of the log; writing there says it.
-            self._snapshot()
+        if self.state.step < self.config.learner.steps:
             raise UserError(
-                f"the learner ended at step {self.step} of {self.config.learner.steps}; "
+                f"the learner ended at step {self.state.step} of {self.config.learner.steps}; "
                 f"resume with `gflowvlm train --resume {self.folder.root}`"
             )
         return self._report()
 
     def _rollouts_wanted(self) -> bool:
         # On-policy rollouts need the version that the learner publishes when it starts.
-        ready = self._learner_started or not self.config.on_policy
+        ready = self.state.learning or not self.config.on_policy
         return ready and not self._actors.learner_finished
 
-    def _follow_log(self) -> None:
-        for row in self._tail.new_rows():
-            self._rows.append(row)
-            if row["kind"] == "fatal":
-                raise UserError(row["error"])
-            if row["kind"] == "learner":
-                self.step, self.version = row["step"], row["version"]
-                self._learner_started = True
-                self.display.say(f"learner started at step {row['step']}")
-            elif row["kind"] == "mismatch":
-                self.display.say(f"sampler and learner agree to {row['max']:.1e} nats on {row['tokens']} tokens")
-            elif row["kind"] == "step":
-                self._note_step(row)
+    def _follow_learner(self) -> None:
+        for report in self._actors.reports.take():
+            content = report.content
+            if report.kind == FATAL:
+                raise UserError(content["error"])
+            if report.kind == STARTED:
+                self._note_started(content)
+            elif report.kind == MISMATCH:
+                self.display.say(
+                    f"sampler and learner agree to {content['max']:.1e} nats on {content['tokens']} tokens"
+                )
+            elif report.kind == STEP:
+                self._note_step(content)
 
-    def _note_step(self, row: Row) -> None:
-        self.step, self.version = row["step"], row["version"]
-        self._waited.append((row["wait_s"], row["step_s"]))
-        self.admission.advance(max(self.admission.version, self.step // self.config.learner.publish_every))
-        self.display.update(step=self.step, version=self.version, staleness=row["staleness_mean"], loss=row["loss"])
-        self.telemetry.send("train", row, self.step)
-        if self.config.evaluation_is_due(self.step):
-            self._evaluate_if_new(self.step, self.version)
+    def _note_started(self, report: Mapping[str, Any]) -> None:
+        if self.state.note_started(report):
+            # The steps that are done again come as reports.
+            self.telemetry.go_back(self.state.step, [row for row in self.record.rows() if row["kind"] != STEP])
+        self.display.say(f"learner started at step {report['step']}")
+
+    def _note_step(self, report: Mapping[str, Any]) -> None:
+        self.state.note_step(report)
+        step, version = self.state.step, self.state.version
+        self._waited.append((report["wait_s"], report["step_s"]))
+        self.display.update(step=step, version=version, staleness=report["staleness_mean"], loss=report["loss"])
+        self.telemetry.send("train", report, step)
+        if self.config.evaluation_is_due(step):
+            self._evaluate_if_new(step, version)
 
     def _evaluate_what_is_due(self) -> None:
         """Asks for the evaluation at the start, and for those that an interruption kept from being played."""
         if self.config.evaluation.at_start:
             self._evaluate_if_new(step=0, version=BASE_VERSION)
-        for row in self._rows:
-            due = row["kind"] == "step" and row["step"] <= self.step and self.config.evaluation_is_due(row["step"])
-            if due and self.folder.adapter(row["version"]).is_dir():
-                self._evaluate_if_new(row["step"], row["version"])
+        for step, version in sorted(self.record.saved.due.items()):
+            due = step <= self.state.step and self.config.evaluation_is_due(step)
+            if due and self.folder.adapter(version).is_dir():
+                self._evaluate_if_new(step, version)
 
     def _evaluate_if_new(self, step: int, version: int) -> None:
         # A learner that was started again comes by steps whose evaluation is still being played.
-        evaluated = any(r["kind"] == "evaluation" and r["step"] == step for r in self._rows)
-        if evaluated or self.scheduler.evaluates(step):
-            return
-        self.scheduler.evaluate(EvaluationJob(EvaluationPlan.of(self.config), version, step))
+        if step not in self.record.saved.evaluated and not self.scheduler.evaluates(step):
+            self.scheduler.evaluate(EvaluationJob(EvaluationPlan.of(self.config), version, step))
+
+    def _note_set_aside(self, group: SetAside) -> None:
+        request, evaluation = group.request, group.evaluation
+        row = {
+            "step": self.state.step,
+            "instance_seed": request.instance_seed,
+            "split": request.split,
+            "evaluation": None if evaluation is None else evaluation.step,
+            "cause": group.cause.value,
+            "reason": group.reason,
+            "tries": group.tries,
+        }
+        self.record.append("set_aside", row)
+        whose = "training" if evaluation is None else f"evaluation at step {evaluation.step}"
+        self.display.say(
+            f"{whose}: instance {request.split}/{request.instance_seed} failed {group.tries} times and is set aside "
+            f"({group.reason})"
+        )
 
     def _note_groups(self, summaries: list[GroupSummary]) -> None:
         for summary in summaries:
@@ -207,18 +233,26 @@ class TrainingRun:
             self._newest.extend(played for expert, *played in rollouts if not expert)
 
     def _note_evaluation(self, job: EvaluationJob) -> None:
+        if not job.sampled or not job.greedy:
+            self.display.say(f"the evaluation at step {job.step} has no figures: none of its instances could be played")
+            if job.label != REPORT:
+                self.record.note_evaluated(job.step)
+            return
         figures = evaluate_trajectories(self.config, job.plan, job.version, job.sampled, job.greedy).as_dict()
         row = {"step": job.step, **figures}
-        append_row(self.folder.metrics, job.label, row)
+        self.record.append(job.label, row, durable=True)
         if job.label == REPORT:
+            self._report_rows.append(row)
             return
         self.telemetry.send("evaluation", row, job.step)
         for line in evaluation_lines(row):
             self.display.say(line)
-        best = json.loads(self.folder.best.read_text()) if self.folder.best.exists() else None
+        best = self.record.best()
         if best is None or figures["success"] >= best["success"]:
-            write_whole(self.folder.best, json.dumps(row, indent=1))
-        draw_learning_curve(read_rows(self.folder.metrics), self.folder.learning_curve, self.folder.root.name)
+            self.record.note_best(row)
+        # Last: what is not saved as evaluated is played again.
+        self.record.note_evaluated(job.step)
+        self.record.draw_curve()
 
     def _snapshot(self) -> None:
         self._snapshot_at = now = time.monotonic()
@@ -229,6 +263,7 @@ class TrainingRun:
             **self._actors.buffer_counts(),
             "groups_running": self.scheduler.groups_running,
             "groups_failed": self.scheduler.groups_failed,
+            "groups_set_aside": self.scheduler.groups_set_aside,
             "worker_restarts": self._actors.workers.deaths,
             "rollout_workers": len(self._actors.workers.serving),
             "rollout_workers_wanted": self.scaling.size.rollouts,
@@ -246,8 +281,8 @@ class TrainingRun:
             values["rollout_success"] = sum(success for success, _, _ in newest) / len(newest)
             values["rollout_invalid"] = sum(invalid for _, invalid, _ in newest) / len(newest)
             values["rollout_length"] = sum(length for _, _, length in newest) / len(newest)
-        append_row(self.folder.metrics, "rollout", {"step": self.step, **values})
-        self.telemetry.send("rollout", values, self.step)
+        self.record.note_snapshot({"step": self.state.step, **values}, self._env_steps, self._response_tokens)
+        self.telemetry.send("rollout", values, self.state.step)
         self.telemetry.repeat()
         self.display.update(
             success=values.get("rollout_success"),
@@ -272,10 +307,11 @@ class TrainingRun:
             groups_room=workers * self.config.rollout.groups_per_worker,
             serving=Size(workers, samplers.replicas),
         )
-        self.scaling.observe(load, self.step)
+        self.scaling.observe(load, self.state.step)
 
     def _report(self) -> list[Row]:
-        best = json.loads(self.folder.best.read_text())["version"] if self.folder.best.exists() else self.version
+        best_row = self.record.best()
+        best = self.state.version if best_row is None else int(best_row["version"])
         settings = self.config.evaluation
         self.display.say(
             f"final report: base model and adapter version {best} on {measured_on([self.config.task.name])}"
@@ -283,18 +319,18 @@ class TrainingRun:
         for split in ("id", "ood"):
             plan = EvaluationPlan(split, settings.instances, settings.samples, settings.seed + REPORT_SEED_OFFSET)
             for version in (BASE_VERSION, best):
-                self.scheduler.evaluate(EvaluationJob(plan, version, self.step, label=REPORT))
+                self.scheduler.evaluate(EvaluationJob(plan, version, self.state.step, label=REPORT))
         while self.scheduler.evaluating:
             self.scheduler.pump(train=False, wait_s=PUMP_WAIT_S)
-            self.scaling.answer_requests(self.step)
-        report = ordered([r for r in self._tail.new_rows() if r["kind"] == REPORT], best)
+            self.scaling.answer_requests(self.state.step)
+        report = ordered(self._report_rows, best)
         summary = {
-            "steps": self.step,
+            "steps": self.state.step,
             "version": best,
             "wall_s": round(time.time() - psutil.Process().create_time(), 1),
             "peak_memory_gib": self._memory.peak_gib if self.config.cluster.address is None else None,
             "report": report,
         }
         write_whole(self.folder.summary, json.dumps(summary, indent=1))
-        draw_learning_curve(read_rows(self.folder.metrics), self.folder.learning_curve, self.folder.root.name)
+        self.record.draw_curve()
         return report

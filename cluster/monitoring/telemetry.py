@@ -1,14 +1,20 @@
 """The run's figures on their way out: Prometheus through Ray, and TensorBoard."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ray.util.metrics import Gauge
 from torch.utils.tensorboard import SummaryWriter
 
 from gflowvlm.shared.metrics import ALL_METRICS, PROMETHEUS_PREFIX
+
+FOLDERS = {"step": "train", "rollout": "rollout", "evaluation": "evaluation"}
+"""TensorBoard's folder by kind of row; rows of other kinds have no figures."""
+
+_PRINTABLE = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
 
 class Telemetry:
@@ -25,8 +31,10 @@ class Telemetry:
     def __init__(self, directory: Path, run_name: str) -> None:
         self._shown = threading.excepthook
         threading.excepthook = self._show
-        self._writer = SummaryWriter(str(directory))
-        self._tags = {"run": run_name, "split": ""}
+        self._directory = directory
+        # Opened by the first row, which says from which step on earlier sessions' rows are undone.
+        self._writer: SummaryWriter | None = None
+        self._tags = {"run": as_tag(run_name), "split": ""}
         self._latest: dict[tuple[str, str], float] = {}
         self._gauges = {
             spec.name: Gauge(
@@ -38,15 +46,47 @@ class Telemetry:
         }
 
     def send(self, kind: str, values: Mapping[str, Any], step: int) -> None:
-        """Sends one row's known metrics; others (texts, extra timings) are left out."""
+        """Sends one row's known metrics; others (texts, extra timings) are left out.
+
+        The first row of a session takes the place of all that an earlier one wrote of its step and later ones.
+        """
+        if self._writer is None:
+            self._open(step)
+        for (name, split), value in self._write(kind, values, step, None):
+            self._latest[name, split] = value
+            self._set(name, split)
+
+    def go_back(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Takes back what TensorBoard has of later steps, and gives it what the run's log has of them.
+
+        Args:
+            step: The step that a learner has gone back to; -1 for all there is, as at a resume: what a driver that died
+                had not written to disk, or had written and was undone, is put right by the log.
+            rows: The run's log, without what was undone.
+        """
+        self._close()
+        self._open(step + 1)
+        for row in rows:
+            if row["kind"] in FOLDERS and row.get("step", -1) > step:
+                self._write(FOLDERS[row["kind"]], row, row["step"], row["time"])
+
+    def _open(self, purge_step: int) -> None:
+        self._writer = SummaryWriter(str(self._directory), purge_step=purge_step)
+
+    def _write(
+        self, kind: str, values: Mapping[str, Any], step: int, walltime: float | None
+    ) -> list[tuple[tuple[str, str], float]]:
+        """Writes a row's figures for TensorBoard; returns them by name and split."""
+        if self._writer is None:
+            raise ValueError("telemetry: no step to begin with")
         split = str(values.get("split", ""))
         folder = f"{kind}_{split}" if split else kind
-        for name in self._gauges:
-            value = values.get(name)
-            if isinstance(value, (int, float)):
-                self._latest[name, split] = float(value)
-                self._set(name, split)
-                self._writer.add_scalar(f"{folder}/{name}", float(value), step)
+        known = {
+            (name, split): float(values[name]) for name in self._gauges if isinstance(values.get(name), (int, float))
+        }
+        for (name, _), value in known.items():
+            self._writer.add_scalar(f"{folder}/{name}", value, step, walltime)
+        return list(known.items())
 
     def repeat(self) -> None:
         """Gives Prometheus the newest value of every metric again.
@@ -63,11 +103,21 @@ class Telemetry:
     def close(self) -> None:
         """Writes what is pending to disk."""
         try:
-            self._writer.close()
+            self._close()
         finally:
             threading.excepthook = self._shown
+
+    def _close(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
 
     def _show(self, failed: threading.ExceptHookArgs) -> None:
         """Leaves out what TensorBoard's writing thread keeps and raises again in `send`, where it is handled."""
         if failed.exc_value is None or getattr(failed.thread, "exception", None) is not failed.exc_value:
             self._shown(failed)
+
+
+def as_tag(text: str) -> str:
+    """Returns a text as Ray takes it for a metric's tag: printable ASCII as it is, all else percent-encoded."""
+    return quote(text, safe=_PRINTABLE, errors="surrogatepass")

@@ -1,9 +1,9 @@
 """Changes the numbers of rollout workers and policy server replicas of a run that runs: when asked, or by load."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from gflowvlm.cluster.launch.placement import (
     ROLLOUT,
@@ -16,9 +16,9 @@ from gflowvlm.cluster.launch.placement import (
     resource_plan,
 )
 from gflowvlm.cluster.scaling.auto_scaling import AutoScaling, Load, Size
-from gflowvlm.cluster.scaling.scale_requests import SCALE, ScaleRequest, take_requests
+from gflowvlm.cluster.scaling.scale_requests import SCALE, Answers, ScaleRequest, take_requests
 from gflowvlm.run.folder import RunFolder
-from gflowvlm.run.log import Row, append_row
+from gflowvlm.run.log import Row
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
 
@@ -53,6 +53,7 @@ class RunScaling:
         actors: What is scaled.
         nodes: Returns the cluster's nodes.
         say: Called with a line about each change.
+        write_row: Appends a row of a kind to the run's log.
 
     Attributes:
         size: What the run is set to.
@@ -65,14 +66,16 @@ class RunScaling:
         actors: Scalable,
         nodes: Callable[[], Sequence[Node]],
         say: Callable[[str], None],
+        write_row: Callable[[str, Mapping[str, Any]], None],
     ) -> None:
         self._folder, self._config, self._actors = folder, config, actors
-        self._nodes, self._say = nodes, say
+        self._nodes, self._say, self._write_row = nodes, say, write_row
         self._auto = AutoScaling(config.scaling) if config.scaling.automatic else None
         self._looked_at = 0.0
         self.size = Size(config.rollout.workers, config.sampler.replicas)
         # Left by a command that was killed, for a driver that is gone.
         take_requests(folder)
+        self._answers = Answers(folder)
 
     def answer_requests(self, step: int) -> None:
         """Carries out what `gflowvlm scale` has asked for since; looks once a second.
@@ -83,6 +86,7 @@ class RunScaling:
         if time.monotonic() - self._looked_at < LOOK_INTERVAL_S:
             return
         self._looked_at = time.monotonic()
+        self._answers.remove_old()
         for number, request in take_requests(self._folder):
             if isinstance(request, str):
                 self._note(step, self.size, ON_REQUEST, number, error=request)
@@ -176,7 +180,9 @@ class RunScaling:
             "waiting": waiting,
             "error": error,
         }
-        append_row(self._folder.metrics, SCALE, row)
+        self._write_row(SCALE, row)
+        if request is not None:
+            self._answers.give(request, row)
         how = "by itself" if cause == AUTOMATIC else "on request"
         if error is not None:
             self._say(f"not scaled {how}: {error}")

@@ -1,18 +1,22 @@
-"""Asking a live run for another size: a file in its folder, and the driver's answer in its log.
+"""Asking a live run for another size: a file in its folder, and the driver's answer in another beside it.
 
-Neither side connects to the other, so the asking one needs the run's folder and nothing else.
+Neither side connects to the other, so the asking one needs the run's folder and nothing else. Each file is written
+whole by one side and removed by the other.
 """
 
+import json
+import os
 import re
 import secrets
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, StrictInt, ValidationError, model_validator
 
 from gflowvlm.run.folder import RunFolder
-from gflowvlm.run.log import Row, RowTail
+from gflowvlm.run.log import Row
 from gflowvlm.run.setup import driver_holds, write_whole
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.settings import Settings
@@ -25,7 +29,11 @@ ANSWER_TIMEOUT_S = 60.0
 
 POLL_S = 0.2
 
+KEEP_ANSWERS_S = 2 * ANSWER_TIMEOUT_S
+"""How long an answer stays that nobody has fetched: the command was killed."""
+
 _FILE = re.compile(r"scale-(\d{20}-[0-9a-f]{8})\.json")
+_ANSWER = re.compile(r"answer-\d{20}-[0-9a-f]{8}\.json")
 _KEYS = ("rollouts", "samplers")
 
 
@@ -74,7 +82,6 @@ def ask(folder: RunFolder, request: ScaleRequest, timeout_s: float = ANSWER_TIME
         UserError: No driver runs the run, it refuses, or it does not answer.
     """
     _check_running(folder)
-    answers = RowTail(folder.metrics, from_end=True)
     # Files are answered in the order of their names.
     number = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
     path = folder.root / f"scale-{number}.json"
@@ -83,10 +90,11 @@ def ask(folder: RunFolder, request: ScaleRequest, timeout_s: float = ANSWER_TIME
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     try:
-        return _answer(folder, answers, number, timeout_s)
+        return _answer(folder, number, timeout_s)
     finally:
         # Nobody waits for it any more; the driver has removed it if it was answered.
         path.unlink(missing_ok=True)
+        _answer_file(folder, number).unlink(missing_ok=True)
 
 
 def take_requests(folder: RunFolder) -> list[tuple[str, ScaleRequest | str]]:
@@ -111,14 +119,52 @@ def take_requests(folder: RunFolder) -> list[tuple[str, ScaleRequest | str]]:
     return taken
 
 
-def _answer(folder: RunFolder, answers: RowTail, number: str, timeout_s: float) -> Row:
-    deadline = time.monotonic() + timeout_s
+class Answers:
+    """The driver's answers in a run's folder. What earlier drivers have left there is removed.
+
+    Args:
+        folder: The run's folder.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._given: list[tuple[float, str]] = []
+        for name in os.listdir(folder.root):
+            if _ANSWER.fullmatch(name) is not None:
+                (folder.root / name).unlink(missing_ok=True)
+
+    def give(self, number: str, row: Row) -> None:
+        """Answers a request with the row of the log that tells what came of it.
+
+        Raises:
+            UserError: The answer cannot be written.
+        """
+        path = _answer_file(self._folder, number)
+        try:
+            write_whole(path, json.dumps(row))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); free some space, then resume") from None
+        self._given.append((time.monotonic(), number))
+
+    def remove_old(self) -> None:
+        """Removes answers that nobody has fetched for `KEEP_ANSWERS_S`."""
+        while self._given and time.monotonic() - self._given[0][0] > KEEP_ANSWERS_S:
+            _answer_file(self._folder, self._given.pop(0)[1]).unlink(missing_ok=True)
+
+
+def _answer_file(folder: RunFolder, number: str) -> Path:
+    return folder.root / f"answer-{number}.json"
+
+
+def _answer(folder: RunFolder, number: str, timeout_s: float) -> Row:
+    path, deadline = _answer_file(folder, number), time.monotonic() + timeout_s
     while True:
-        for row in answers.new_rows():
-            if row["kind"] == SCALE and row["request"] == number:
-                if row["error"] is not None:
-                    raise UserError(row["error"])
-                return row
+        # By listing: NFS may go on for a minute saying that a file that was asked for by name is not there.
+        if path.name in os.listdir(folder.root):
+            row: Row = json.loads(path.read_text(encoding="utf-8"))
+            if row["error"] is not None:
+                raise UserError(row["error"])
+            return row
         if time.monotonic() > deadline:
             raise UserError(
                 f"waited {timeout_s:.0f} s for the driver of {folder.root} to answer; it does once its policy server "

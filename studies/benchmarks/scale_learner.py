@@ -1,6 +1,6 @@
 """A simulated learner: takes a given time for each batch, and computes nothing.
 
-Its batches are real, as is the loop around it: pulling and prefetching batches, publishing adapters, the log.
+Its batches are real, as is the loop around it: pulling and prefetching batches, publishing adapters, reports.
 """
 
 import json
@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from gflowvlm.actors.adapter_store import CONFIG_FILE, WEIGHTS_FILE
 from gflowvlm.cluster.driver.learner_loop import LearnerJob, LearnerLoop
+from gflowvlm.cluster.driver.learner_reports import RemoteMailbox, Reporter
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.shared.trajectory import Trajectory
 
@@ -29,7 +30,8 @@ def simulated_learner_loop(job_values: dict[str, Any], *, step_s: float, adapter
         adapter_kib: Size of the adapters that are published.
     """
     job = LearnerJob(**job_values)
-    LearnerLoop(job, RunFolder(Path(job.run_dir)), 0, SimulatedLearner(step_s, adapter_kib)).run()
+    reporter = Reporter(RemoteMailbox.find(job.mailbox_name))
+    LearnerLoop(job, RunFolder(Path(job.run_dir)), 0, SimulatedLearner(step_s, adapter_kib), reporter).run()
 
 
 class SimulatedLearner:

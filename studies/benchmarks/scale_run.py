@@ -22,6 +22,7 @@ from gflowvlm.actors.groups import GroupSummary
 from gflowvlm.actors.policy_client import PolicyClient
 from gflowvlm.actors.policy_server import deploy_policy_server
 from gflowvlm.actors.trajectory_files import trajectory_files
+from gflowvlm.cluster.driver.learner_reports import Report
 from gflowvlm.cluster.driver.run_actors import RunActors
 from gflowvlm.cluster.driver.training_run import TrainingRun
 from gflowvlm.cluster.launch.ray_runtime import ray_cluster
@@ -283,10 +284,12 @@ class SimulatedRun(TrainingRun):
         self._processes_at = 0.0
 
     def _make_actors(self) -> RunActors:
-        return SimulatedActors(self.folder, self.config, self.model_path, self.display.say, self._simulation)
+        return SimulatedActors(
+            self.folder, self.config, self.model_path, self.display.say, self.record.write_down, self._simulation
+        )
 
     def _rollouts_wanted(self) -> bool:
-        return self._learner_started and super()._rollouts_wanted()
+        return self.state.learning and super()._rollouts_wanted()
 
     def _evaluate_if_new(self, step: int, version: int) -> None:
         return None
@@ -321,9 +324,10 @@ class SimulatedActors(RunActors):
         config: RunConfig,
         model_path: str,
         say: Callable[[str], None],
+        write_down: Callable[[Report], None],
         simulation: Simulation,
     ) -> None:
-        super().__init__(folder, config, model_path, say)
+        super().__init__(folder, config, model_path, say, write_down)
         self.engine = "SIMULATED engines"
         self._simulation = simulation
 

@@ -13,7 +13,7 @@ from gflowvlm.cluster.launch.placement import Node
 from gflowvlm.cluster.scaling.auto_scaling import Load, Size
 from gflowvlm.cluster.scaling.run_scaling import RunScaling, describe
 from gflowvlm.cluster.scaling.scale_requests import ScaleRequest, ask, parse_request, take_requests
-from gflowvlm.run.log import read_rows
+from gflowvlm.run.log import append_row, read_rows
 from gflowvlm.run.preset_library import load_preset
 from gflowvlm.run.setup import driver_holds, new_run, run_lock
 from gflowvlm.shared.errors import UserError
@@ -41,7 +41,14 @@ class Driver:
 
     def __init__(self, folder, config, nodes=BIG):
         self.folder, self.parts, self.said = folder, Parts(), []
-        self.scaling = RunScaling(folder, config, self.parts, lambda: nodes, self.said.append)
+        self.scaling = RunScaling(
+            folder,
+            config,
+            self.parts,
+            lambda: nodes,
+            self.said.append,
+            lambda kind, row: append_row(folder.metrics, kind, row),
+        )
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._turn)
 
