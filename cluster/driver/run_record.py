@@ -19,12 +19,17 @@ class RunRecord:
     Args:
         folder: The run's folder.
         is_due: Whether an evaluation is due at a learner step.
+
+    Raises:
+        UserError: The run's saved state is damaged, or cannot be written.
     """
 
     def __init__(self, folder: RunFolder, is_due: Callable[[int], bool]) -> None:
         self._folder, self._is_due = folder, is_due
         self._lock = threading.Lock()
         self._saved = load_state(folder)
+        if not folder.state.exists():
+            save_state(folder, self._saved)
 
     @property
     def saved(self) -> SavedState:

@@ -1,6 +1,11 @@
+import errno
 import json
+import os
+
+import pytest
 
 from gflowvlm.run.log import RowTail, append_row, read_rows
+from gflowvlm.shared.errors import UserError
 
 
 def test_rows_come_back_in_order(tmp_path):
@@ -41,3 +46,56 @@ def test_a_tail_from_the_end_sees_only_what_follows(tmp_path):
     tail = RowTail(log, from_end=True)
     append_row(log, "step", {"step": 2})
     assert [r["step"] for r in tail.new_rows()] == [2]
+
+
+def test_a_half_written_last_line_costs_its_own_row_only(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    for step in (1, 2, 3):
+        append_row(log, "step", {"step": step})
+    whole = log.read_bytes()
+    last = len(whole.splitlines()[-1])
+    for cut in range(1, last + 1):
+        log.write_bytes(whole[:-cut])
+        append_row(log, "learner", {"step": 2})
+        append_row(log, "step", {"step": 3, "again": True})
+        kept = [(1, False), (2, False), (3, False)] if cut == 1 else [(1, False), (2, False)]
+        rows = RowTail(log).new_rows()
+        assert [(r["step"], "again" in r) for r in rows] == [*kept, (2, False), (3, True)]
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A disk that takes half of what is written, and nothing more; a switch makes room."""
+    real, state = os.write, {"full": True, "taken": False}
+
+    def write(descriptor, data):
+        if not state["full"]:
+            return real(descriptor, data)
+        if state["taken"]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        state["taken"] = True
+        return real(descriptor, data[: len(data) // 2])
+
+    monkeypatch.setattr("gflowvlm.run.log.os.write", write)
+    return state
+
+
+def test_a_row_that_a_full_disk_takes_half_of_is_an_error_and_leaves_nothing(tmp_path, full_disk):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"kind": "step", "step": 1}\n')
+    before = log.read_bytes()
+    with pytest.raises(UserError, match=r"No space left on device.*free some space, then resume"):
+        append_row(log, "step", {"step": 2})
+    assert log.read_bytes() == before
+    full_disk["full"] = False
+    append_row(log, "step", {"step": 2})
+    assert [r["step"] for r in read_rows(log)] == [1, 2]
+
+
+def test_a_short_write_that_can_go_on_is_gone_on_with(tmp_path, monkeypatch):
+    real = os.write
+    monkeypatch.setattr("gflowvlm.run.log.os.write", lambda descriptor, data: real(descriptor, data[:7]))
+    log = tmp_path / "metrics.jsonl"
+    append_row(log, "step", {"step": 1})
+    append_row(log, "step", {"step": 2})
+    assert [r["step"] for r in read_rows(log)] == [1, 2]

@@ -1,6 +1,9 @@
 """The learner's loop when its process dies between two of the things that a step leaves behind."""
 
 import json
+import os
+import threading
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,17 +11,22 @@ from types import SimpleNamespace
 import pytest
 
 from gflowvlm.actors.adapter_store import AdapterStore
-from gflowvlm.cluster.driver import learner_loop
+from gflowvlm.cluster.driver import actor_calls, learner_loop
 from gflowvlm.cluster.driver.learner_loop import LearnerJob, LearnerLoop
+from gflowvlm.cluster.driver.learner_reports import Reporter, ReportReceiver
+from gflowvlm.cluster.driver.run_record import RunRecord
+from gflowvlm.run import log
 from gflowvlm.run.checkpoints import checkpoint_steps
-from gflowvlm.run.folder import RunFolder
-from gflowvlm.run.log import RowTail, read_rows
+from gflowvlm.run.log import RowTail, append_row, read_rows
 from gflowvlm.run.preset_library import resolve_config
 from gflowvlm.run.setup import new_run
+from gflowvlm.run.state import load_state
 from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.trajectory import to_record_batch
 from gflowvlm.studies.benchmarks.scale_learner import SimulatedLearner
 from tests.actors.made_trajectories import make_group
+from tests.cluster.driver.local_mailbox import LocalMailbox
 
 STEPS = 4
 
@@ -57,7 +65,8 @@ def run(tmp_path, monkeypatch):
     folder = new_run(resolve_config(None, None, [f"learner.steps={STEPS}"]), tmp_path / "run")
     store = AdapterStore(folder.root)
     batch = to_record_batch(make_group(0))
-    monkeypatch.setattr(learner_loop.ray, "get", lambda answer, timeout: answer)
+    for module in (learner_loop, actor_calls):
+        monkeypatch.setattr(module.ray, "get", lambda answer, timeout: answer)
     alone = SimpleNamespace(get_world_size=lambda: 1)
     monkeypatch.setattr(learner_loop.ray.train, "get_context", lambda: alone)
     monkeypatch.setattr(
@@ -70,17 +79,35 @@ def run(tmp_path, monkeypatch):
     return folder
 
 
-def learn(folder: RunFolder, dies_at=None, written=False):
-    config = resolve_config(None, None, [f"learner.steps={STEPS}"])
-    job = LearnerJob(config.model_dump(mode="json"), "model", str(folder.root), "store", "buffer", "server")
-    LearnerLoop(job, folder, 0, MortalLearner(dies_at, written)).run()
+@pytest.fixture
+def mailbox(run):
+    """A mailbox whose reports a driver writes down."""
+    made = LocalMailbox()
+    receiver = ReportReceiver(made, RunRecord(run, lambda step: step % 2 == 0).write_down)
+    receiver.start()
+    yield made
+    receiver.close()
+    made.close()
+
+
+@pytest.fixture
+def learn(run, mailbox):
+    """Starts a learner, that may die at a step."""
+
+    def learn(dies_at=None, written=False, settings=()):
+        config = resolve_config(None, None, [f"learner.steps={STEPS}", *settings])
+        values = config.model_dump(mode="json")
+        job = LearnerJob(values, "model", str(run.root), "store", "buffer", "server", "mailbox")
+        LearnerLoop(job, run, 0, MortalLearner(dies_at, written), Reporter(mailbox)).run()
+
+    return learn
 
 
 @pytest.mark.parametrize("dies_at", [1, 2, STEPS])
-def test_a_step_whose_checkpoint_was_not_written_is_taken_again_and_none_is_missing_from_the_log(run, dies_at):
+def test_a_step_whose_checkpoint_was_not_written_is_taken_again_and_none_is_missing_from_the_log(run, learn, dies_at):
     with pytest.raises(Killed):
-        learn(run, dies_at)
-    learn(run)
+        learn(dies_at)
+    learn()
     assert [row["step"] for row in read_rows(run.metrics) if row["kind"] == "step"] == list(range(1, STEPS + 1))
     written = [row for row in RowTail(run.metrics).new_rows() if row["kind"] in ("learner", "step")]
     assert [row["step"] for row in written] == [
@@ -94,16 +121,16 @@ def test_a_step_whose_checkpoint_was_not_written_is_taken_again_and_none_is_miss
     assert max(checkpoint_steps(run.checkpoints)) == STEPS
 
 
-def test_a_learner_that_dies_right_after_its_checkpoint_leaves_that_step_in_the_log(run):
+def test_a_learner_that_dies_right_after_its_checkpoint_leaves_that_step_in_the_log(run, learn):
     with pytest.raises(Killed):
-        learn(run, dies_at=3, written=True)
+        learn(dies_at=3, written=True)
     assert max(checkpoint_steps(run.checkpoints)) == 3
-    learn(run)
+    learn()
     written = [row for row in RowTail(run.metrics).new_rows() if row["kind"] in ("learner", "step")]
     assert [row["step"] for row in written] == [0, 1, 2, 3, 3, 4]
 
 
-def test_what_a_checkpoint_takes_counts_as_time_of_the_next_step(run, monkeypatch):
+def test_what_a_checkpoint_takes_counts_as_time_of_the_next_step(run, learn, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(learner_loop.time, "monotonic", lambda: now[0])
     save = MortalLearner.save
@@ -113,18 +140,95 @@ def test_what_a_checkpoint_takes_counts_as_time_of_the_next_step(run, monkeypatc
         save(self, directory)
 
     monkeypatch.setattr(MortalLearner, "save", slow_save)
-    learn(run)
+    learn()
     times = [row["step_s"] for row in read_rows(run.metrics) if row["kind"] == "step"]
     assert times == [0.0, 5.0, 5.0, 5.0]
+
+
+def test_the_last_steps_are_published_too_where_they_are_no_multiple(run, learn):
+    learn(settings=["learner.publish_every=3"])
+    versions = {row["step"]: row["version"] for row in read_rows(run.metrics) if row["kind"] == "step"}
+    assert versions == {1: 0, 2: 0, 3: 1, 4: 2}
+    assert AdapterStore(run.root).versions() == [1, 2]
+
+
+def test_every_step_of_a_checkpoint_is_in_the_log_and_its_evaluation_in_the_state_before_it(run, learn, monkeypatch):
+    save, checked = MortalLearner.save, []
+
+    def look_and_save(self, directory):
+        rows = [row["step"] for row in read_rows(run.metrics) if row["kind"] == "step"]
+        assert rows[-1] == self.steps_taken
+        checked.append(sorted(load_state(run).due))
+        save(self, directory)
+
+    monkeypatch.setattr(MortalLearner, "save", look_and_save)
+    learn()
+    assert checked == [[], [2], [2], [2, 4]]
+
+
+class Clients:
+    """A file system on which each machine appends where it believes the end to be, as NFS does."""
+
+    def __init__(self, monkeypatch):
+        self.ends = {}
+        monkeypatch.setattr(log, "os", self)
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    def open(self, path, flags, mode=0o777):
+        descriptor = os.open(path, flags & ~os.O_APPEND, mode)
+        self.ends.setdefault(machine.get(), os.fstat(descriptor).st_size)
+        return descriptor
+
+    def write(self, descriptor, data):
+        written = os.pwrite(descriptor, data, self.ends[machine.get()])
+        self.ends[machine.get()] += written
+        return written
+
+
+machine = ContextVar("machine", default="the driver's")
+
+
+def test_no_row_is_lost_to_two_machines_that_write_into_one_folder_where_appends_are_not_atomic(
+    run, mailbox, learn, monkeypatch
+):
+    Clients(monkeypatch)
+    append_row(run.metrics, "rollout", {"step": 0})
+
+    def on_the_learners_machine():
+        machine.set("the learner's")
+        learn()
+
+    learner = threading.Thread(target=on_the_learners_machine)
+    learner.start()
+    learner.join(timeout=60)
+    append_row(run.metrics, "rollout", {"step": STEPS})
+    rows = [(row["kind"], row["step"]) for row in RowTail(run.metrics).new_rows()]
+    steps = [("step", step) for step in range(1, STEPS + 1)]
+    assert rows == [("rollout", 0), ("learner", 0), *steps, ("rollout", STEPS)]
+
+    # The same file system does lose rows where two machines append to one file.
+    machine.set("a third one")
+    append_row(run.metrics, "step", {"step": 1})
+    machine.set("the driver's")
+    append_row(run.metrics, "rollout", {"step": 1})
+    assert len(RowTail(run.metrics).new_rows()) < len(rows) + 2
+
+
+class FullDisk:
+    """The mailbox of a driver that can write nothing down."""
+
+    def report(self, report):
+        raise UserError("metrics.jsonl: cannot be written (No space left on device)")
 
 
 def test_a_learner_whose_reason_cannot_be_written_still_ends_and_is_not_started_again(tmp_path, monkeypatch, capfd):
     alone = SimpleNamespace(get_world_size=lambda: 1, get_world_rank=lambda: 0)
     monkeypatch.setattr(learner_loop.ray.train, "get_context", lambda: alone)
-    # The log is a folder: no row can be appended. The model is not there either.
-    folder = RunFolder(tmp_path)
-    folder.metrics.mkdir()
-    job = LearnerJob(RunConfig().model_dump(mode="json"), "/no/such/model", str(tmp_path), "store", "buffer", "server")
+    monkeypatch.setattr(learner_loop.RemoteMailbox, "find", lambda name: FullDisk())
+    values = RunConfig().model_dump(mode="json")
+    job = LearnerJob(values, "/no/such/model", str(tmp_path), "store", "buffer", "server", "mailbox")
     learner_loop.learner_loop(vars(job))
     said = capfd.readouterr().err
     assert "/no/such/model" in said
@@ -141,8 +245,8 @@ def test_versions_that_are_evaluated_say_so_also_between_two_publications():
     assert [step for step in (1, 3, 5, 7, 9) if config.is_evaluated(step)] == [3, 9]
 
 
-def test_a_learner_publishes_its_step_and_leaves_nothing_beside_its_versions(run):
-    learn(run)
+def test_a_learner_publishes_its_step_and_leaves_nothing_beside_its_versions(run, learn):
+    learn()
     published = [json.loads((path / "publication.json").read_text()) for path in sorted(run.adapters.iterdir())]
     assert [publication["step"] for publication in published] == list(range(1, STEPS + 1))
     assert [publication["keep"] for publication in published] == [False] * (STEPS - 1) + [True]
@@ -161,8 +265,7 @@ def test_a_learner_takes_a_gpu_only_where_it_asked_for_one(tmp_path, monkeypatch
     monkeypatch.setattr(learner_loop.ray.train, "get_context", lambda: alone)
     monkeypatch.setattr(learner_loop, "Learner", lambda *_, **__: None)
     monkeypatch.setattr(learner_loop, "LearnerLoop", lambda *_: SimpleNamespace(run=lambda: None))
-    config = resolve_config(None, None, [f"learner.gpus_per_worker={gpus}"])
-    learner_loop.learner_loop(
-        vars(LearnerJob(config.model_dump(mode="json"), "m", str(tmp_path), "store", "buffer", "server"))
-    )
+    monkeypatch.setattr(learner_loop.RemoteMailbox, "find", lambda name: FullDisk())
+    values = resolve_config(None, None, [f"learner.gpus_per_worker={gpus}"]).model_dump(mode="json")
+    learner_loop.learner_loop(vars(LearnerJob(values, "m", str(tmp_path), "store", "buffer", "server", "mailbox")))
     assert taken == chosen

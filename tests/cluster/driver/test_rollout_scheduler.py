@@ -1,7 +1,10 @@
 import time
+from collections import Counter
 from types import SimpleNamespace
 
-from gflowvlm.actors.admission import Admission
+import pytest
+
+from gflowvlm.actors.admission import Admission, Pacing
 from gflowvlm.actors.groups import GroupSummary
 from gflowvlm.cluster.driver.rollout_scheduler import (
     EvaluationJob,
@@ -13,6 +16,7 @@ from gflowvlm.cluster.driver.rollout_scheduler import (
 from gflowvlm.cluster.driver.worker_pool import WorkerPool
 from gflowvlm.evaluation.metrics import EvaluationPlan
 from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.trajectory import to_record_batch
 from tests.actors.made_trajectories import make_trajectory
 
@@ -50,6 +54,7 @@ class FullWorkers:
 
     def __init__(self, count):
         self.serving = list(range(count))
+        self.wanted = count
         self.calls = []
 
     def results(self, wait_s):
@@ -63,7 +68,12 @@ class FullWorkers:
         return True
 
 
-def scheduler_of(workers, admission, groups_per_worker, on_evaluation=print):
+def admission_of(batch):
+    """Room for one batch of groups of eight."""
+    return Admission(Pacing(0, fresh_per_step=batch, publish_every=1, group_size=8))
+
+
+def scheduler_of(workers, admission, groups_per_worker, on_evaluation=print, on_groups=print, on_set_aside=print):
     return RolloutScheduler(
         workers,
         admission,
@@ -71,14 +81,15 @@ def scheduler_of(workers, admission, groups_per_worker, on_evaluation=print):
         instance_seed=lambda index: index,
         next_group=0,
         rollout_version=lambda: None,
-        on_groups=lambda summaries: None,
+        on_groups=on_groups,
         on_evaluation=on_evaluation,
+        on_set_aside=on_set_aside,
     )
 
 
 def test_the_groups_that_the_capacity_rule_leaves_are_spread_over_the_workers():
     workers = FullWorkers(3)
-    scheduler = scheduler_of(workers, Admission(max_staleness=0, batch=32, group_size=8), groups_per_worker=2)
+    scheduler = scheduler_of(workers, admission_of(batch=32), groups_per_worker=2)
     scheduler.pump()
     assert workers.calls == [0, 1, 2, 0]
 
@@ -86,7 +97,7 @@ def test_the_groups_that_the_capacity_rule_leaves_are_spread_over_the_workers():
 def test_the_driver_looks_through_thousands_of_running_groups_in_no_time():
     groups = 4000
     workers = FullWorkers(1)
-    scheduler = scheduler_of(workers, Admission(max_staleness=0, batch=8 * groups, group_size=8), groups)
+    scheduler = scheduler_of(workers, admission_of(batch=8 * groups), groups)
     scheduler.pump()
     assert len(workers.calls) == groups
     started = time.monotonic()
@@ -95,7 +106,7 @@ def test_the_driver_looks_through_thousands_of_running_groups_in_no_time():
 
 
 def test_the_driver_rests_while_no_call_is_in_flight():
-    admission = Admission(max_staleness=0, batch=8, group_size=8)
+    admission = admission_of(batch=8)
     scheduler = scheduler_of(WorkerPool(start=lambda number: None, calls=1, say=print), admission, groups_per_worker=1)
     started = time.monotonic()
     scheduler.pump(wait_s=0.2)
@@ -128,7 +139,7 @@ def test_evaluations_of_the_same_instances_that_overtake_each_other_keep_their_o
     finished = []
     scheduler = scheduler_of(
         LastFirstWorkers(),
-        Admission(max_staleness=0, batch=8, group_size=8),
+        admission_of(batch=8),
         groups_per_worker=64,
         on_evaluation=finished.append,
     )
@@ -154,3 +165,147 @@ def test_demonstrated_instances_are_played_once_each_before_any_comes_again():
     assert len({tuple(one) for one in passes}) > 1
     assert played == [demonstrated_seed(0, index, seeds) for index in range(15)]
     assert played != [demonstrated_seed(1, index, seeds) for index in range(15)]
+
+
+class MortalWorkers(FullWorkers):
+    """Workers that answer a call as they are told to, or die with all that they have, several at one moment."""
+
+    def __init__(self, count, answer):
+        super().__init__(count)
+        self.answer, self.held, self.dying = answer, {}, set()
+
+    def call(self, worker, method, tag, kwargs):
+        self.held.setdefault(worker, []).append((tag, kwargs["requests"]))
+        return True
+
+    def results(self, wait_s):
+        results = []
+        for worker, calls in self.held.items():
+            if worker not in self.dying:
+                results += [self.played(worker, *call) for call in calls]
+                calls.clear()
+        return results
+
+    def update(self):
+        lost, self.dying = sorted(self.dying), set()
+        for worker in lost:
+            self.held.pop(worker, None)
+        return lost
+
+    def played(self, worker, tag, requests):
+        summaries = [self.answer(request) for request in requests]
+        size = 2 if tag == "sampled" else 1
+        made = [s.request for s in summaries if s.failure is None for _ in range(size)]
+        batch = to_record_batch([make_trajectory(f"t{n}", f"g{r.group_index}") for n, r in enumerate(made)])
+        answer = summaries if tag == "rollout" else (batch, summaries)
+        return SimpleNamespace(ok=True, actor_id=worker, tag=tag, get=lambda: answer)
+
+
+def failed(request, own, reason="no such game"):
+    return GroupSummary(request, failure=f"Traceback\n{reason}", own=own)
+
+
+class Played:
+    """A scheduler over such workers, and what came of it."""
+
+    def __init__(self, workers, groups_per_worker, batch=8 * 52):
+        self.groups, self.set_aside, self.evaluations = Counter(), [], []
+        self.workers, self.admission = workers, admission_of(batch)
+        self.scheduler = scheduler_of(
+            workers,
+            self.admission,
+            groups_per_worker,
+            on_groups=lambda summaries: self.groups.update(s.request.group_index for s in summaries),
+            on_evaluation=self.evaluations.append,
+            on_set_aside=self.set_aside.append,
+        )
+
+    def pump(self, times, then=lambda: None):
+        for _ in range(times):
+            self.scheduler.pump()
+            then()
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_lost_node_is_one_failure_and_what_was_in_flight_is_played_again(times):
+    workers = MortalWorkers(13, GroupSummary)
+    run = Played(workers, groups_per_worker=4)
+    run.scheduler.pump()
+    assert run.scheduler.groups_running == 52
+    for _ in range(times):
+        workers.dying = set(range(13))
+        run.scheduler.pump()
+        assert run.scheduler.groups_running == 52
+    assert run.scheduler.groups_failed == times * 52
+    run.scheduler.pump()
+    run.scheduler.pump()
+    assert run.groups == Counter(range(52))
+    assert (run.set_aside, run.admission.running) == ([], 0)
+
+
+def test_workers_that_die_with_all_they_are_given_end_the_run_soon():
+    workers = MortalWorkers(13, GroupSummary)
+    run = Played(workers, groups_per_worker=4)
+    with pytest.raises(UserError, match="rollouts failed 10 times in a row, last: a rollout worker was lost; look"):
+        run.pump(20, lambda: setattr(workers, "dying", set(range(13))))
+
+
+def test_a_group_whose_instance_fails_is_set_aside_and_named_and_the_others_go_on():
+    workers = MortalWorkers(2, lambda r: failed(r, own=True) if r.group_index % 6 == 5 else GroupSummary(r))
+    run = Played(workers, groups_per_worker=2)
+    for _ in range(60):
+        run.scheduler.pump()
+        # The learner takes what there is.
+        run.admission.note_learned(run.admission.accepted // (8 * 52))
+    assert run.groups.keys() >= {index for index in range(30) if index % 6 != 5}
+    assert not [index for index in run.groups if index % 6 == 5]
+    aside = run.set_aside[0]
+    assert (aside.request.instance_seed, aside.reason, aside.tries, aside.evaluation) == (5, "no such game", 3, None)
+    assert run.scheduler.groups_set_aside == len(run.set_aside) >= 5
+    assert run.admission.running == 8 * run.scheduler.groups_running
+
+
+def test_a_group_whose_instance_fails_before_any_other_is_through_ends_no_run():
+    slow = MortalWorkers(2, lambda request: failed(request, own=True))
+    # What does not fail is still being played.
+    results = slow.results
+    slow.results = lambda wait_s: [r for r in results(wait_s) if fails(r)]
+
+    def fails(result):
+        return any(summary.request.group_index < 2 for summary in result.get())
+
+    run = Played(slow, groups_per_worker=4)
+    for _ in range(20):
+        run.scheduler.pump()
+    assert [aside.request.group_index for aside in run.set_aside] == [0, 1]
+    assert run.scheduler.groups_running == 8
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        (False, "rollouts failed 10 times in a row, last: no such game; look at the policy server's"),
+        (
+            True,
+            "16 groups in a row were set aside and none has finished, last: no such game; look at the environment's",
+        ),
+    ],
+)
+def test_a_run_in_which_everything_fails_ends_soon_with_the_reason(own, said):
+    run = Played(MortalWorkers(2, lambda request: failed(request, own)), groups_per_worker=4)
+    with pytest.raises(UserError, match=said):
+        run.pump(30)
+    assert run.groups.total() == 0
+
+
+def test_an_evaluation_goes_without_an_instance_that_cannot_be_played():
+    workers = MortalWorkers(1, lambda r: failed(r, own=True) if r.instance_seed == 102 else GroupSummary(r))
+    run = Played(workers, groups_per_worker=1, batch=8)
+    run.scheduler.evaluate(EvaluationJob(EvaluationPlan("id", instances=5, samples=2, seed=100), version=3, step=20))
+    for _ in range(60):
+        run.scheduler.pump(train=False)
+    assert not run.scheduler.evaluating
+    (evaluation,) = run.evaluations
+    assert (len(evaluation.sampled), len(evaluation.greedy)) == (8, 4)
+    assert {(aside.request.instance_seed, aside.evaluation.step) for aside in run.set_aside} == {(102, 20)}
+    assert len(run.set_aside) == 2

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import ray
 
-from gflowvlm.actors.admission import Admission
+from gflowvlm.actors.admission import Admission, Pacing
 from gflowvlm.cluster.driver import worker_pool
 from gflowvlm.cluster.driver.rollout_scheduler import RolloutScheduler
 from gflowvlm.cluster.driver.worker_pool import WorkerPool
@@ -58,7 +58,7 @@ class Run:
     def __init__(self, start, groups=10_000):
         self.played, self.players, self.said = Counter(), Counter(), []
         # As far as this one's workers go, the learner takes all.
-        self.admission = Admission(max_staleness=0, batch=groups, group_size=1)
+        self.admission = Admission(Pacing(0, fresh_per_step=groups, publish_every=1, group_size=1))
         self.pool = WorkerPool(start, calls=GROUPS_EACH, say=self.said.append)
         self.scheduler = RolloutScheduler(
             self.pool,
@@ -69,6 +69,7 @@ class Run:
             rollout_version=lambda: None,
             on_groups=self._note,
             on_evaluation=lambda job: None,
+            on_set_aside=lambda group: None,
         )
 
     def _note(self, summaries):
