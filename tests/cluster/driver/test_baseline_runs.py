@@ -8,6 +8,7 @@ import pytest
 
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.log import read_rows
+from gflowvlm.run.state import load_state, save_state
 from gflowvlm.shared.trajectory import from_arrow, read_parquet
 from tests.whole_runs import (
     acknowledged,
@@ -44,8 +45,10 @@ def recorded(folder):
 
 def forget_evaluations(folder):
     """Leaves the run as an interruption does that comes before any evaluation has been played."""
-    lines = folder.metrics.read_text().splitlines(keepends=True)
-    folder.metrics.write_text("".join(line for line in lines if json.loads(line)["kind"] != "evaluation"))
+    rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    folder.metrics.write_text("".join(f"{json.dumps(row)}\n" for row in rows if row["kind"] != "evaluation"))
+    due = {row["step"]: row["version"] for row in rows if row["kind"] == "step" and row["step"] % 2 == 0}
+    save_state(folder, load_state(folder).model_copy(update={"due": due, "evaluated": frozenset()}))
     folder.best.unlink(missing_ok=True)
 
 
