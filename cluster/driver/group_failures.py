@@ -3,13 +3,13 @@
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from enum import Enum
 
+from gflowvlm.actors.groups import FailureCause, GroupRequest
 from gflowvlm.shared.errors import UserError
 
 MAX_OF_INSTANCE = 3
-"""Failures of a group by its own instance after which it is set aside: what an environment does with the same seed it
-does again, and a third try tells a chance (a process that ran out of memory) from a broken instance."""
+"""Failures of a group by its own environment after which it is set aside: what an environment does with a seed it does
+again, and a third try tells a chance (a process that ran out of memory) from a broken instance."""
 
 MAX_OF_CAUSE = 10
 """Failures of a group by a cause that others share (the policy server, the replay buffer, a lost worker) after which it
@@ -19,20 +19,12 @@ MAX_SET_ASIDE_IN_A_ROW = 10
 """Groups set aside without any that finishes between them after which the run ends; more where more play at a time."""
 
 
-class Cause(Enum):
-    """Why a group failed."""
-
-    INSTANCE = "its instance"
-    SHARED = "the policy server or the replay buffer"
-    WORKER = "its worker was lost"
-
-
 @dataclass
 class _Failed:
     """A group's failures since it was first handed out."""
 
     since: int
-    counts: Counter[Cause] = field(default_factory=Counter)
+    counts: Counter[FailureCause] = field(default_factory=Counter)
 
 
 class GroupFailures:
@@ -48,6 +40,7 @@ class GroupFailures:
 
     def __init__(self) -> None:
         self._groups: dict[Hashable, _Failed] = {}
+        self._broken: set[tuple[str, int]] = set()
         self._finished = 0
         self._in_a_row = 0
         self.set_aside = 0
@@ -58,11 +51,18 @@ class GroupFailures:
         self._finished += 1
         self._in_a_row = 0
 
-    def note_failed(self, group: Hashable, cause: Cause, reason: str, at_a_time: int) -> bool:
+    def is_broken(self, request: GroupRequest) -> bool:
+        """Whether a group's instance has been set aside for what its own environment does."""
+        return (request.split, request.instance_seed) in self._broken
+
+    def note_failed(
+        self, group: Hashable, request: GroupRequest, cause: FailureCause, reason: str, at_a_time: int
+    ) -> bool:
         """A group has failed.
 
         Args:
             group: What tells it from all others.
+            request: What was asked for.
             cause: Why.
             reason: The same in words, for the error.
             at_a_time: Groups that may be played at the same time.
@@ -76,14 +76,17 @@ class GroupFailures:
         failed = self._groups.setdefault(group, _Failed(self._finished))
         failed.counts[cause] += 1
         tries = failed.counts[cause]
-        if tries < (MAX_OF_INSTANCE if cause is Cause.INSTANCE else MAX_OF_CAUSE):
+        own = cause is FailureCause.ENVIRONMENT
+        if tries < (MAX_OF_INSTANCE if own else MAX_OF_CAUSE) and not (own and self.is_broken(request)):
             return False
-        if cause is not Cause.INSTANCE and failed.since == self._finished:
+        if not own and failed.since == self._finished:
             raise UserError(
                 f"rollouts failed {tries} times in a row, last: {reason}; look at the policy server's and workers' "
                 "logs in the Ray dashboard"
             )
         del self._groups[group]
+        if own:
+            self._broken.add((request.split, request.instance_seed))
         self.set_aside += 1
         self._in_a_row += 1
         if self._in_a_row >= max(MAX_SET_ASIDE_IN_A_ROW, 2 * at_a_time):

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from gflowvlm.actors.admission import Admission
-from gflowvlm.actors.groups import GroupRequest, GroupSummary
-from gflowvlm.cluster.driver.group_failures import Cause, GroupFailures
+from gflowvlm.actors.groups import FailureCause, GroupRequest, GroupSummary
+from gflowvlm.cluster.driver.group_failures import GroupFailures
 from gflowvlm.cluster.driver.worker_pool import WorkerPool, last_line
 from gflowvlm.evaluation.metrics import EvaluationPlan
 from gflowvlm.shared.errors import UserError
@@ -21,6 +21,9 @@ from gflowvlm.shared.trajectory import Trajectory, from_arrow
 ROLLOUT, SAMPLED, GREEDY = "rollout", "sampled", "greedy"
 EVALUATION_CHUNK = 4
 """Instances of an evaluation that a worker plays in one call."""
+
+MAX_PASSED_OVER = 1000
+"""Instances in a row that are passed over because they were set aside, before one of them is tried again after all."""
 
 
 def training_seed(run_seed: int, group_index: int) -> int:
@@ -83,7 +86,7 @@ class SetAside:
     """
 
     request: GroupRequest
-    cause: Cause
+    cause: FailureCause
     reason: str
     tries: int
     evaluation: EvaluationJob | None
@@ -177,9 +180,10 @@ class RolloutScheduler:
         return any(job.step == step for job in self._jobs)
 
     def evaluate(self, job: EvaluationJob) -> None:
-        """Queues an evaluation; it is played beside the training groups."""
+        """Queues an evaluation; it is played beside the training groups, without the instances that were set aside."""
         self._jobs.append(job)
-        seeds = list(job.plan.seeds)
+        seeds = [s for s in job.plan.seeds if not self._failures.is_broken(GroupRequest(0, s, job.plan.split))]
+        job.set_aside.update(dict.fromkeys((SAMPLED, GREEDY), job.plan.instances - len(seeds)))
         for tag in (SAMPLED, GREEDY):
             size = EVALUATION_CHUNK if tag == SAMPLED else EVALUATION_CHUNK * job.plan.samples
             for start in range(0, len(seeds), size):
@@ -231,11 +235,11 @@ class RolloutScheduler:
         elif finished:
             self._admission.note_accepted(len(finished))
             self._on_groups(finished)
-        failed = [(s.request, last_line(s.failure), s.own) for s in summaries if s.failure is not None]
+        failed = [(s.request, s.cause, last_line(s.failure)) for s in summaries if s.failure is not None]
         again = [
             request
-            for request, reason, own in failed
-            if self._is_played_again(call, request, Cause.INSTANCE if own else Cause.SHARED, reason)
+            for request, cause, reason in failed
+            if self._is_played_again(call, request, cause or FailureCause.LOST, reason)
         ]
         if again:
             self._requeue(replace(call, requests=tuple(again)))
@@ -247,14 +251,14 @@ class RolloutScheduler:
             self._jobs.remove(job)
             self._on_evaluation(job)
 
-    def _is_played_again(self, call: _Call, request: GroupRequest, cause: Cause, reason: str) -> bool:
+    def _is_played_again(self, call: _Call, request: GroupRequest, cause: FailureCause, reason: str) -> bool:
         """Counts a failure; returns whether the group is to be played again, else it is set aside."""
         self.groups_failed += 1
         self.last_failure = reason
         group = (call.tag, request)
         tries = self._failures.tries(group) + 1
         at_a_time = self._groups_per_worker * max(1, self._workers.wanted)
-        if not self._failures.note_failed(group, cause, reason, at_a_time):
+        if not self._failures.note_failed(group, request, cause, reason, at_a_time):
             return True
         if call.job is None:
             self._admission.note_failed()
@@ -274,7 +278,7 @@ class RolloutScheduler:
         for actor_id in self._workers.update():
             for call in self._running.pop(actor_id, []):
                 reason = self.last_failure or "a rollout worker was lost"
-                again = [r for r in call.requests if self._is_played_again(call, r, Cause.WORKER, reason)]
+                again = [r for r in call.requests if self._is_played_again(call, r, FailureCause.LOST, reason)]
                 if again:
                     self._requeue(replace(call, requests=tuple(again)))
                 if call.job is not None:
@@ -317,9 +321,16 @@ class RolloutScheduler:
             return replace(self._again.popleft(), version=version)
         if self._admission.admit(1) == 0:
             return None
-        index, self._next_group = self._next_group, self._next_group + 1
-        request = GroupRequest(index, self._instance_seed(index), "id")
-        return _Call(ROLLOUT, "sample", (request,), version=version)
+        return _Call(ROLLOUT, "sample", (self._next_request(),), version=version)
+
+    def _next_request(self) -> GroupRequest:
+        """Returns the next training group; a demonstrated instance that was set aside does not come again."""
+        for _ in range(MAX_PASSED_OVER):
+            index, self._next_group = self._next_group, self._next_group + 1
+            request = GroupRequest(index, self._instance_seed(index), "id")
+            if not self._failures.is_broken(request):
+                break
+        return request
 
     def _send(self, actor_id: int, call: _Call) -> bool:
         taken = self._workers.call(actor_id, call.method, call.tag, call.kwargs)

@@ -233,7 +233,7 @@ class TrainingRun:
             self._newest.extend(played for expert, *played in rollouts if not expert)
 
     def _note_evaluation(self, job: EvaluationJob) -> None:
-        if not job.sampled or not job.greedy:
+        if not (job.sampled and job.greedy):
             self.display.say(f"the evaluation at step {job.step} has no figures: none of its instances could be played")
             if job.label != REPORT:
                 self.record.note_evaluated(job.step)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from gflowvlm.actors.admission import Admission, Pacing
-from gflowvlm.actors.groups import GroupSummary
+from gflowvlm.actors.groups import FailureCause, GroupSummary
 from gflowvlm.cluster.driver.rollout_scheduler import (
     EvaluationJob,
     RolloutScheduler,
@@ -201,8 +201,8 @@ class MortalWorkers(FullWorkers):
         return SimpleNamespace(ok=True, actor_id=worker, tag=tag, get=lambda: answer)
 
 
-def failed(request, own, reason="no such game"):
-    return GroupSummary(request, failure=f"Traceback\n{reason}", own=own)
+def failed(request, cause=FailureCause.ENVIRONMENT, reason="no such game"):
+    return GroupSummary(request, failure=reason, cause=cause)
 
 
 class Played:
@@ -251,7 +251,7 @@ def test_workers_that_die_with_all_they_are_given_end_the_run_soon():
 
 
 def test_a_group_whose_instance_fails_is_set_aside_and_named_and_the_others_go_on():
-    workers = MortalWorkers(2, lambda r: failed(r, own=True) if r.group_index % 6 == 5 else GroupSummary(r))
+    workers = MortalWorkers(2, lambda r: failed(r) if r.group_index % 6 == 5 else GroupSummary(r))
     run = Played(workers, groups_per_worker=2)
     for _ in range(60):
         run.scheduler.pump()
@@ -266,7 +266,7 @@ def test_a_group_whose_instance_fails_is_set_aside_and_named_and_the_others_go_o
 
 
 def test_a_group_whose_instance_fails_before_any_other_is_through_ends_no_run():
-    slow = MortalWorkers(2, lambda request: failed(request, own=True))
+    slow = MortalWorkers(2, failed)
     # What does not fail is still being played.
     results = slow.results
     slow.results = lambda wait_s: [r for r in results(wait_s) if fails(r)]
@@ -282,24 +282,24 @@ def test_a_group_whose_instance_fails_before_any_other_is_through_ends_no_run():
 
 
 @pytest.mark.parametrize(
-    ("own", "said"),
+    ("cause", "said"),
     [
-        (False, "rollouts failed 10 times in a row, last: no such game; look at the policy server's"),
+        (FailureCause.SAMPLER, "rollouts failed 10 times in a row, last: no such game; look at the policy server's"),
         (
-            True,
+            FailureCause.ENVIRONMENT,
             "16 groups in a row were set aside and none has finished, last: no such game; look at the environment's",
         ),
     ],
 )
-def test_a_run_in_which_everything_fails_ends_soon_with_the_reason(own, said):
-    run = Played(MortalWorkers(2, lambda request: failed(request, own)), groups_per_worker=4)
+def test_a_run_in_which_everything_fails_ends_soon_with_the_reason(cause, said):
+    run = Played(MortalWorkers(2, lambda request: failed(request, cause)), groups_per_worker=4)
     with pytest.raises(UserError, match=said):
         run.pump(30)
     assert run.groups.total() == 0
 
 
 def test_an_evaluation_goes_without_an_instance_that_cannot_be_played():
-    workers = MortalWorkers(1, lambda r: failed(r, own=True) if r.instance_seed == 102 else GroupSummary(r))
+    workers = MortalWorkers(1, lambda r: failed(r) if r.instance_seed == 102 else GroupSummary(r))
     run = Played(workers, groups_per_worker=1, batch=8)
     run.scheduler.evaluate(EvaluationJob(EvaluationPlan("id", instances=5, samples=2, seed=100), version=3, step=20))
     for _ in range(60):
@@ -309,3 +309,47 @@ def test_an_evaluation_goes_without_an_instance_that_cannot_be_played():
     assert (len(evaluation.sampled), len(evaluation.greedy)) == (8, 4)
     assert {(aside.request.instance_seed, aside.evaluation.step) for aside in run.set_aside} == {(102, 20)}
     assert len(run.set_aside) == 2
+
+
+def test_an_instance_that_was_set_aside_is_left_out_of_later_evaluations():
+    asked = Counter()
+
+    def answer(request):
+        asked[request.instance_seed] += 1
+        return failed(request) if request.instance_seed == 102 else GroupSummary(request)
+
+    run = Played(MortalWorkers(1, answer), groups_per_worker=1, batch=8)
+    plan = EvaluationPlan("id", instances=5, samples=2, seed=100)
+    for step in (20, 40):
+        run.scheduler.evaluate(EvaluationJob(plan, version=step, step=step))
+        while run.scheduler.evaluating:
+            run.scheduler.pump(train=False)
+    assert [(len(e.sampled), len(e.greedy)) for e in run.evaluations] == [(8, 4), (8, 4)]
+    # Three tries, and one of the greedy half that was handed out before.
+    assert asked == {100: 4, 101: 4, 102: 4, 103: 4, 104: 4}
+    assert len(run.set_aside) == 2
+
+
+def test_a_demonstrated_instance_that_was_set_aside_does_not_come_again():
+    asked = Counter()
+
+    def answer(request):
+        asked[request.instance_seed] += 1
+        return failed(request) if request.instance_seed == 3 else GroupSummary(request)
+
+    workers = MortalWorkers(1, answer)
+    scheduler = RolloutScheduler(
+        workers,
+        admission_of(batch=8 * 40),
+        groups_per_worker=1,
+        instance_seed=lambda index: index % 4,
+        next_group=0,
+        rollout_version=lambda: None,
+        on_groups=print,
+        on_evaluation=print,
+        on_set_aside=print,
+    )
+    for _ in range(30):
+        scheduler.pump()
+    assert asked[3] == 3
+    assert min(asked[seed] for seed in range(3)) >= 8

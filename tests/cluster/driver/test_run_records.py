@@ -5,12 +5,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from gflowvlm.actors.groups import GroupRequest
-from gflowvlm.cluster.driver.group_failures import Cause
+from gflowvlm.actors.groups import FailureCause, GroupRequest
 from gflowvlm.cluster.driver.learner_reports import STARTED, STEP, Report
 from gflowvlm.cluster.driver.rollout_scheduler import EvaluationJob, SetAside
 from gflowvlm.cluster.driver.training_run import TrainingRun
-from gflowvlm.evaluation.figures import EvaluationPlan
+from gflowvlm.evaluation.metrics import EvaluationPlan
 from gflowvlm.run.log import read_rows
 from gflowvlm.run.preset_library import load_preset
 from gflowvlm.run.setup import new_run
@@ -167,7 +166,9 @@ def test_a_group_that_is_set_aside_is_named_on_screen_and_in_the_log(run):
     job = EvaluationJob(EvaluationPlan.of(driver.config), version=3, step=4)
     for evaluation in (None, job):
         request = GroupRequest(7, instance_seed=12, split="ood")
-        driver._note_set_aside(SetAside(request, Cause.INSTANCE, "game [x] has no walkthrough", 3, evaluation))
+        driver._note_set_aside(
+            SetAside(request, FailureCause.ENVIRONMENT, "game [x] has no walkthrough", 3, evaluation)
+        )
     driver.telemetry.close()
     assert said == [
         "training: instance ood/12 failed 3 times and is set aside (game [x] has no walkthrough)",
