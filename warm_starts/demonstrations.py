@@ -29,8 +29,8 @@ _BLOCK_BATCHES = 16
 
 
 @dataclass(frozen=True)
-class Playground:
-    """Where a share of the demonstrations is played.
+class InstanceSource:
+    """Instances that a share of the demonstrations is played on.
 
     Attributes:
         settings: The task's settings.
@@ -43,28 +43,28 @@ class Playground:
     share: float
 
 
-def playgrounds(settings: TaskSettings, out_of_distribution: bool) -> list[Playground]:
-    """Returns where demonstrations of a task are played.
+def instance_sources(settings: TaskSettings, out_of_distribution: bool) -> list[InstanceSource]:
+    """Returns the instances that demonstrations of a task are played on.
 
     Args:
         settings: The task's settings.
         out_of_distribution: Also teach to read what out-of-distribution play shows: the ``ood`` split and what
-            `reading_playground` shows.
+            `reading_source` shows.
     """
     if not out_of_distribution:
-        return [Playground(settings, "id", 1.0)]
+        return [InstanceSource(settings, "id", 1.0)]
     return [
-        Playground(settings, "id", 0.4),
-        Playground(settings, "ood", 0.4),
-        reading_playground(settings, True, share=0.2),
+        InstanceSource(settings, "id", 0.4),
+        InstanceSource(settings, "ood", 0.4),
+        reading_source(settings, True, share=0.2),
     ]
 
 
-def reading_playground(settings: TaskSettings, out_of_distribution: bool, share: float = 1.0) -> Playground:
-    """Returns where reading is learned best: in distribution as it is, else under the task's settings for it."""
+def reading_source(settings: TaskSettings, out_of_distribution: bool, share: float = 1.0) -> InstanceSource:
+    """Returns the instances that reading is learned best from, under the task's own settings for that out of distribution."""
     if not out_of_distribution:
-        return Playground(settings, "id", share)
-    return Playground(settings.for_reading(), "ood", share)
+        return InstanceSource(settings, "id", share)
+    return InstanceSource(settings.for_reading(), "ood", share)
 
 
 class Demonstrations:
@@ -76,18 +76,18 @@ class Demonstrations:
 
     def __init__(
         self,
-        places: Sequence[Playground],
+        sources: Sequence[InstanceSource],
         noise: float,
         with_done: bool,
         seed: int,
-        reading: Playground | None = None,
+        reading: InstanceSource | None = None,
         reading_steps: int = 0,
         detours: float = 0.0,
     ) -> None:
         """Sets the demonstrations up.
 
         Args:
-            places: Where to play; the shares add up to 1.
+            sources: Where to play; the shares add up to 1.
             noise: Probability that an action is a random admissible one.
             with_done: Whether the stop action is demonstrated; without it episodes end on the target.
             seed: Fixes all demonstrations.
@@ -96,7 +96,7 @@ class Demonstrations:
             reading_steps: About how many steps (whole blocks) that lasts.
             detours: Probability that another admissible action, at random, is played than the demonstrated one.
         """
-        self._environments = [(make_env(place.settings), place) for place in places]
+        self._environments = [(make_env(source.settings), source) for source in sources]
         self._reading = None if reading is None else (make_env(reading.settings), reading)
         self._reading_blocks = round(reading_steps / _BLOCK_BATCHES)
         self._noise = noise
@@ -112,22 +112,22 @@ class Demonstrations:
 
     def batch(self, step: int, size: int) -> list[SftExample]:
         """Returns the examples of a step; the same ones at every call."""
-        block, place = divmod(step, _BLOCK_BATCHES)
-        return self._block(block, size)[place * size : (place + 1) * size]
+        block, position = divmod(step, _BLOCK_BATCHES)
+        return self._block(block, size)[position * size : (position + 1) * size]
 
     def _play_block(self, block: int, size: int) -> list[SftExample]:
         rng = np.random.default_rng([self._seed, block])
         wanted = size * _BLOCK_BATCHES
         if self._reading is not None and block < self._reading_blocks:
-            environment, place = self._reading
-            examples = [replace(e, prompt="") for e in self._play(environment, place.split, wanted, rng)]
+            environment, source = self._reading
+            examples = [replace(e, prompt="") for e in self._play(environment, source.split, wanted, rng)]
             random.Random(int(rng.integers(2**31))).shuffle(examples)
             return examples
         examples = []
-        for number, (environment, place) in enumerate(self._environments):
+        for number, (environment, source) in enumerate(self._environments):
             last = number == len(self._environments) - 1
-            count = wanted - len(examples) if last else round(wanted * place.share)
-            examples += self._play(environment, place.split, count, rng)
+            count = wanted - len(examples) if last else round(wanted * source.share)
+            examples += self._play(environment, source.split, count, rng)
         random.Random(int(rng.integers(2**31))).shuffle(examples)
         return examples
 
@@ -191,11 +191,11 @@ class RepeatedExamples:
         """Returns the examples of a step; the same ones at every call."""
         if step < self._fresh_steps:
             return self._fresh(step, size)
-        repetition, place = divmod(step - self._once, self._fresh_steps - self._once)
+        repetition, position = divmod(step - self._once, self._fresh_steps - self._once)
         repeated = range(self._once, self._fresh_steps)
         examples = [example for fresh in repeated for example in self._fresh(fresh, size)]
         order = np.random.default_rng(repetition).permutation(len(examples))
-        return [examples[index] for index in order[place * size : (place + 1) * size]]
+        return [examples[index] for index in order[position * size : (position + 1) * size]]
 
     def _fresh(self, step: int, size: int) -> list[SftExample]:
         if step not in self._kept:
@@ -230,8 +230,8 @@ class RecordedExamples:
 
     def batch(self, step: int, size: int) -> list[SftExample]:
         """Returns the examples of a step; the same ones at every call. A batch may reach into the next pass."""
-        places = (divmod(place, len(self._examples)) for place in range(step * size, (step + 1) * size))
-        return [self._examples[self._order(repetition)[place]] for repetition, place in places]
+        positions = (divmod(number, len(self._examples)) for number in range(step * size, (step + 1) * size))
+        return [self._examples[self._order(repetition)[position]] for repetition, position in positions]
 
     def _shuffled(self, repetition: int) -> list[int]:
         return [int(i) for i in np.random.default_rng([self._seed, repetition]).permutation(len(self._examples))]

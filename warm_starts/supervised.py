@@ -32,8 +32,8 @@ from gflowvlm.warm_starts.demonstrations import (
     Demonstrations,
     RecordedExamples,
     RepeatedExamples,
-    playgrounds,
-    reading_playground,
+    instance_sources,
+    reading_source,
 )
 from gflowvlm.warm_starts.warm_start import WarmStartFigures, play_and_measure
 
@@ -144,11 +144,11 @@ def _source(request: SftRequest) -> ExampleSource:
         recorded.check_task(request.task)
         return RecordedExamples(recorded.trajectories(), request.with_done, request.sft.seed)
     played = Demonstrations(
-        playgrounds(request.task, request.ood),
+        instance_sources(request.task, request.ood),
         request.noise,
         request.with_done,
         request.sft.seed,
-        reading_playground(request.task, request.ood),
+        reading_source(request.task, request.ood),
         request.reading_steps,
         request.detours,
     )

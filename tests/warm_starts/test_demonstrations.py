@@ -19,8 +19,8 @@ from gflowvlm.warm_starts.demonstrations import (
     Demonstrations,
     RecordedExamples,
     RepeatedExamples,
-    playgrounds,
-    reading_playground,
+    instance_sources,
+    reading_source,
 )
 from tests.actors.made_demonstrations import make_set
 
@@ -30,7 +30,7 @@ SETTINGS = NumberLineSettings()
 def batches(
     count: int, noise: float = 0.5, with_done: bool = True, ood: bool = False, seed: int = 0, detours: float = 0.0
 ) -> list[SftExample]:
-    source = Demonstrations(playgrounds(SETTINGS, ood), noise, with_done, seed, detours=detours)
+    source = Demonstrations(instance_sources(SETTINGS, ood), noise, with_done, seed, detours=detours)
     return [example for step in range(count) for example in source.batch(step, 32)]
 
 
@@ -44,12 +44,12 @@ def expert_share(examples: list[SftExample]) -> float:
 
 
 def test_a_step_has_the_same_examples_at_every_call_and_in_any_order() -> None:
-    source = Demonstrations(playgrounds(SETTINGS, True), 0.5, True, seed=3)
+    source = Demonstrations(instance_sources(SETTINGS, True), 0.5, True, seed=3)
     late, early = source.batch(40, 8), source.batch(2, 8)
-    again = Demonstrations(playgrounds(SETTINGS, True), 0.5, True, seed=3)
+    again = Demonstrations(instance_sources(SETTINGS, True), 0.5, True, seed=3)
     assert again.batch(2, 8) == early
     assert again.batch(40, 8) == late
-    assert Demonstrations(playgrounds(SETTINGS, True), 0.5, True, seed=4).batch(2, 8) != early
+    assert Demonstrations(instance_sources(SETTINGS, True), 0.5, True, seed=4).batch(2, 8) != early
 
 
 def test_on_detours_the_expert_shows_what_to_do_where_it_would_not_have_gone() -> None:
@@ -93,8 +93,8 @@ def test_states_in_the_midst_of_episodes_are_shown() -> None:
 
 
 def test_the_reading_stage_leaves_the_prompt_out_and_then_ends() -> None:
-    room = reading_playground(SETTINGS, True)
-    source = Demonstrations(playgrounds(SETTINGS, True), 0.5, True, 0, room, reading_steps=32)
+    reading = reading_source(SETTINGS, True)
+    source = Demonstrations(instance_sources(SETTINGS, True), 0.5, True, 0, reading, reading_steps=32)
     reading = [example for step in range(32) for example in source.batch(step, 8)]
     assert all(example.prompt == "" for example in reading)
     fields = [parse_response(example.response).fields for example in reading]
@@ -105,8 +105,8 @@ def test_the_reading_stage_leaves_the_prompt_out_and_then_ends() -> None:
 @pytest.mark.parametrize("settings", [BlackjackSettings(), NumberSequenceSettings(continuation=2)])
 @pytest.mark.parametrize("ood", [False, True])
 def test_other_tasks_are_demonstrated_too(settings: TaskSettings, ood: bool) -> None:
-    room = reading_playground(settings, ood)
-    source = Demonstrations(playgrounds(settings, ood), 0.5, True, 0, room, reading_steps=16)
+    reading = reading_source(settings, ood)
+    source = Demonstrations(instance_sources(settings, ood), 0.5, True, 0, reading, reading_steps=16)
     reading, played = source.batch(0, 16), [e for step in range(16, 24) for e in source.batch(step, 16)]
     assert all(example.prompt == "" for example in reading)
     for example in played:
@@ -118,20 +118,20 @@ def test_other_tasks_are_demonstrated_too(settings: TaskSettings, ood: bool) -> 
 
 def test_repeated_examples_are_those_of_the_first_steps_in_another_order_each_time() -> None:
     fresh = batches(3)
-    source = RepeatedExamples(Demonstrations(playgrounds(SETTINGS, False), 0.5, True, seed=0), 3)
+    source = RepeatedExamples(Demonstrations(instance_sources(SETTINGS, False), 0.5, True, seed=0), 3)
     rounds = [[e for step in range(first, first + 3) for e in source.batch(step, 32)] for first in (0, 3, 6)]
     assert rounds[0] == fresh
     for later in rounds[1:]:
         assert later != fresh
         assert Counter(map(repr, later)) == Counter(map(repr, fresh))
     assert rounds[1] != rounds[2]
-    again = RepeatedExamples(Demonstrations(playgrounds(SETTINGS, False), 0.5, True, seed=0), 3)
+    again = RepeatedExamples(Demonstrations(instance_sources(SETTINGS, False), 0.5, True, seed=0), 3)
     assert again.batch(7, 32) == source.batch(7, 32)
 
 
 def test_examples_that_teach_reading_are_not_repeated() -> None:
-    reading = reading_playground(SETTINGS, True)
-    played = Demonstrations(playgrounds(SETTINGS, False), 0.5, True, seed=0, reading=reading, reading_steps=16)
+    reading = reading_source(SETTINGS, True)
+    played = Demonstrations(instance_sources(SETTINGS, False), 0.5, True, seed=0, reading=reading, reading_steps=16)
     assert played.reading_steps == 16
     source = RepeatedExamples(played, 18, played.reading_steps)
     assert all(e.prompt == "" for step in range(16) for e in source.batch(step, 8))
@@ -141,7 +141,7 @@ def test_examples_that_teach_reading_are_not_repeated() -> None:
 
 
 def test_a_detour_is_never_the_demonstrated_action() -> None:
-    played = Demonstrations(playgrounds(SETTINGS, False), 0.0, True, seed=0, detours=1.0)
+    played = Demonstrations(instance_sources(SETTINGS, False), 0.0, True, seed=0, detours=1.0)
     environment = make_env(SETTINGS)
     rng = np.random.default_rng(0)
     for seed in range(20):
