@@ -61,7 +61,7 @@ def instance_sources(settings: TaskSettings, out_of_distribution: bool) -> list[
 
 
 def reading_source(settings: TaskSettings, out_of_distribution: bool, share: float = 1.0) -> InstanceSource:
-    """Returns the instances that reading is learned best from, under the task's own settings for that out of distribution."""
+    """Returns the instances that reading is learned best from; out of distribution the task's own settings for it."""
     if not out_of_distribution:
         return InstanceSource(settings, "id", share)
     return InstanceSource(settings.for_reading(), "ood", share)
