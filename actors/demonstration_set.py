@@ -19,7 +19,7 @@ from gflowvlm.run.folder import RunFolder
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.instances import DEMONSTRATION_SEEDS
-from gflowvlm.shared.settings import Fraction, Settings
+from gflowvlm.shared.settings import Fraction, ModelName, Settings
 from gflowvlm.shared.task_settings import AnyTaskSettings, TaskSettings
 from gflowvlm.shared.trajectory import Trajectory, from_arrow, read_parquet
 
@@ -50,7 +50,7 @@ class DemonstrationRequest(Settings):
     seed: int = Field(0, ge=0, lt=len(DEMONSTRATION_SEEDS) // INSTANCES)
     noise: Fraction = 0.0
     failures: bool = False
-    model: str = "numberline-tiny"
+    model: ModelName = "numberline-tiny"
 
     @property
     def first_instance(self) -> int:
@@ -151,7 +151,7 @@ class DemonstrationSet:
         """
         if config.rollout.demonstrations is None:
             return None
-        found = cls(Path(config.rollout.demonstrations).expanduser())
+        found = cls(Path(config.rollout.demonstrations))
         found.check_task(config.task)
         if found.request.split != "id":
             raise UserError(f"{found.folder}: these demonstrations are of split ood, which training does not play")

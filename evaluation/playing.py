@@ -16,6 +16,7 @@ from gflowvlm.envs.registry import make_env
 from gflowvlm.run.adapters import adapter_versions, published_adapter
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.models import resolve_model, shipped_models
+from gflowvlm.run.paths import check_paths, with_absolute_paths
 from gflowvlm.run.preset_library import load_preset
 from gflowvlm.shared.config import PolicySettings, RunConfig
 from gflowvlm.shared.config_io import load_config
@@ -165,10 +166,12 @@ def task_env(settings: TaskSettings, split: str) -> TaskEnv:
     """Returns the task's environment.
 
     Raises:
-        UserError: No such split.
+        UserError: No such split, or a folder that the settings name is not there.
     """
     if split not in SPLITS:
         raise UserError(f"--split {split!r}: there is no such split; use {' or '.join(SPLITS)}")
+    settings = with_absolute_paths(settings)
+    check_paths(settings)
     return make_env(settings)
 
 
@@ -183,7 +186,7 @@ def named_policy(player: str, task: str) -> RunPolicy:
     if player in shipped_models():
         return RunPolicy(_of_task(load_preset(player), task, player), BASE_VERSION, None)
     if (root / "config.json").is_file():
-        return RunPolicy(RunConfig(task=default, policy=PolicySettings(model=str(root))), BASE_VERSION, None)
+        return RunPolicy(RunConfig(task=default, policy=PolicySettings(model=str(root.absolute()))), BASE_VERSION, None)
     folder = RunFolder(root)
     if not folder.config.is_file():
         raise UserError(

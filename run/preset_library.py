@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+from gflowvlm.run.paths import with_absolute_paths
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.config_io import load_config
 from gflowvlm.shared.errors import UserError
@@ -19,10 +20,22 @@ def preset_names() -> list[str]:
 
 
 def resolve_config(preset: str | None, config: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
-    """Returns the configuration that a command's options name: a file's, or a preset's (the default one's).
+    """Returns the configuration that a command's options name, ready for a run on this machine.
+
+    That is a file's, or a preset's (the default one's). Its paths are absolute: relative ones are those of the folder
+    that the command was started in, also where a file has them.
 
     Raises:
         UserError: Both are given, there is no such preset or file, or an override does not fit.
+    """
+    return with_absolute_paths(named_config(preset, config, overrides))
+
+
+def named_config(preset: str | None, config: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
+    """Returns the configuration that a command's options name, its paths as they stand there.
+
+    Raises:
+        UserError: As `resolve_config`.
     """
     if config is None:
         return load_preset(preset if preset is not None else DEFAULT_PRESET, overrides)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.folder_lock import LOCK, folder_lock
+from gflowvlm.run.paths import check_absolute
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.config_io import dump_config, load_config
 from gflowvlm.shared.errors import UserError
@@ -44,8 +45,9 @@ def new_run(config: RunConfig, directory: Path | None) -> RunFolder:
         directory: Where; by default ``runs/NAME-DATE-TIME``.
 
     Raises:
-        UserError: The folder holds a run already, or cannot be made.
+        UserError: The folder holds a run already, or cannot be made, or a path of the configuration is relative.
     """
+    check_absolute(config)
     root = directory if directory is not None else Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = RunFolder(root.resolve())
     if folder.config.exists():

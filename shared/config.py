@@ -1,14 +1,15 @@
 """Run configuration: every setting of a run, typed, bounded, unknown keys refused."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from gflowvlm.shared.instances import EVALUATION_SEEDS
-from gflowvlm.shared.settings import CustomResources, FolderPath, Fraction, ModelName, NodeLabels, Settings
+from gflowvlm.shared.settings import CustomResources, Fraction, ModelName, NodeLabels, PathMarker, Settings
 from gflowvlm.shared.task_settings import AnyTaskSettings, default_settings
 
 Precision = Literal["float32", "bfloat16"]
+_DEMONSTRATIONS = PathMarker(advice="`gflowvlm demonstrate TASK --out DIR` makes a set")
 LossName = Literal["tb", "var_tb", "db", "subtb", "flow_db", "flow_subtb", "fl_db", "fl_subtb", "sft", "ppo", "grpo"]
 
 
@@ -93,7 +94,7 @@ class RolloutSettings(Settings):
     group_size: int = Field(8, ge=1, le=256, description="K: trajectories per task instance.")
     epsilon: Fraction = Field(0.0, description="Probability that a step's action is a random admissible one.")
     expert_on_failure: bool = Field(False, description="Add the expert's trajectory where all of a group failed.")
-    demonstrations: FolderPath | None = Field(
+    demonstrations: Annotated[str, _DEMONSTRATIONS] | None = Field(
         None,
         description="Folder made by `gflowvlm demonstrate`: groups play its instances, and what it has of an instance "
         "joins the group.",

@@ -42,7 +42,8 @@ class PolicyInputs:
             processor = AutoProcessor.from_pretrained(path)
         except (ImportError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"model {model!r}: its processor cannot be loaded ({reason})") from None
+            where = "" if Path(path).is_absolute() else "is no folder here, and at the hub "
+            raise UserError(f"model {model!r}: {where}its processor cannot be loaded ({reason})") from None
         inputs = cls(path, processor)
         if inputs.done_id is None:
             raise UserError(
@@ -112,13 +113,15 @@ def directory_or_hub_name(model: str) -> str:
     """Returns a directory that exists, or a hub name.
 
     Raises:
-        UserError: It looks like a directory and is none.
+        UserError: It is a path and no directory, or a relative one: whether that is found depends on where a process
+            stands, and a name of a hub's model would load a folder of the same name instead.
     """
-    looks_local = model.startswith((".", "/", "~")) or Path(model).expanduser().exists()
-    path = str(Path(model).expanduser()) if looks_local else model
-    if looks_local and not Path(path).is_dir():
+    absolute, there = Path(model).is_absolute(), Path(model).is_dir()
+    if absolute and not there:
         raise UserError(f"model {model!r}: no such directory; give a model directory, a hub name or a shipped model")
-    return path
+    if not absolute and (there or model.startswith((".", "~"))):
+        raise UserError(f"model {model!r}: is a relative path; write the absolute path of its directory instead")
+    return model
 
 
 def decode_image(image: bytes) -> Image.Image:

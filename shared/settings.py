@@ -51,15 +51,17 @@ class PathMarker:
 
     Attributes:
         or_name: Whether the field may hold a name instead: of a shipped model, or of one on a hub.
+        advice: What to do where there is no such folder.
     """
 
     or_name: bool = False
+    advice: str = "give one that is there"
 
 
 FolderPath = Annotated[str, PathMarker()]
 """A folder."""
 
-ModelName = Annotated[str, PathMarker(or_name=True)]
+ModelName = Annotated[str, PathMarker(or_name=True, advice="give a model directory, a hub name or a shipped model")]
 """A model directory, a hub name, or the name of a shipped model."""
 
 

@@ -24,6 +24,7 @@ from gflowvlm.envs.registry import make_env
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.folder_lock import LOCK, folder_lock
 from gflowvlm.run.models import resolve_model
+from gflowvlm.run.paths import check_paths, with_absolute_paths
 from gflowvlm.run.setup import write_whole
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import PolicyInputs
@@ -49,6 +50,8 @@ def make_demonstrations(
     Raises:
         UserError: The folder holds something else, is in use or cannot be written, or the expert cannot play as asked.
     """
+    request = with_absolute_paths(request)
+    check_paths(request)
     inputs = PolicyInputs.load(resolve_model(request.model))
     if folder.is_dir() and not (folder / MANIFEST).exists() and any(path.name != LOCK for path in folder.iterdir()):
         raise UserError(f"{folder}: is not empty, and holds no demonstrations; choose another --out")

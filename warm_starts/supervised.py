@@ -23,10 +23,11 @@ from gflowvlm.learner.tiny_policy import build_tiny_policy
 from gflowvlm.run.folder_lock import folder_lock
 from gflowvlm.run.interruption import STOPPING, handled_by, termination_as_interrupt
 from gflowvlm.run.models import resolve_model
+from gflowvlm.run.paths import check_paths, with_absolute_paths
 from gflowvlm.run.plain_progress import PLAIN_INTERVAL_S
 from gflowvlm.run.setup import write_whole
 from gflowvlm.shared.errors import UserError
-from gflowvlm.shared.settings import Fraction, Settings
+from gflowvlm.shared.settings import FolderPath, Fraction, ModelName, Settings
 from gflowvlm.shared.task_settings import AnyTaskSettings, default_settings
 from gflowvlm.warm_starts.demonstrations import (
     Demonstrations,
@@ -64,7 +65,7 @@ class SftRequest(Settings):
     """
 
     task: AnyTaskSettings = Field(default_factory=default_settings)
-    model: str = TINY
+    model: ModelName = TINY
     head_scale: float = Field(1.0, gt=0, le=10)
     noise: Fraction = 0.5
     detours: Fraction = 0.0
@@ -72,7 +73,7 @@ class SftRequest(Settings):
     ood: bool = True
     reading_steps: int = Field(0, ge=0, le=10_000_000)
     fresh_steps: int = Field(0, ge=0, le=10_000_000)
-    demonstrations: str | None = None
+    demonstrations: FolderPath | None = None
     episodes: int = Field(200, ge=0, le=100_000)
     sft: SftSettings = SftSettings()
 
@@ -88,6 +89,8 @@ def start(request: SftRequest, out: Path, console: Console) -> bool:
             played on cannot be loaded.
     """
     _refuse_used(out)
+    request = with_absolute_paths(request, names=(TINY,))
+    check_paths(request, names=(TINY,))
     source = _source(request)
     _check_instances(request)
     with tempfile.TemporaryDirectory(prefix="gflowvlm-tiny-") as folder:

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from gflowvlm.cli.json_file import write_json_file
 from gflowvlm.cluster.launch.machine import machine, machine_lines, versions
-from gflowvlm.run.preset_library import DEFAULT_PRESET, load_preset
+from gflowvlm.run.paths import check_paths
+from gflowvlm.run.preset_library import DEFAULT_PRESET, resolve_config
 from gflowvlm.shared.errors import UserError
 from gflowvlm.studies.benchmarks.measurement import PARTS, QUICK, SIMULATED_PARTS, USUAL_PARTS, Measurement, Scale
 
@@ -57,7 +58,8 @@ def register(app: typer.Typer) -> None:
         """
         console = Console()
         chosen = _chosen(parts, only_run=run is not None)
-        config = load_preset(preset, overrides or ())
+        config = resolve_config(preset, None, overrides or ())
+        check_paths(config)
         load, began = os.getloadavg()[0], time.perf_counter()
         console.print(f"{machine_lines()}\nload before: {load:.1f}", highlight=False)
         measurements: list[Measurement] = []

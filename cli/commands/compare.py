@@ -8,6 +8,7 @@ from rich.console import Console
 
 from gflowvlm.cli.option_errors import refuse_overrides
 from gflowvlm.run.interruption import INTERRUPTED
+from gflowvlm.run.paths import check_paths
 from gflowvlm.run.preset_library import DEFAULT_PRESET, resolve_config
 from gflowvlm.shared.config import LossName, RunConfig
 from gflowvlm.shared.errors import UserError
@@ -77,6 +78,8 @@ def _compare(console: Console, configs: list[RunConfig], out: Path, exact_instan
         write_comparison,
     )
 
+    for config in configs:
+        check_paths(config)
     runs = [ComparedRun.of(config, out) for config in configs]
     for run in runs:
         run.prepare()

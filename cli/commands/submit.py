@@ -1,5 +1,6 @@
 """`gflowvlm submit`: sends a run to a Ray cluster."""
 
+import shlex
 import time
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated
@@ -8,8 +9,8 @@ import typer
 from rich.console import Console
 
 from gflowvlm.run.interruption import INTERRUPTED
-from gflowvlm.run.models import shipped_models
-from gflowvlm.run.preset_library import DEFAULT_PRESET, resolve_config
+from gflowvlm.run.paths import configured_paths
+from gflowvlm.run.preset_library import DEFAULT_PRESET, named_config
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
 
@@ -73,7 +74,7 @@ def register(app: typer.Typer) -> None:
                 raise UserError("--resume takes the run's own name and configuration; leave out --name, --run and such")
             job, jobs = _resume(console, address, resume, overrides or [])
         else:
-            job, jobs = _new(console, address, resolve_config(preset, config, overrides or []), name, run)
+            job, jobs = _new(console, address, named_config(preset, config, overrides or []), name, run)
         console.print(f"submitted as {job.id}", highlight=False)
         if detach:
             _print_next_step(console, job.run)
@@ -91,7 +92,7 @@ def _new(
     if name is None:
         name = PurePosixPath(run).name if run is not None else f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_name(name)
-    _check_model(config.policy.model)
+    _check_paths(console, config)
     jobs = Jobs(address)
     return jobs.submit(name, config, run, lambda line: say(console, line)), jobs
 
@@ -101,7 +102,7 @@ def _resume(console: Console, address: str | None, run: str, overrides: list[str
 
     if any(not override.startswith("cluster.control_") for override in overrides):
         raise UserError("--resume takes the run's own settings, except cluster.control_resources and _node_labels")
-    placement = placement_of(resolve_config(None, None, overrides).cluster) if overrides else None
+    placement = placement_of(named_config(None, None, overrides).cluster) if overrides else None
     path = PurePosixPath(run)
     if len(path.parts) > 1 and not path.is_absolute():
         raise UserError(f"--resume {run!r}: give the run's name, or an absolute path on the cluster")
@@ -128,11 +129,14 @@ def follow(console: Console, jobs: "Jobs", job: "Job") -> None:
     say(console, f"{job.run} has ended")
 
 
-def _check_model(model: str) -> None:
-    if model in shipped_models() or Path(model).is_absolute():
-        return
-    if model.startswith(".") or Path(model).exists():
-        raise UserError(f"policy.model = {model!r} is a path of this machine; give an absolute path on the cluster")
+def _check_paths(console: Console, config: RunConfig) -> None:
+    """Refuses paths that mean nothing on the cluster, and says which are looked for there."""
+    for path in configured_paths(config):
+        if not PurePosixPath(path.value).is_absolute():
+            raise UserError(
+                f"{path.key} = {path.value!r} is a path of this machine; give an absolute one of the cluster"
+            )
+        say(console, f"{path.key} = {shlex.quote(path.value)} must be on the cluster: only the code travels with a job")
 
 
 def say(console: Console, line: str) -> None:

@@ -86,9 +86,11 @@ def _train(console: Console, folder: RunFolder | None, config: RunConfig, direct
     from gflowvlm.cluster.driver.training_run import TrainingRun
     from gflowvlm.cluster.launch.ray_runtime import check_local_ray, dashboard_line, ray_cluster, wait_for_room
     from gflowvlm.run.models import resolve_model
+    from gflowvlm.run.paths import check_paths
     from gflowvlm.run.setup import new_run, run_lock
     from gflowvlm.shared.policy_inputs import PolicyInputs
 
+    check_paths(config)
     PolicyInputs.load(resolve_model(config.policy.model))
     DemonstrationSet.of_run(config)
     if config.cluster.address is None:

@@ -13,6 +13,7 @@ from gflowvlm.evaluation.playing import best_version
 from gflowvlm.run.adapters import published_adapter
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.models import resolve_model
+from gflowvlm.run.paths import check_paths, with_absolute_paths
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.config_io import apply_overrides, load_config, parse_config
 from gflowvlm.shared.errors import UserError
@@ -86,7 +87,10 @@ def served_policy(arguments: ServeArguments) -> ServedPolicy:
         raise UserError(
             f"{arguments.policy}: neither a run folder (config.yaml) nor an adapter in PEFT format ({CONFIG_FILE})"
         )
-    model = _absolute(resolve_model(config.policy.model))
+    # Replicas have working directories of their own.
+    config = with_absolute_paths(config)
+    check_paths(config)
+    model = resolve_model(config.policy.model)
     if adapter is not None:
         check_adapter(adapter)
         check_fits(adapter, model)
@@ -161,12 +165,6 @@ def _overrides(arguments: ServeArguments) -> list[str]:
     model = [] if arguments.model is None else [f"policy.model={json.dumps(arguments.model)}"]
     replicas = [] if arguments.replicas is None else [f"sampler.replicas={arguments.replicas}"]
     return [*model, *replicas, *arguments.settings]
-
-
-def _absolute(model: str) -> str:
-    # Replicas have working directories of their own.
-    path = Path(model).expanduser()
-    return str(path.resolve()) if path.is_dir() else model
 
 
 def _linear_layers(model: str) -> dict[str, tuple[int, int]]:

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from gflowvlm.run.preset_library import PRESETS, load_preset, preset_names
 from gflowvlm.shared.config import RunConfig
-from gflowvlm.shared.settings import Settings
+from gflowvlm.shared.settings import PathMarker, Settings
 from gflowvlm.shared.task_settings import TaskSettings, task_names, task_settings_class
 
 INTRODUCTION = """\
@@ -24,8 +24,15 @@ dotted key: `gflowvlm train learner.steps=100 objective.loss=subtb` changes two.
 and whatever it leaves out has the default of this page.
 
 An unknown key, a value out of its bounds, or values that do not fit each other are refused with one line that names
-the key. Values are read as YAML; times end in `_s` and are seconds. A [preset](#presets) is such a file that ships with
-the project.
+the key. Values are read as YAML; times end in `_s` and are seconds.
+
+A relative path, also one in a file, starts at the folder where the command was started; `~` is your home. It is made
+absolute once, at the start: a run's `config.yaml` has absolute paths, and a missing folder is named before anything
+starts. `policy.model` is a path when it begins with `.`, `/` or `~`, or when such a folder is there; else it names a
+model that ships with the project, or one on the Hugging Face hub. `gflowvlm submit` wants absolute paths, which are the
+cluster's.
+
+A [preset](#presets) is such a file that ships with the project.
 """
 
 _NAMES: dict[object, str] = {str: "text", int: "integer", float: "number", bool: "`true`, `false`"}
@@ -124,6 +131,8 @@ def _bounds(field: FieldInfo) -> Iterator[str]:
                 yield f"<\N{NO-BREAK SPACE}{_number(bound.lt)}"
             case MinLen():
                 yield f"length ≥\N{NO-BREAK SPACE}{bound.min_length}"
+            case PathMarker():
+                yield "path or name" if bound.or_name else "path"
             case MaxLen():
                 yield f"length ≤\N{NO-BREAK SPACE}{bound.max_length}"
 

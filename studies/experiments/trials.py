@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from gflowvlm.evaluation.metrics import REPORT_SEED_OFFSET, EvaluationPlan
 from gflowvlm.run.final_report import before_and_after
 from gflowvlm.run.log import Row
 from gflowvlm.run.models import resolve_model, shipped_models
-from gflowvlm.run.preset_library import load_preset, preset_names
+from gflowvlm.run.preset_library import load_preset, preset_names, resolve_config
 from gflowvlm.shared.config_io import dump_config, load_config
 from gflowvlm.shared.errors import UserError
 from gflowvlm.studies.experiments.description import Experiment, Scale, Variant, WarmStart
@@ -213,8 +214,8 @@ class Selection:
         model: tuple[str, ...] = ()
         if start is not None:
             model = (f"policy.model={json.dumps(str((self.out / MODELS / start.name).resolve()))}",)
-        config = load_preset(
-            variant.preset(self.scale), [*UNATTENDED, *variant.overrides, *model, *self.overrides, f"seed={seed}"]
+        config = resolve_config(
+            variant.preset(self.scale), None, [*UNATTENDED, *variant.overrides, *model, *self.overrides, f"seed={seed}"]
         )
         others = {(c.split, c.temperature): None for c in self.experiment.columns if c.temperature != 1.0}
         return Trial(variant, SweepRun.in_folder(self.out, variant.slug, config), tuple(others))
@@ -262,12 +263,12 @@ def check_models(trials: Iterable[Trial]) -> None:
 
     configs = {t.run.config.policy.model: t.run.config for t in trials if _warm_start(t) is None}
     for model, config in configs.items():
-        # Otherwise the presets' own folders would be asked for at the hub.
-        if model.startswith(f"{MODELS}/") and not Path(model).is_dir():
+        if Path(model).is_absolute() and not Path(model).is_dir():
             memory = " --gradient-checkpointing --micro-batch 4" if config.policy.gradient_checkpointing else ""
             raise UserError(
                 f"policy.model = {model!r}: no such folder; make it: gflowvlm sft --task {config.task.name} --model "
-                f"HUB/NAME --out {model} --dtype {config.policy.dtype} --image-size {config.task.image_size}{memory}"
+                f"HUB/NAME --out {shlex.quote(model)} --dtype {config.policy.dtype} "
+                f"--image-size {config.task.image_size}{memory}"
             )
         PolicyInputs.load(resolve_model(model))
 

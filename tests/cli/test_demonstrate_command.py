@@ -82,7 +82,7 @@ def test_replay_lists_a_set(tmp_path: Path) -> None:
         (["numberline", "--noise", "2"], "--noise 2.0"),
         (["numberline", "--trajectories", "0"], "--trajectories 0"),
         (["numberline", "--seed", "2048"], "--seed 2048"),
-        (["numberline", "--model", "./none"], "./none"),
+        (["numberline", "--model", "./none"], "/none': no such directory"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing_behind(
@@ -121,7 +121,7 @@ def test_training_refuses_a_set_of_another_task(tmp_path: Path, refused: Callabl
     line = refused("train", "--run", tmp_path / "run", f"rollout.demonstrations={made.folder}")
     assert "its demonstrations are of task 'blackjack', not of 'numberline'" in line
     assert not (tmp_path / "run").exists()
-    assert "no demonstrations there" in refused("train", "rollout.demonstrations=nowhere")
+    assert "/nowhere': no such directory; `gflowvlm demonstrate" in refused("train", "rollout.demonstrations=nowhere")
 
 
 @pytest.mark.slow

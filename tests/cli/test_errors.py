@@ -44,7 +44,7 @@ def assert_one_line(result, *parts):
         (["train", "learner.steps=0"], ["learner.steps = 0", "greater than or equal to 1"]),
         (["train", "--config", "none.yaml"], ["none.yaml"]),
         (["train", "--resume", "none"], ["none", "no run there"]),
-        (["train", "policy.model=./none"], ["./none", "no such directory"]),
+        (["train", "policy.model=./none"], ["policy.model = ", "/none': no such directory"]),
         (["compare", "--losses", "var_tb,var_tb"], ["--losses", "once"]),
         (["compare", "--losses", "ppoo"], ["objective.loss = 'ppoo'"]),
         (["compare", "objective.loss=db"], ["objective.loss=db", "--losses"]),

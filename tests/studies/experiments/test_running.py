@@ -14,7 +14,7 @@ from tests.studies.experiments.small_experiment import finish, select
 def test_a_model_that_the_user_has_to_make_is_asked_for_before_anything_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     chosen = select(tmp_path / "out", EXPERIMENTS["motivating"], scale="paper", seeds=1)
-    with pytest.raises(UserError, match=r"gflowvlm sft --task numbersequence .* --out models/sequence-7b"):
+    with pytest.raises(UserError, match=r"gflowvlm sft --task numbersequence .* --out \S+/models/sequence-7b"):
         run_experiment(chosen, Console(quiet=True), concurrent=1, retries=0)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,5 +1,7 @@
 """Models that variants start from: made by commands that exist, begun, resumed or left alone."""
 
+import os
+
 from typer.testing import CliRunner
 
 from gflowvlm.cli.main import app
@@ -28,7 +30,7 @@ def test_a_variant_starts_from_the_model_that_is_made_for_it(tmp_path):
     assert models == {"Sub TB (λ)": "numberline-tiny", "DB": str(made)}
     paper = select(tmp_path, scale="paper").trials()
     assert paper.warm_starts == ()
-    assert {trial.run.config.policy.model for trial in paper.chosen} == {"models/numberline-7b"}
+    assert {trial.run.config.policy.model for trial in paper.chosen} == {os.path.abspath("models/numberline-7b")}
     own = select(tmp_path, overrides=["policy.model=numberline-tiny"]).trials()
     assert own.warm_starts == ()
 
