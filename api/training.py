@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.interruption import INTERRUPTED
 from gflowvlm.run.models import resolve_model
+from gflowvlm.run.paths import check_paths, with_absolute_paths
 from gflowvlm.run.preset_library import DEFAULT_PRESET, PRESETS, load_preset, preset_names
 from gflowvlm.run.setup import new_run, open_run
 from gflowvlm.shared.config import RunConfig
@@ -73,6 +74,8 @@ def train(
         run: Folder of the new run; by default ``runs/NAME-DATE-TIME``.
         progress: Whether to print what the command says.
 
+    Relative paths in the configuration start at the folder that the process stands in.
+
     Raises:
         UserError: The configuration, the machine or the folder does not fit; the message says what to do.
         KeyboardInterrupt: It was stopped and can go on.
@@ -89,7 +92,8 @@ def train(
     from gflowvlm.actors.demonstration_set import DemonstrationSet
     from gflowvlm.shared.policy_inputs import PolicyInputs
 
-    config = load_config(source, overrides)
+    config = with_absolute_paths(load_config(source, overrides))
+    check_paths(config)
     # What would fail minutes later is looked at before there is a folder.
     PolicyInputs.load(resolve_model(config.policy.model))
     DemonstrationSet.of_run(config)
