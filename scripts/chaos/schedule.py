@@ -35,6 +35,7 @@ PARTS: tuple[Part, ...] = (
     Part("replay buffer", "ray::ReplayBufferActor"),
     Part("learner", "ray::RayTrainWorker"),
     Part("adapter store", "ray::_AdapterStoreActor"),
+    Part("mailbox of the learner's reports", "ray::LearnerMailbox"),
     NODE,
 )
 
