@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -158,7 +158,6 @@ class RolloutScheduler:
         self._evaluated_groups = itertools.count()
         self._failures = GroupFailures()
         self.groups_failed = 0
-        self.last_failure = ""
 
     @property
     def evaluating(self) -> bool:
@@ -207,12 +206,13 @@ class RolloutScheduler:
         if not any(self._running.values()):
             # Without a call in flight the manager would not wait at all, and the driver would spin.
             time.sleep(wait_s)
+        errors: dict[int, str] = {}
         for result in self._workers.results(wait_s):
             if result.ok:
                 self._collect(result.actor_id, result.tag, result.get())
             else:
-                self.last_failure = last_line(str(result.get()))
-        self._recover_lost_calls()
+                errors[result.actor_id] = last_line(str(result.get()))
+        self._recover_lost_calls(errors)
         self._dismiss_idle_leavers()
         self._dispatch(train)
 
@@ -254,7 +254,6 @@ class RolloutScheduler:
     def _is_played_again(self, call: _Call, request: GroupRequest, cause: FailureCause, reason: str) -> bool:
         """Counts a failure; returns whether the group is to be played again, else it is set aside."""
         self.groups_failed += 1
-        self.last_failure = reason
         group = (call.tag, request)
         tries = self._failures.tries(group) + 1
         at_a_time = self._groups_per_worker * max(1, self._workers.wanted)
@@ -273,11 +272,12 @@ class RolloutScheduler:
         else:
             self._evaluations.appendleft(call)
 
-    def _recover_lost_calls(self) -> None:
+    def _recover_lost_calls(self, errors: Mapping[int, str]) -> None:
+        """Has what lost workers were playing played again; `errors` are what their calls ended with, by worker."""
         # A call whose actor was found dead disappears from the manager without a result.
         for actor_id in self._workers.update():
+            reason = f"a rollout worker was lost ({errors.get(actor_id, 'no reason given')})"
             for call in self._running.pop(actor_id, []):
-                reason = self.last_failure or "a rollout worker was lost"
                 again = [r for r in call.requests if self._is_played_again(call, r, FailureCause.LOST, reason)]
                 if again:
                     self._requeue(replace(call, requests=tuple(again)))

@@ -176,7 +176,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         (
             panel("Sampler against learner", "mismatch_mean"),
             panel("Invalid responses", "rollout_invalid", "malformed_rate", "inadmissible_rate"),
-            panel("Failures and restarts", "groups_failed", "worker_restarts", "skipped_updates"),
+            panel("Failures and restarts", "groups_failed", "groups_set_aside", "worker_restarts", "skipped_updates"),
             panel("Gradient norm", "grad_norm", "head_grad_norm"),
             panel("Residuals", "residual_abs_mean", "residual_abs_max"),
             panel(
