@@ -247,7 +247,7 @@ def test_workers_that_die_with_all_they_are_given_end_the_run_soon():
     workers = MortalWorkers(13, GroupSummary)
     run = Played(workers, groups_per_worker=4)
     with pytest.raises(
-        UserError, match="rollouts failed 10 times in a row, last: a rollout worker was lost .no reason given.; look"
+        UserError, match=r"rollouts failed 10 times in a row, last: a rollout worker was lost \(no reason given\); look"
     ):
         run.pump(20, lambda: setattr(workers, "dying", set(range(13))))
 
