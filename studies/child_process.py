@@ -1,5 +1,6 @@
 """Commands of ours in processes of their own: stopped as by Ctrl-C, and gone when the one that started them is."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,7 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from gflowvlm.actors.process_guard import ProcessGuard
+from gflowvlm.cluster.launch.process_environment import package_path
 from gflowvlm.run.interruption import INTERRUPTED
+
+PROGRAM = (sys.executable, "-P", "-m", "gflowvlm")
+"""The command line, in a Python that does not import from its working directory."""
 
 CHILD_END_S = 300.0
 """How long an interrupted command may take to end."""
@@ -35,12 +40,18 @@ def run_command(
     Returns:
         Its exit status, `INTERRUPTED` whenever it was interrupted from here.
     """
-    command = [sys.executable, "-m", "gflowvlm", *arguments]
+    # Our package, whatever the working directory holds.
+    variables = {**(os.environ if environment is None else environment), "PYTHONPATH": package_path()}
     output = None if log is None else log.open("ab")
     try:
         # In a session of its own, so that Ctrl-C reaches it once, from here.
         child = subprocess.Popen(
-            command, start_new_session=True, stdout=output, stderr=output, cwd=directory, env=environment
+            [*PROGRAM, *arguments],
+            start_new_session=True,
+            stdout=output,
+            stderr=output,
+            cwd=directory,
+            env=variables,
         )
         guard = ProcessGuard([child.pid])
         try:

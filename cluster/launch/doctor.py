@@ -19,8 +19,8 @@ from typing import Any
 
 import psutil
 
-import gflowvlm
 from gflowvlm.cluster.launch.machine import GIB, memory_limit, versions
+from gflowvlm.cluster.launch.process_environment import package_path
 from gflowvlm.cluster.launch.ray_folder import check_ray_folder, ray_folder
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
@@ -35,7 +35,6 @@ FULL_DISK_SHARE = 0.95
 
 SET_UP = "run `make setup`"
 
-_ROOT = Path(gflowvlm.__file__).parents[1]
 _NOT_INSTALLED = 3
 _IS_INSTALLED = f"""
 import importlib.util, json, sys
@@ -134,11 +133,10 @@ class ProbeResult:
 
 def probe(code: str, *arguments: str, timeout_s: float = PROBE_TIMEOUT_S) -> ProbeResult:
     """Runs Python code in a process of its own, with the project importable and nothing downloaded."""
-    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": package_path(), "HF_HUB_OFFLINE": "1"}
     try:
         process = subprocess.run(
-            [sys.executable, "-c", code, *arguments],
+            [sys.executable, "-P", "-c", code, *arguments],
             capture_output=True,
             text=True,
             timeout=timeout_s,

@@ -1,6 +1,9 @@
 """Starting a Ray on this machine: what it needs is looked at first, and why it cannot start is one line."""
 
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -23,7 +26,7 @@ def start_local_ray(**options: Any) -> ray.runtime_context.RuntimeContext:
     """
     check_ray_folder()
     try:
-        with hangup_ignored():
+        with hangup_ignored(), working_folder(ray_folder()):
             # At first without Ray's own words, which are part of the error that it raises.
             context = ray.init(address="local", logging_level=logging.CRITICAL, log_to_driver=False, **options)
     except Exception as error:  # noqa: BLE001 - Ray raises bare exceptions for what does not start
@@ -31,6 +34,22 @@ def start_local_ray(**options: Any) -> ray.runtime_context.RuntimeContext:
         raise UserError(_explanation(error)) from None
     logging.getLogger("ray").setLevel(logging.ERROR)
     return context
+
+
+@contextmanager
+def working_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Has Ray see another working directory while it is initialised.
+
+    It puts the driver's before everything that its workers import from, so that modules there would replace ours and
+    the standard library's. The processes of a local Ray stay in it.
+    """
+    before = os.open(os.curdir, os.O_RDONLY)
+    try:
+        os.chdir(folder)
+        yield
+    finally:
+        os.fchdir(before)
+        os.close(before)
 
 
 def _explanation(error: Exception) -> str:

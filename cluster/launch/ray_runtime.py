@@ -4,21 +4,19 @@ import json
 import logging
 import math
 import os
-import site
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-import gflowvlm
-from gflowvlm.cluster.launch.local_ray import start_local_ray
+from gflowvlm.cluster.launch.local_ray import start_local_ray, working_folder
 from gflowvlm.cluster.launch.placement import Node, ResourcePlan, amounts, lacking, largest, resource_plan, selectors
-from gflowvlm.cluster.launch.process_environment import PROCESS_ENVIRONMENT
+from gflowvlm.cluster.launch.process_environment import PROCESS_ENVIRONMENT, package_path
 from gflowvlm.cluster.launch.ray_folder import check_ray_folder, ray_folder
 from gflowvlm.run.interruption import termination_as_interrupt
 from gflowvlm.shared.config import RunConfig
@@ -66,12 +64,13 @@ def dashboard_line(address: str) -> str:
 
 def _connect(address: str) -> ray.runtime_context.RuntimeContext:
     try:
-        return ray.init(
-            address=address,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            runtime_env={"env_vars": connection_environment()},
-        )
+        with tempfile.TemporaryDirectory(prefix="gflowvlm-") as empty, working_folder(empty):
+            return ray.init(
+                address=address,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                runtime_env={"env_vars": connection_environment()},
+            )
     except (RayError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"cluster.address = {address!r}: cannot connect ({_one_line(error)})") from None
 
@@ -175,15 +174,7 @@ def _lacks(plan: ResourcePlan) -> str:
 
 def worker_environment() -> dict[str, str]:
     """Returns the environment variables that processes which Ray starts need to find and run our code."""
-    root = str(Path(gflowvlm.__file__).parents[1])
-    # An installed package is found by itself, and the rest of its folder must not come before the standard library.
-    own = [] if root in _site_packages() else [root]
-    paths = [*own, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), **_process_environment()}
-
-
-def _site_packages() -> set[str]:
-    return {*site.getsitepackages(), site.getusersitepackages()}
+    return {"PYTHONPATH": package_path(), **_process_environment()}
 
 
 def _process_environment() -> dict[str, str]:

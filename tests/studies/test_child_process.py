@@ -18,12 +18,11 @@ from gflowvlm.studies.experiments.trials import Command
 ROOT = Path(__file__).parents[2]
 
 
-def stand_in(folder, code):
-    """Has commands that run in a folder run some code."""
-    package = folder / "gflowvlm"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "__main__.py").write_text(code)
+def stand_in(folder, code, monkeypatch):
+    """Has commands run some code."""
+    script = folder / "stand_in.py"
+    script.write_text(code)
+    monkeypatch.setattr(child_process, "PROGRAM", (sys.executable, str(script)))
 
 
 @pytest.fixture
@@ -39,6 +38,7 @@ def commands(tmp_path, monkeypatch):
         "    print('interrupted', flush=True)\n"
         "    sys.exit(5)\n"
         "sys.exit(int(sys.argv[2]))\n",
+        monkeypatch,
     )
     monkeypatch.setattr(child_process, "POLL_S", 0.05)
     return {"directory": str(tmp_path), "environment": {"PATH": os.environ["PATH"], "TOLD": "yes"}}
@@ -49,6 +49,18 @@ def test_the_status_of_a_command_that_ends_is_given_and_its_output_appended(comm
     log.write_text("before\n")
     assert run_command(["0", "3"], log=log, **commands) == 3
     assert log.read_text() == "before\nasked: 0 3 yes\n"
+
+
+def test_a_command_is_ours_whatever_its_working_directory_holds(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.path.relpath(ROOT))
+    for name in ("gflowvlm", "typer", "envs", "random"):
+        package = tmp_path / name
+        package.mkdir()
+        (package / "__init__.py").write_text(f"raise RuntimeError('the {name} of the working directory')")
+    (tmp_path / "gflowvlm" / "__main__.py").touch()
+    log = tmp_path / "log"
+    assert run_command(["presets"], log=log, directory=str(tmp_path)) == 0, log.read_text()
+    assert "numberline-tiny" in log.read_text()
 
 
 def test_a_trial_that_is_to_stop_interrupts_its_command_although_ray_blocks_ctrl_c(commands, tmp_path, monkeypatch):
@@ -88,8 +100,9 @@ def test_ctrl_c_here_interrupts_the_command_once(commands, tmp_path):
 def test_a_command_does_not_outlive_the_process_that_runs_it(commands, tmp_path):
     log = tmp_path / "log"
     code = (
-        "from pathlib import Path\nfrom gflowvlm.studies.child_process import run_command\n"
-        f"run_command(['60', '0'], log=Path({str(log)!r}), directory={str(tmp_path)!r})\n"
+        "import sys\nfrom pathlib import Path\nfrom gflowvlm.studies import child_process\n"
+        f"child_process.PROGRAM = (sys.executable, {str(tmp_path / 'stand_in.py')!r})\n"
+        f"child_process.run_command(['60', '0'], log=Path({str(log)!r}), directory={str(tmp_path)!r})\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
@@ -112,6 +125,7 @@ def test_a_second_ctrl_c_ends_a_command_that_does_not_heed_the_first(tmp_path, m
         "signal.signal(signal.SIGINT, lambda *_: print('heard', flush=True))\n"
         "print('asked', os.getpid(), flush=True)\n"
         "while True: time.sleep(1)\n",
+        monkeypatch,
     )
     monkeypatch.setattr(child_process, "POLL_S", 0.05)
     here = threading.get_ident()

@@ -1,11 +1,15 @@
 """What is settled before Ray is started or connected to. With a cluster: test_submitted_runs.py."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
+import gflowvlm
+from gflowvlm.cluster.launch import process_environment
 from gflowvlm.cluster.launch.process_environment import PROCESS_ENVIRONMENT
-from gflowvlm.cluster.launch.ray_runtime import connection_environment, dashboard_line, ray_cluster
+from gflowvlm.cluster.launch.ray_runtime import connection_environment, dashboard_line, ray_cluster, worker_environment
 from gflowvlm.run.preset_library import load_preset
 from gflowvlm.shared.errors import UserError
 
@@ -20,6 +24,16 @@ def test_a_local_run_cannot_ask_for_labels_or_custom_resources(setting, asked):
         ray_cluster(load_preset("numberline-tiny", [setting])),
     ):
         pass
+
+
+def test_a_python_that_is_started_finds_this_package_first_and_then_what_it_was_told(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"mine{os.pathsep}{os.pathsep}/theirs")
+    root = str(Path(gflowvlm.__file__).parents[1])
+    assert worker_environment()["PYTHONPATH"].split(os.pathsep) == [root, str(tmp_path / "mine"), "/theirs"]
+    assert worker_environment()["PYTHONSAFEPATH"] == "1"
+    monkeypatch.setattr(process_environment.site, "getsitepackages", lambda: [root])
+    assert worker_environment()["PYTHONPATH"].split(os.pathsep) == [str(tmp_path / "mine"), "/theirs"]
 
 
 def test_a_user_is_told_how_to_get_into_the_dashboard(monkeypatch):
