@@ -10,6 +10,7 @@ from gflowvlm.api.trajectories import Filters, Trajectories
 from gflowvlm.envs.base import SPLITS
 from gflowvlm.evaluation.playing import best_version
 from gflowvlm.run.adapters import adapter_versions, published_adapter
+from gflowvlm.run.console import terminal
 from gflowvlm.run.log import Row, read_rows
 from gflowvlm.run.setup import open_run
 from gflowvlm.shared.config import RunConfig
@@ -233,8 +234,6 @@ class Run:
             >>> 0 <= figures["success"] <= 1
             True
         """
-        from rich.console import Console
-
         from gflowvlm.api.tables import figures_row
         from gflowvlm.evaluation.metrics import EvaluationPlan
         from gflowvlm.evaluation.run_evaluation import evaluate_run
@@ -251,8 +250,7 @@ class Run:
         if not 0 < temperature <= 2:
             raise UserError(f"temperature {temperature!r}: must be above 0 and at most 2")
         number = self._number(version)
-        # Plain text: a notebook would show every line as an output of its own.
-        console = Console(quiet=not progress, force_jupyter=False)
+        console = terminal(quiet=not progress)
         matches = self._exact(number, split, seed, exact_instances, console) if exact else {}
         plan = EvaluationPlan(split, instances, samples, seed, temperature)
         figures = evaluate_run(self._folder.root, plan, version=number, engine=engine, console=console)

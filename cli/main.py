@@ -1,11 +1,11 @@
 """The one way in: `gflowvlm COMMAND`."""
 
+import io
 import os
 import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from gflowvlm.cli.commands import (
@@ -29,6 +29,7 @@ from gflowvlm.cli.commands import (
     train,
 )
 from gflowvlm.cluster.launch.process_environment import prepare_process
+from gflowvlm.run.console import printable, terminal
 from gflowvlm.run.interruption import INTERRUPTED, termination_as_interrupt
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.version import version
@@ -87,13 +88,16 @@ def main() -> None:
     prepare_process()
     # Remarks on model configurations are not for the user; what goes wrong is said as a UserError.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):
+        # Names may hold letters that a terminal has none for, or bytes that are no text at all.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with termination_as_interrupt():
             app()
     except UserError as error:
-        # As text: a path or a model's answer may hold brackets.
-        said = Text.assemble(("gflowvlm:", "red"), f" {error}")
-        Console(stderr=True).print(said, soft_wrap=True)
+        said = Text.assemble(("gflowvlm:", "red"), " ", printable(str(error)).replace("\n", "\\n"))
+        terminal(stderr=True).print(said, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

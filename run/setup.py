@@ -14,6 +14,7 @@ from gflowvlm.run.paths import check_absolute
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.config_io import dump_config, load_config
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.shell import quoted
 
 
 def write_whole(path: Path, text: str, *, durable: bool = False) -> None:
@@ -51,7 +52,9 @@ def new_run(config: RunConfig, directory: Path | None) -> RunFolder:
     root = directory if directory is not None else Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = RunFolder(root.resolve())
     if folder.config.exists():
-        raise UserError(f"{root}: holds a run already; go on with `gflowvlm train --resume {root}`, or choose another")
+        raise UserError(
+            f"{root}: holds a run already; go on with `gflowvlm train --resume {quoted(root)}`, or choose another"
+        )
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
         for path in (folder.trajectories, folder.adapters, folder.checkpoints, folder.tensorboard):
@@ -70,7 +73,9 @@ def open_run(directory: Path) -> tuple[RunFolder, RunConfig]:
     """
     folder = RunFolder(directory.resolve())
     if not folder.config.exists():
-        raise UserError(f"{directory}: no run there (no config.yaml); `gflowvlm train --run {directory}` starts one")
+        raise UserError(
+            f"{directory}: no run there (no config.yaml); `gflowvlm train --run {quoted(directory)}` starts one"
+        )
     return folder, load_config(folder.config)
 
 

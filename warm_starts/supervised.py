@@ -28,6 +28,7 @@ from gflowvlm.run.plain_progress import PLAIN_INTERVAL_S
 from gflowvlm.run.setup import write_whole
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.settings import FolderPath, Fraction, ModelName, Settings
+from gflowvlm.shared.shell import quoted
 from gflowvlm.shared.task_settings import AnyTaskSettings, default_settings
 from gflowvlm.warm_starts.demonstrations import (
     Demonstrations,
@@ -192,7 +193,7 @@ def _train(trainer: SftTrainer, source: ExampleSource, request: SftRequest, out:
     if figures is None:
         if finished:
             trainer.save_checkpoint(out / _CHECKPOINT)
-        said = f"Stopped at step {trainer.step}. Go on: gflowvlm sft --resume --out {out}"
+        said = f"Stopped at step {trainer.step}. Go on: gflowvlm sft --resume --out {quoted(out)}"
         console.print(said, markup=False, soft_wrap=True)
         return False
     trainer.save_model(out)
@@ -202,7 +203,7 @@ def _train(trainer: SftTrainer, source: ExampleSource, request: SftRequest, out:
     report["wall_seconds"] = round(took + time.monotonic() - started, 1)
     _write_report(out, report)
     trainer.drop_checkpoint(out / _CHECKPOINT)
-    said = f"Model and figures: {out}. Train on: gflowvlm train policy.model={out}"
+    said = f"Model and figures: {out}. Train on: gflowvlm train {quoted(f'policy.model={out}')}"
     console.print(said, markup=False, soft_wrap=True)
     return True
 

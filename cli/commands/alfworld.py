@@ -15,8 +15,10 @@ from gflowvlm.envs.household.generation import FOLDERS, GameSpec, generate, miss
 from gflowvlm.envs.household.scenes import SIZES
 from gflowvlm.envs.household.starter import starter_set
 from gflowvlm.envs.household.tasks import TaskType
+from gflowvlm.run.console import terminal
 from gflowvlm.run.interruption import INTERRUPTED
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.shell import quoted
 
 PLAIN_EVERY = 25
 
@@ -54,7 +56,7 @@ def register(app: typer.Typer) -> None:
 
         Play them: `ALFWORLD_DATA=FOLDER gflowvlm play alfworld --player expert`, or train with `task.games=FOLDER`.
         """
-        console = Console()
+        console = terminal()
         if size not in SIZES:
             raise UserError(f"--size {size!r}: there is no such size; use {' or '.join(SIZES)}")
         try:
@@ -90,10 +92,12 @@ def register(app: typer.Typer) -> None:
 
         Without a folder: ALFWorld's data where it is installed (`ALFWORLD_DATA`), else the starter set.
         """
-        console = Console()
+        console = terminal()
         root = folder or official_data() or starter_set()
         if not (root / VERSION_FOLDER).is_dir():
-            raise UserError(f"{root}: no {VERSION_FOLDER} in it; `gflowvlm alfworld generate {root}` makes games")
+            raise UserError(
+                f"{root}: no {VERSION_FOLDER} in it; `gflowvlm alfworld generate {quoted(root)}` makes games"
+            )
         told = f"games in {root} (another folder: {DATA_VARIABLE}=FOLDER)"
         console.print(told, highlight=False, markup=False, soft_wrap=True)
         console.print(_table(root))

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gflowvlm.cli.json_file import write_json_file
+from gflowvlm.cli.json_file import json_option, write_json_file
 from gflowvlm.cluster.launch.machine import machine, machine_lines, versions
+from gflowvlm.run.console import terminal
 from gflowvlm.run.paths import check_paths
 from gflowvlm.run.preset_library import DEFAULT_PRESET, resolve_config
 from gflowvlm.shared.errors import UserError
@@ -42,9 +42,7 @@ def register(app: typer.Typer) -> None:
             Path | None,
             typer.Option(help="Also tell how this finished run spent its time; alone, measure nothing else."),
         ] = None,
-        json_file: Annotated[
-            Path | None, typer.Option("--json", help="Write the measurements here, too.", dir_okay=False)
-        ] = None,
+        json_file: Annotated[Path | None, json_option("Write the measurements here, too.")] = None,
     ) -> None:
         """Measure sampler, policy server, environment, learner, adapter hand-over and replay buffer.
 
@@ -56,7 +54,7 @@ def register(app: typer.Typer) -> None:
 
         With simulated engines and learner, thousands of requests in flight: `gflowvlm bench --parts scale`
         """
-        console = Console()
+        console = terminal()
         chosen = _chosen(parts, only_run=run is not None)
         config = resolve_config(preset, None, overrides or ())
         check_paths(config)
@@ -104,9 +102,9 @@ def _table(measurements: list[Measurement]) -> Table:
         if previous not in (None, measurement.part):
             table.add_section()
         previous = measurement.part
-        bar = ""
+        bar = Text()
         if measurement.met is not None:
-            bar = f"[green]{measurement.bar}[/]" if measurement.met else f"[red]missed: {measurement.bar}[/]"
+            bar = Text(measurement.bar, "green") if measurement.met else Text(f"missed: {measurement.bar}", "red")
         what = Text.assemble(measurement.name, "\n", (measurement.description, "dim"))
         table.add_row(what, _readable(measurement.value), measurement.unit, bar)
     return table

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from gflowvlm.cli.option_errors import refuse_overrides
+from gflowvlm.run.console import terminal
 from gflowvlm.run.interruption import INTERRUPTED
 from gflowvlm.run.paths import check_paths
 from gflowvlm.run.preset_library import DEFAULT_PRESET, resolve_config
@@ -49,7 +50,7 @@ def register(app: typer.Typer) -> None:
 
         Examples: `gflowvlm compare`, `gflowvlm compare --losses var_tb,ppo --seeds 2 learner.steps=100`.
         """
-        console = Console()
+        console = terminal()
         refuse_overrides(overrides or [], {"seed": "--seeds", "objective.loss": "--losses"})
         configs = [
             resolve_config(preset, config, [*(overrides or []), f"objective.loss={loss}", f"seed={seed}"])

@@ -7,11 +7,11 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gflowvlm.actors.demonstration_set import DemonstrationRequest, DemonstrationSet
 from gflowvlm.cli.option_errors import first_problem
+from gflowvlm.run.console import terminal
 from gflowvlm.run.interruption import INTERRUPTED
 from gflowvlm.run.plain_progress import PLAIN_INTERVAL_S
 from gflowvlm.shared.config_io import override_task
@@ -59,7 +59,7 @@ def register(app: typer.Typer) -> None:
         A noisy set of the household tasks, for a prompt without history: `gflowvlm demonstrate alfworld
         prompt=markov --out sets/alfworld --noise 0.2`
         """
-        console = Console()
+        console = terminal()
         request = _request(
             override_task(default_settings(task), task_settings or []),
             {"split": split, "trajectories": trajectories, "seed": seed, "noise": noise, "failures": failures}
@@ -69,7 +69,7 @@ def register(app: typer.Typer) -> None:
         try:
             made = _make(console, request, out)
         except KeyboardInterrupt:
-            told = f"interrupted; what is written stays in {escape(str(out))}, the same command goes on"
+            told = f"interrupted; what is written stays in {out}, the same command goes on"
             console.print(told, highlight=False, soft_wrap=True)
             raise typer.Exit(INTERRUPTED) from None
         _say(console, made, time.monotonic() - started)
@@ -106,7 +106,7 @@ def _say(console: Console, made: DemonstrationSet, seconds: float) -> None:
     request, figures = made.request, made.figures
     console.print(
         f"{request.trajectories} trajectories of {request.task.name}, split {request.split}, in "
-        f"{escape(str(made.folder))}: "
+        f"{made.folder}: "
         f"{figures.responses} responses; {figures.success:.1%} of {figures.played} episodes succeeded. {seconds:.0f} s",
         highlight=False,
         soft_wrap=True,

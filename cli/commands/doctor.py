@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from gflowvlm.cli.json_file import write_json_file
+from gflowvlm.cli.json_file import json_option, write_json_file
 from gflowvlm.cluster.launch.doctor import Check, Status, run_checks
 from gflowvlm.cluster.launch.machine import machine, machine_lines, versions
+from gflowvlm.run.console import terminal
 from gflowvlm.run.preset_library import DEFAULT_PRESET, load_preset
 
 _COLOURS = {Status.OK: "green", Status.NOTE: "yellow", Status.BROKEN: "red"}
@@ -21,9 +21,7 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def doctor(
-        json_file: Annotated[
-            Path | None, typer.Option("--json", help="Write the findings here, too.", dir_okay=False)
-        ] = None,
+        json_file: Annotated[Path | None, json_option("Write the findings here, too.")] = None,
         ray: Annotated[
             bool, typer.Option("--ray", help="Start a small local Ray, too, and read its dashboard (about 20 s).")
         ] = False,
@@ -32,7 +30,7 @@ def register(app: typer.Typer) -> None:
 
         Exits with 0 when the default run works here, else with 1.
         """
-        console = Console()
+        console = terminal()
         console.print(machine_lines(), highlight=False)
         with console.status("checking ..."):
             checks = run_checks(load_preset(DEFAULT_PRESET), Path.cwd(), start_ray=ray)
@@ -55,6 +53,5 @@ def register(app: typer.Typer) -> None:
 def _table(checks: list[Check]) -> Table:
     table = Table("check", "", "finding", "what to do")
     for check in checks:
-        colour = _COLOURS[check.status]
-        table.add_row(check.name, f"[{colour}]{check.status.value}[/]", escape(check.detail), escape(check.advice))
+        table.add_row(check.name, Text(check.status.value, _COLOURS[check.status]), check.detail, check.advice)
     return table

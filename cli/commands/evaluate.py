@@ -7,8 +7,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gflowvlm.cli.json_file import write_json_file
+from gflowvlm.cli.json_file import json_option, write_json_file
 from gflowvlm.envs.base import SPLITS
+from gflowvlm.run.console import terminal
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.instances import EVALUATION_SEEDS
 
@@ -41,7 +42,7 @@ def register(app: typer.Typer) -> None:
             bool, typer.Option("--exact", help="Also expand the tree of action sequences and score all of it.")
         ] = False,
         exact_instances: Annotated[int, typer.Option(min=1, max=1000, help="Instances to expand.")] = 4,
-        json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+        json_file: Annotated[Path | None, json_option("Write the figures to this file.")] = None,
     ) -> None:
         """Evaluate a run's best adapter: success, diversity, validity, and the match to the target R^beta / Z.
 
@@ -65,7 +66,7 @@ def register(app: typer.Typer) -> None:
             raise UserError(f"--split {split!r}: there is no such split; use {' or '.join(SPLITS)}")
         if engine not in (None, "vllm", "transformers"):
             raise UserError(f"--engine {engine!r}: there is no such engine; use vllm or transformers")
-        console = Console()
+        console = terminal()
         plan = EvaluationPlan(split, instances, samples, seed, temperature)
         figures = evaluate_run(run, plan, version=version, engine=engine, console=console)
         table = Table("figure", "value", title=f"{run}, adapter version {figures['version']}, {split}")

@@ -1,5 +1,6 @@
 """`gflowvlm experiment`: the paper's experiments, by name."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gflowvlm.cli.option_errors import refuse_overrides
+from gflowvlm.run.console import terminal
 from gflowvlm.run.interruption import INTERRUPTED
 from gflowvlm.shared.errors import UserError
 
@@ -58,7 +60,7 @@ def register(app: typer.Typer) -> None:
         """
         from gflowvlm.studies.experiments.description import SCALES
 
-        console = Console()
+        console = terminal()
         refuse_overrides(overrides or [], {"seed": "--seeds"})
         if list_all:
             _list(console)
@@ -117,7 +119,7 @@ def _show_trials(console: Console, selection: "Selection", concurrent: int) -> N
     for line in chosen.left_out:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for start, folder in chosen.warm_starts:
-        made = f"made first: {folder}: gflowvlm sft {' '.join(start.arguments)}"
+        made = f"made first: {folder}: gflowvlm sft {shlex.join(start.arguments)}"
         console.print(made, highlight=False, markup=False, soft_wrap=True)
     longest = max((trial.run.config.learner.steps for trial in todo), default=0)
     per_run = expected_minutes(list(selection.finished()), selection.scale, longest)

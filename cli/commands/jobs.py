@@ -4,10 +4,10 @@ import time
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from gflowvlm.cli.commands.submit import Address, follow
+from gflowvlm.run.console import terminal
 
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="The run's name, or the id of one of its jobs.")]
 
@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
         """List the runs that `gflowvlm submit` sent to a cluster, the newest first."""
         from gflowvlm.cluster.launch.jobs import Jobs
 
-        console, board = Console(), Jobs(address)
+        console, board = terminal(), Jobs(address)
         table = Table("run", "job", "status", "sent", "minutes", "folder")
         for job in board.list():
             sent = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started))
@@ -34,14 +34,14 @@ def register(app: typer.Typer) -> None:
         from gflowvlm.cluster.launch.jobs import Jobs
 
         board = Jobs(address)
-        follow(Console(), board, board.newest(name))
+        follow(terminal(), board, board.newest(name))
 
     @app.command()
     def stop(name: _Name, address: Address = None) -> None:
         """End a run on a cluster: it writes a checkpoint, and `gflowvlm submit --resume NAME` goes on with it."""
         from gflowvlm.cluster.launch.jobs import STOP_WAIT_S, Jobs
 
-        console, board = Console(), Jobs(address)
+        console, board = terminal(), Jobs(address)
         job = board.newest(name)
         if job.over:
             console.print(f"{job.run} has ended already ({job.status})", highlight=False)

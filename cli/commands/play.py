@@ -10,12 +10,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from gflowvlm.cli.json_file import write_json_file
+from gflowvlm.cli.json_file import json_option, write_json_file
 from gflowvlm.envs.base import TaskEnv
 from gflowvlm.evaluation.playing import (
     Episode,
@@ -29,6 +28,7 @@ from gflowvlm.evaluation.playing import (
     task_env,
     write_picture,
 )
+from gflowvlm.run.console import printable, terminal
 from gflowvlm.shared.config_io import override_task
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.response import DONE_TOKEN
@@ -69,7 +69,7 @@ def register(app: typer.Typer) -> None:
         ] = 0,
         json_file: Annotated[
             Path | None,
-            typer.Option("--json", help="Write instance, success, actions, rewards and steps here.", dir_okay=False),
+            json_option("Write instance, success, actions, rewards and steps here."),
         ] = None,
         images: Annotated[
             Path | None, typer.Option(help="Write every state's picture into this folder (PNG).", file_okay=False)
@@ -88,7 +88,7 @@ def register(app: typer.Typer) -> None:
 
         One kind of household task: `gflowvlm play alfworld 'task_types=[pick_heat_then_place_in_recep]'`
         """
-        console = Console()
+        console = terminal()
         with _env_and_player(task, task_settings or [], player, split, console) as (env, chosen):
             by_hand = isinstance(chosen, HumanPlayer)
             if images is None and by_hand:
@@ -101,9 +101,9 @@ def register(app: typer.Typer) -> None:
         console.print(_summary(finished))
         if json_file is not None:
             write_json_file([asdict(episode) for episode in finished], json_file)
-            console.print(f"Every episode: {escape(str(json_file))}", soft_wrap=True)
+            console.print(f"Every episode: {json_file}", soft_wrap=True)
         if images is not None:
-            console.print(f"Pictures: {escape(str(images))}", soft_wrap=True)
+            console.print(f"Pictures: {images}", soft_wrap=True)
 
 
 class HumanPlayer:
@@ -123,14 +123,14 @@ class HumanPlayer:
             asked = "or its number"
         while True:
             try:
-                typed = self._console.input(f"Your action, {escape(asked)} (Ctrl-D ends): ").strip()
+                typed = self._console.input(Text(f"Your action, {asked} (Ctrl-D ends): ")).strip()
             except (EOFError, KeyboardInterrupt):
                 self._console.print()
                 raise EOFError from None
             action = numbered.get(typed, DONE_TOKEN if typed.lower() == "done" else typed)
             if action in actions:
                 return Move(action)
-            self._console.print(Text(f"{_printable(typed)!r} is not possible here."))
+            self._console.print(Text(f"{printable(typed)!r} is not possible here."))
 
 
 class _Screen:
@@ -157,7 +157,7 @@ class _Screen:
     def show_move(self, env: TaskEnv, move: Move) -> None:
         """Shows a move and, after the last one, how the episode ended."""
         shown = move.response if move.response != "" else str(move.action)
-        self._console.print(Text(f"-> {_printable(shown)}", style="bold"))
+        self._console.print(Text(f"-> {printable(shown)}", style="bold"))
         if env.end is not None:
             word = "solved" if env.success else "not solved"
             self._console.print(
@@ -202,7 +202,7 @@ def _summary(episodes: list[Episode]) -> Table | Text:
         return Text("No episode was finished.")
     table = Table("instance", "success", "end", "steps", "reward", "actions")
     for episode in episodes[:LISTED_EPISODES]:
-        told = ["(malformed)" if action is None else _printable(action) for action in episode.actions]
+        told = ["(malformed)" if action is None else printable(action) for action in episode.actions]
         actions = (", " if any(" " in action for action in told) else " ").join(told)
         table.add_row(
             episode.instance,
@@ -219,11 +219,6 @@ def _summary(episodes: list[Episode]) -> Table | Text:
     solved = f"{successes} of {len(episodes)} solved ({successes / len(episodes):.0%}), {steps:.1f} steps each; {ends}"
     table.caption = f"{more} more, not listed. {solved}" if more > 0 else solved
     return table
-
-
-def _printable(text: str) -> str:
-    # Responses are model output: control characters in them must not reach the terminal.
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _hex(pixel: object) -> str:

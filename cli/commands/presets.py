@@ -3,10 +3,10 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
+from gflowvlm.run.console import terminal
 from gflowvlm.run.preset_library import load_preset, preset_names
 from gflowvlm.shared.config_io import dump_config
 
@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
         The YAML can be saved, changed and given to `gflowvlm train --config FILE`.
         """
-        console = Console()
+        console = terminal()
         if name is not None:
             text = dump_config(load_preset(name))
             if console.is_terminal:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from gflowvlm.run.console import terminal
 from gflowvlm.run.interruption import INTERRUPTED
 from gflowvlm.shared.errors import UserError
 
@@ -55,7 +56,7 @@ def register(app: typer.Typer) -> None:
 
         Examples: `gflowvlm prove --quick`, `gflowvlm prove losses lambda`.
         """
-        console = Console()
+        console = terminal()
         names = _known(experiments)
         _prove(console, names, seeds if seeds is not None else QUICK_SEEDS if quick else SEEDS, quick, out)
 

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 import typer
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from gflowvlm.api.trajectories import Filters, Trajectories
-from gflowvlm.cli.json_file import write_json_file
+from gflowvlm.cli.json_file import json_option, write_json_file
+from gflowvlm.run.console import printable, terminal
 from gflowvlm.shared.trajectory import Trajectory
 
 SHOWN = 20
@@ -42,9 +43,7 @@ def register(app: typer.Typer) -> None:
             typer.Option(min=1, help=f"How many, the newest. [default: {SHOWN} on screen, all in a JSON file]"),
         ] = None,
         show: Annotated[bool, typer.Option("--show", help="Show each step: prompt, response, action, reward.")] = False,
-        json_file: Annotated[
-            Path | None, typer.Option("--json", help="Also write them, pictures left out, to this file.")
-        ] = None,
+        json_file: Annotated[Path | None, json_option("Also write them, pictures left out, to this file.")] = None,
     ) -> None:
         """List the trajectories of a run, or of a set of demonstrations, the newest last."""
         filters = Filters(success, expert, task, split, version, min_version, group)
@@ -54,7 +53,7 @@ def register(app: typer.Typer) -> None:
         trajectories = list(selected) if wanted is None else selected.newest(wanted)
         if json_file is not None:
             write_json_file({"matching": passed, "trajectories": [as_json(t) for t in trajectories]}, json_file)
-        console = Console()
+        console = terminal()
         on_screen = trajectories[-(limit or SHOWN) :]
         if len(on_screen) == 0:
             console.print("no trajectory matches")
@@ -91,7 +90,7 @@ def _table(trajectories: list[Trajectory]) -> Table:
             trajectory.end.value,
             f"{trajectory.log_rewards[-1]:.2f}",
             "expert" if trajectory.expert else ", ".join(map(str, versions)),
-            _plain(" ".join("(malformed)" if action is None else action for action in trajectory.actions)),
+            printable(" ".join("(malformed)" if action is None else action for action in trajectory.actions)),
         )
     return table
 
@@ -102,18 +101,13 @@ def _show(console: Console, trajectory: Trajectory) -> None:
     console.rule(f"{trajectory.trajectory_id}: {trajectory.instance_id} by {maker}", align="left")
     for t, step in enumerate(trajectory.steps):
         reward = f"log-reward {trajectory.log_rewards[t]:.3f}, original reward {trajectory.original_rewards[t]:g}"
-        console.print(f"[bold]step {t}[/bold]  version {step.policy_version}, {reward}", highlight=False)
-        console.print(_plain(step.prompt), style="dim", highlight=False)
-        console.print(_plain(step.response_text), highlight=False)
-        action = "none" if step.action is None else _plain(repr(step.action))
-        console.print(f"action [bold]{action}[/bold], {step.validity.value}", highlight=False)
+        console.print(Text.assemble((f"step {t}", "bold"), f"  version {step.policy_version}, {reward}"))
+        console.print(printable(step.prompt), style="dim", highlight=False)
+        console.print(printable(step.response_text), highlight=False)
+        action = "none" if step.action is None else printable(repr(step.action))
+        console.print(Text.assemble("action ", (action, "bold"), f", {step.validity.value}"))
     console.print(
-        f"end: {trajectory.end.value}, {solved}, outcome {_plain(trajectory.outcome)}, "
+        f"end: {trajectory.end.value}, {solved}, outcome {printable(trajectory.outcome)}, "
         f"log-reward {trajectory.log_rewards[-1]:.3f}\n",
         highlight=False,
     )
-
-
-def _plain(text: str) -> str:
-    """Returns model output that is safe to print: no markup, no terminal control characters."""
-    return escape("".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text))

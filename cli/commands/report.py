@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from gflowvlm.cli.json_file import check_can_be_written
+from gflowvlm.run.console import terminal
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.log import read_rows
 from gflowvlm.run.setup import open_run, write_whole
@@ -45,6 +46,8 @@ def register(app: typer.Typer) -> None:
 
         Example: `gflowvlm report runs/numberline-tiny-20260101-120000`.
         """
+        if out is not None:
+            check_can_be_written("--out", out)
         page = run_page(run, limit, instance)
         path = out if out is not None else run / "report.html"
         try:
@@ -53,7 +56,7 @@ def register(app: typer.Typer) -> None:
             raise UserError(f"{path}: cannot be written ({error.strerror}); name another file with --out") from None
         size = path.stat().st_size / 1e6
         told = f"{path} ({size:.1f} MB); open it in a browser"
-        Console().print(told, highlight=False, markup=False, soft_wrap=True)
+        terminal().print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def run_page(run: Path, limit: int, instance: str | None) -> str:

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from gflowvlm.cli.commands.submit import Address, say
+from gflowvlm.run.console import terminal
 from gflowvlm.shared.errors import UserError
 
 
@@ -43,7 +43,7 @@ def register(app: typer.Typer) -> None:
         from gflowvlm.run.setup import open_run
 
         request = parse_request(changes)
-        console = Console()
+        console = terminal()
         if address is not None or (Path(run).name == run and not Path(run).exists()):
             say(console, _ask_cluster(address, run, changes))
             return

@@ -4,8 +4,8 @@ import os
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from gflowvlm.run.console import terminal
 from gflowvlm.shared.errors import UserError
 
 
@@ -85,4 +85,4 @@ def register(app: typer.Typer) -> None:
         )
         found, address = served_policy(arguments), Address(host, port)
         address.check()
-        serve_until_stopped(found, address, Console())
+        serve_until_stopped(found, address, terminal())

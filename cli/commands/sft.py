@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 
 from gflowvlm.cli.option_errors import first_problem
+from gflowvlm.run.console import terminal
 from gflowvlm.run.interruption import INTERRUPTED
 from gflowvlm.shared.config_io import override_task
 from gflowvlm.shared.errors import UserError
@@ -102,7 +102,7 @@ def register(app: typer.Typer) -> None:
         # Imported here: torch and transformers take seconds, and `--help` does not need them.
         from gflowvlm.warm_starts import supervised
 
-        console = Console()
+        console = terminal()
         finished = supervised.resume(out, console) if resume else supervised.start(_request(context), out, console)
         if not finished:
             raise typer.Exit(INTERRUPTED)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from gflowvlm.run.console import terminal
 from gflowvlm.run.interruption import INTERRUPTED
 from gflowvlm.run.paths import configured_paths
 from gflowvlm.run.preset_library import DEFAULT_PRESET, named_config
@@ -68,7 +69,7 @@ def register(app: typer.Typer) -> None:
         Examples: `gflowvlm submit --name first learner.steps=100`,
         `gflowvlm submit --address http://head:8265 --preset numberline-7b`, `gflowvlm submit --resume first`.
         """
-        console = Console()
+        console = terminal()
         if resume is not None:
             if preset is not None or config is not None or run is not None or name is not None:
                 raise UserError("--resume takes the run's own name and configuration; leave out --name, --run and such")

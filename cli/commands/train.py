@@ -9,11 +9,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gflowvlm.run.console import terminal
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.interruption import INTERRUPTED
 from gflowvlm.run.preset_library import DEFAULT_PRESET, resolve_config
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.shell import quoted
 
 LACKING = 1
 """Exit status of `--dry-run` when the run could not start on the cluster as it is."""
@@ -52,7 +54,7 @@ def register(app: typer.Typer) -> None:
         Examples: `gflowvlm train`, `gflowvlm train objective.loss=subtb learner.steps=100`,
         `gflowvlm train --preset numberline-7b --dry-run`, `gflowvlm train --resume runs/NAME`.
         """
-        console = Console()
+        console = terminal()
         if resume is not None:
             if overrides or preset is not None or config is not None or run is not None:
                 raise UserError("--resume takes the run's own configuration; leave out presets, files and settings")
@@ -73,7 +75,7 @@ def _reopened(directory: Path) -> tuple[RunFolder, RunConfig]:
 
     folder, config = open_run(directory)
     if folder.summary.exists():
-        raise UserError(f"{directory}: this run has ended; look at it with `gflowvlm eval {directory}`")
+        raise UserError(f"{directory}: this run has ended; look at it with `gflowvlm eval {quoted(directory)}`")
     checkpoint = latest_checkpoint(folder.checkpoints)
     if checkpoint is not None:
         check_checkpoint(checkpoint)
@@ -97,7 +99,7 @@ def _train(console: Console, folder: RunFolder | None, config: RunConfig, direct
         # Before there is a folder.
         check_local_ray(config)
     folder = new_run(config, directory) if folder is None else folder
-    console.print(f"run folder: {_shown(folder)}", highlight=False)
+    console.print(f"run folder: {_shown(folder)}", soft_wrap=True)
     started = time.monotonic()
     try:
         with run_lock(folder), ray_cluster(config) as dashboard:
@@ -107,13 +109,16 @@ def _train(console: Console, folder: RunFolder | None, config: RunConfig, direct
                 console.print(dashboard_line(dashboard), highlight=False)
             report = TrainingRun(folder, config, console).run()
     except KeyboardInterrupt:
-        console.print(f"\ninterrupted; go on with: gflowvlm train --resume {_shown(folder)}", highlight=False)
+        go_on = f"gflowvlm train --resume {quoted(_shown(folder))}"
+        console.print(f"\ninterrupted; go on with: {go_on}", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
         path = _shown(folder)
-        raise UserError(f"{path}: {error.strerror}; free some space, then `gflowvlm train --resume {path}`") from None
+        raise UserError(
+            f"{path}: {error.strerror}; free some space, then `gflowvlm train --resume {quoted(path)}`"
+        ) from None
     _show_report(console, folder, config.task.name, report, time.monotonic() - started)
 
 
@@ -141,13 +146,17 @@ def _show_report(
         table.add_row(key, *("-" if v is None else f"{v:.3f}" for v in values))
     console.print(table)
     path = _shown(folder)
-    console.print(f"done in {seconds / 60:.1f} minutes; learning curve: {path}/learning_curve.png", highlight=False)
-    console.print("what next:", highlight=False)
-    console.print(f"  gflowvlm play {task} --player {path}     watch the policy play", highlight=False)
-    console.print(f"  gflowvlm report {path}                  a page with curves and trajectories", highlight=False)
-    console.print(f"  gflowvlm replay {path} --limit 5             look at what it learned from", highlight=False)
-    console.print(f"  gflowvlm eval {path} --split ood             evaluate it again", highlight=False)
-    console.print(f"  tensorboard --logdir {path}/tensorboard", highlight=False)
+    run = quoted(path)
+    for line in (
+        f"done in {seconds / 60:.1f} minutes; learning curve: {path}/learning_curve.png",
+        "what next:",
+        f"  gflowvlm play {task} --player {run}     watch the policy play",
+        f"  gflowvlm report {run}                  a page with curves and trajectories",
+        f"  gflowvlm replay {run} --limit 5             look at what it learned from",
+        f"  gflowvlm eval {run} --split ood             evaluate it again",
+        f"  tensorboard --logdir {quoted(f'{path}/tensorboard')}",
+    ):
+        console.print(line, soft_wrap=True)
 
 
 def _shown(folder: RunFolder) -> Path:

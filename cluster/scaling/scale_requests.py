@@ -20,6 +20,7 @@ from gflowvlm.run.log import Row
 from gflowvlm.run.setup import driver_holds, write_whole
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.settings import Settings
+from gflowvlm.shared.shell import quoted
 
 SCALE = "scale"
 """Kind of the log's rows about the run's size."""
@@ -179,7 +180,8 @@ def _check_running(folder: RunFolder) -> None:
         raise UserError(f"{folder.root}: this run has ended; nothing is left to scale")
     if driver_holds(folder) is False:
         raise UserError(
-            f"{folder.root}: no driver is running this run; `gflowvlm train --resume {folder.root}` goes on with it"
+            f"{folder.root}: no driver is running this run; `gflowvlm train --resume {quoted(folder.root)}` goes on "
+            "with it"
         )
 
 

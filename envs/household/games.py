@@ -13,6 +13,7 @@ from typing import Any
 from gflowvlm.envs.household.engine import read_game
 from gflowvlm.envs.household.tasks import Task, TaskType
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.shell import quoted
 
 DATA_VARIABLE = "ALFWORLD_DATA"
 ALFWORLD_CACHE = Path("~/.cache/alfworld")
@@ -70,8 +71,8 @@ def official_data() -> Path | None:
     # alfworld itself sets the variable to its default when it is imported.
     if root != default:
         raise UserError(
-            f"{DATA_VARIABLE}={root}: no folder {VERSION_FOLDER} in it; `gflowvlm alfworld generate {root}` makes "
-            "games there, and without the variable a starter set is played"
+            f"{DATA_VARIABLE}={root}: no folder {VERSION_FOLDER} in it; `gflowvlm alfworld generate {quoted(root)}` "
+            "makes games there, and without the variable a starter set is played"
         )
     return None
 
@@ -93,7 +94,8 @@ def find_games(root: Path, folder: str, task_types: tuple[TaskType, ...]) -> tup
     if len(games) == 0:
         types = ", ".join(task_type.value for task_type in task_types)
         raise UserError(
-            f"{root / VERSION_FOLDER / folder}: no game of {types}; `gflowvlm alfworld generate {root}` makes some"
+            f"{root / VERSION_FOLDER / folder}: no game of {types}; `gflowvlm alfworld generate {quoted(root)}` makes "
+            "some"
         )
     return games
 

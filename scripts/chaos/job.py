@@ -16,6 +16,7 @@ from rich.console import Console
 from gflowvlm.actors.groups import GroupSummary
 from gflowvlm.cluster.driver.training_run import TrainingRun
 from gflowvlm.cluster.launch.ray_runtime import ray_cluster, wait_for_room
+from gflowvlm.run.console import terminal
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.interruption import INTERRUPTED, termination_as_interrupt
 from gflowvlm.run.log import append_row
@@ -42,7 +43,7 @@ class RecordedRun(TrainingRun):
 
 def main(run: str, ledger: str, node: str) -> int:
     """Runs the run of a folder to its end; returns the exit status that `gflowvlm train` has."""
-    console = Console()
+    console = terminal()
     # Ray looks for the driver's node among this machine's processes, and takes the head where it sees several nodes.
     connect = partial(ray.init, _node_ip_address=node)
     try:

@@ -26,6 +26,7 @@ from gflowvlm.cluster.driver.learner_reports import Report
 from gflowvlm.cluster.driver.run_actors import RunActors
 from gflowvlm.cluster.driver.training_run import TrainingRun
 from gflowvlm.cluster.launch.ray_runtime import ray_cluster
+from gflowvlm.run.console import terminal
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.log import Row, read_rows
 from gflowvlm.run.setup import new_run
@@ -254,7 +255,7 @@ def simulate_run(directory: Path, config: RunConfig, simulation: Simulation) -> 
 
 def _simulated_run(directory: Path, config: RunConfig, simulation: Simulation) -> Observed:
     folder = new_run(config, directory)
-    run = SimulatedRun(folder, config, Console(), simulation)
+    run = SimulatedRun(folder, config, terminal(), simulation)
     with ray_cluster(config):
         run.run()
     observed = Observed(config, simulation, run.moments, read_rows(folder.metrics), run.reported)
