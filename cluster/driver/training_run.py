@@ -40,6 +40,7 @@ from gflowvlm.run.models import resolve_model
 from gflowvlm.run.setup import write_whole
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.shell import quoted
 from gflowvlm.shared.trajectory import BASE_VERSION
 
 PUMP_WAIT_S = 0.1
@@ -147,12 +148,12 @@ class TrainingRun:
             raise UserError(
                 f"the learner failed {self.config.learner.max_failures + 1} times, last: "
                 f"{last_line(str(self._actors.learner_error))}; "
-                f"resume with `gflowvlm train --resume {self.folder.root}`"
+                f"resume with `gflowvlm train --resume {quoted(self.folder.root)}`"
             )
         if self.state.step < self.config.learner.steps:
             raise UserError(
                 f"the learner ended at step {self.state.step} of {self.config.learner.steps}; "
-                f"resume with `gflowvlm train --resume {self.folder.root}`"
+                f"resume with `gflowvlm train --resume {quoted(self.folder.root)}`"
             )
         return self._report()
 
