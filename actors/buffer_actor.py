@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gflowvlm.actors.adapter_store import NAMESPACE
 from gflowvlm.actors.replay_buffer import ReplayBuffer
+from gflowvlm.actors.sampling_record import SamplingRecord
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.shared.config import BufferSettings, RunConfig
 from gflowvlm.shared.errors import UserError
@@ -24,6 +25,12 @@ START_TIMEOUT_S = 300.0
 APPENDS_PER_FILE = 64
 """Most appends that are written together."""
 
+BYTES_PER_FILE = 256 * 2**20
+"""Bytes from which on no further append is written together with others."""
+
+RECORD_FILE = "sampled.json"
+"""Beside the Parquet files: which batches were given."""
+
 
 class ReplayBufferActor:
     """A `ReplayBuffer` that many workers append to and the learner waits on.
@@ -31,17 +38,24 @@ class ReplayBufferActor:
     A damaged folder does not end the actor (it would be restarted for ever): every call reports it.
     """
 
-    def __init__(self, settings: BufferSettings, seed: int, directory: str) -> None:
-        """Opens the buffer of a run; `directory` is the folder of its Parquet files."""
+    def __init__(self, settings: BufferSettings, seed: int, directory: str, name: str) -> None:
+        """Opens the buffer of a run.
+
+        Args:
+            settings: As for `ReplayBuffer`.
+            seed: As for `ReplayBuffer`.
+            directory: The folder of its Parquet files.
+            name: The actor's name, by which one that comes back knows what it gave before.
+        """
         self._problem: UserError | None = None
         self._changed = asyncio.Condition()
         self._appended = _Rate()
         self._sampled = _Rate()
-        self._closed = False
         self._waiting: list[_Append] = []
         self._writing: asyncio.Task[None] | None = None
         # Data-parallel learners ask for the same step one after another and must get the same batch.
         self._drawn: dict[int, pa.RecordBatch] = {}
+        self._record = SamplingRecord(Path(directory) / RECORD_FILE, name)
         try:
             self._held = ReplayBuffer(settings, seed, Path(directory))
         except UserError as problem:
@@ -71,30 +85,38 @@ class ReplayBufferActor:
         while len(self._waiting) > 0:
             # A turn of the event loop: calls that have arrived meanwhile enter their batches.
             await asyncio.sleep(0)
-            appends, self._waiting = self._waiting[:APPENDS_PER_FILE], self._waiting[APPENDS_PER_FILE:]
-            try:
-                started = time.perf_counter()
-                self._buffer.append_checked([batch for batch, _ in appends])
-                self._appended.add([batch for batch, _ in appends], started)
-            except UserError as refusal:
-                for written in _awaited(appends):
-                    written.set_exception(refusal)
-            else:
-                for written in _awaited(appends):
+            appends = self._next_appends()
+            # Gathered, so that whatever goes wrong reaches those who wait, and the next ones are written.
+            (problem,) = await asyncio.gather(self._write([batch for batch, _ in appends]), return_exceptions=True)
+            for written in _awaited(appends):
+                if problem is None:
                     written.set_result(None)
-            finally:
-                # After a defect; no caller may wait for ever.
-                for written in _awaited(appends):
-                    written.cancel()
+                else:
+                    written.set_exception(problem)
             async with self._changed:
                 self._changed.notify_all()
+
+    def _next_appends(self) -> list["_Append"]:
+        """Takes the appends that go into the next file, at least one."""
+        count = size = 0
+        for batch, _ in self._waiting[:APPENDS_PER_FILE]:
+            count, size = count + 1, size + batch.nbytes
+            if size >= BYTES_PER_FILE:
+                break
+        appends, self._waiting = self._waiting[:count], self._waiting[count:]
+        return appends
+
+    async def _write(self, batches: list[pa.RecordBatch]) -> None:
+        started = time.perf_counter()
+        self._buffer.append_checked(batches)
+        self._appended.add(batches, started)
 
     async def wait_sample(
         self, step: int, groups: int, version: int, min_accepted: int, timeout_s: float
     ) -> pa.RecordBatch | None:
         """Waits until enough was accepted, then samples whole groups (see `ReplayBuffer.sample`).
 
-        Every request for one step gets the same batch.
+        Every request for one step gets the same batch, also after the actor's process died in between.
 
         Args:
             step: The learner's step; with the seed it fixes the draw.
@@ -113,7 +135,8 @@ class ReplayBufferActor:
         buffer = self._buffer
 
         def ready() -> bool:
-            return self._closed or (buffer.accepted >= min_accepted and buffer.available(version) >= 1)
+            given = self._record.closed or self._record.batch(step) is not None
+            return given or (buffer.accepted >= min_accepted and buffer.available(version) >= 1)
 
         try:
             async with asyncio.timeout(timeout_s), self._changed:
@@ -124,11 +147,15 @@ class ReplayBufferActor:
                 f"{min_accepted} trajectories accepted, {buffer.available(version)} groups fresh "
                 f"enough at version {version}; are rollout workers and the policy server alive?"
             ) from None
-        if self._closed and step not in self._drawn:
-            return None
         if step not in self._drawn:
-            started = time.perf_counter()
-            batch = buffer.sample(step, min(groups, buffer.available(version)), version)
+            started, given = time.perf_counter(), self._record.batch(step)
+            if given is not None:
+                batch = buffer.find(given)
+            elif self._record.closed:
+                return None
+            else:
+                batch = buffer.sample(step, min(groups, buffer.available(version)), version)
+                self._record.note_batch(step, batch["trajectory_id"].to_pylist())
             self._sampled.add([batch], started)
             self._drawn = {s: b for s, b in self._drawn.items() if s == step - 1} | {step: batch}
         return self._drawn[step]
@@ -136,7 +163,7 @@ class ReplayBufferActor:
     async def close(self) -> None:
         """Ends all waiting: learners get None instead of a new batch, now and later."""
         async with self._changed:
-            self._closed = True
+            self._record.close()
             self._changed.notify_all()
 
     async def stats(self) -> dict[str, Any]:
@@ -208,7 +235,7 @@ def create_buffer_actor(config: RunConfig, run_dir: Path, name: str) -> Any:
         scheduling_strategy=here,
     )
     try:
-        actor = kind.remote(config.replay, config.seed, str(RunFolder(run_dir.resolve()).trajectories))
+        actor = kind.remote(config.replay, config.seed, str(RunFolder(run_dir.resolve()).trajectories), name)
     except ValueError:
         raise UserError(
             f"replay buffer {name!r}: there is one already on this cluster; wait for that run to end, or stop it"

@@ -3,7 +3,7 @@
 import heapq
 import math
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,10 +16,13 @@ from gflowvlm.actors.groups import index_of_group
 from gflowvlm.actors.trajectory_files import TrajectoryFiles
 from gflowvlm.shared.config import BufferSettings
 from gflowvlm.shared.errors import UserError
-from gflowvlm.shared.trajectory import SCHEMA_VERSION, TRAJECTORY_SCHEMA, python_values
+from gflowvlm.shared.trajectory import SCHEMA_VERSION, TRAJECTORY_SCHEMA, concatenate, python_values
 
 NEWEST_WINDOW = 128
 """Policy trajectories over which the newest success rate is taken."""
+
+QUEUE_SLACK = 64
+"""Entries of groups that are gone that a queue may hold, besides as many as there are groups."""
 
 
 @dataclass
@@ -154,7 +157,7 @@ class ReplayBuffer:
         Raises:
             UserError: They could not be written; the buffer is as it was.
         """
-        new = self._unknown_rows(batches[0] if len(batches) == 1 else _concatenated(batches))
+        new = self._unknown_rows(batches[0] if len(batches) == 1 else concatenate(batches))
         if new.num_rows > 0:
             if self._files is not None:
                 try:
@@ -195,11 +198,31 @@ class ReplayBuffer:
         noisy = priorities + np.random.default_rng([self.seed, step]).gumbel(size=len(rest))
         drawn = np.argsort(-noisy, kind="stable")[: groups - len(chosen)]
         chosen += [rest[i] for i in drawn]
-        return _concatenated([group.batch for group in chosen])
+        return concatenate([group.batch for group in chosen])
+
+    def find(self, trajectory_ids: Sequence[str]) -> pa.RecordBatch:
+        """Returns trajectories that were acknowledged before the buffer was opened, or are in memory, in this order.
+
+        Raises:
+            UserError: One is in no file any more.
+        """
+        wanted = dict.fromkeys(trajectory_ids)
+        found = [_rows_of(group.batch, wanted) for group in self._groups.values()]
+        missing = set(wanted).difference(*(part["trajectory_id"].to_pylist() for part in found))
+        if missing and self._files is not None:
+            # They left memory since they were sampled.
+            for batch in self._files.read():
+                found.append(_rows_of(batch, missing))
+                missing -= set(found[-1]["trajectory_id"].to_pylist())
+        if missing:
+            raise UserError(f"replay buffer: {len(missing)} trajectories that a learner was given are gone from disk")
+        together = concatenate(found)
+        row_of = {name: row for row, name in enumerate(together["trajectory_id"].to_pylist())}
+        return together.take(pa.array([row_of[name] for name in trajectory_ids], pa.int64()))
 
     def content(self) -> pa.RecordBatch:
         """Returns every trajectory in memory, in order of acceptance."""
-        return _concatenated([group.batch for group in self._groups.values()])
+        return concatenate([group.batch for group in self._groups.values()])
 
     def stats(self) -> dict[str, Any]:
         """Returns the buffer's counts.
@@ -272,7 +295,7 @@ class ReplayBuffer:
     def _enter(self, group_id: str, batch: pa.RecordBatch) -> None:
         if group_id in self._groups:
             # Late members join their group, which counts as new again.
-            batch = _concatenated([self._leave(group_id).batch, batch])
+            batch = concatenate([self._leave(group_id).batch, batch])
         experts = batch["expert"].to_pylist()
         policy_versions = [
             version
@@ -331,6 +354,17 @@ class ReplayBuffer:
             _, order, group_id = heapq.heappop(self._by_priority)
             if self._is_alive(order, group_id):
                 self._evict(group_id)
+        self._shorten_queues()
+
+    def _shorten_queues(self) -> None:
+        """Drops what the queues say of groups that are gone, once that is most of a queue."""
+        longest = 2 * len(self._groups) + QUEUE_SLACK
+        if len(self._spared) > longest:
+            self._spared = deque(entry for entry in self._spared if self._is_alive(*entry))
+        for queue in (self._by_priority, self._by_version):
+            if len(queue) > longest:
+                queue[:] = [entry for entry in queue if self._is_alive(*entry[1:])]
+                heapq.heapify(queue)
 
     def _make_oldest_evictable(self) -> None:
         order, group_id = self._spared.popleft()
@@ -341,15 +375,15 @@ class ReplayBuffer:
             heapq.heappush(self._by_priority, group.eviction_key)
 
 
+def _rows_of(batch: pa.RecordBatch, trajectory_ids: Container[str]) -> pa.RecordBatch:
+    """Returns the rows of some trajectories."""
+    rows = [row for row, name in enumerate(batch["trajectory_id"].to_pylist()) if name in trajectory_ids]
+    return batch.take(pa.array(rows, pa.int64()))
+
+
 def _oldest_versions(batch: pa.RecordBatch) -> list[int]:
     """Returns each trajectory's oldest policy version, -1 without steps."""
     steps = batch["steps"]
     versions = python_values(steps.flatten().field("policy_version"))
     offsets = steps.offsets.to_numpy()
     return [min(versions[start:end], default=-1) for start, end in pairwise((offsets - offsets[0]).tolist())]
-
-
-def _concatenated(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
-    table = pa.Table.from_batches(batches, schema=TRAJECTORY_SCHEMA).combine_chunks()
-    merged = table.to_batches()
-    return merged[0] if len(merged) > 0 else pa.RecordBatch.from_pylist([], schema=TRAJECTORY_SCHEMA)

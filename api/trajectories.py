@@ -17,7 +17,15 @@ from gflowvlm.envs.base import SPLITS
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.task_settings import task_names
-from gflowvlm.shared.trajectory import SCHEMA_VERSION, TRAJECTORY_SCHEMA, EndReason, Trajectory, Validity, from_arrow
+from gflowvlm.shared.trajectory import (
+    SCHEMA_VERSION,
+    TRAJECTORY_SCHEMA,
+    EndReason,
+    Trajectory,
+    Validity,
+    from_arrow,
+    is_trajectory_schema,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -253,7 +261,7 @@ def _open(run: Path) -> ds.Dataset:
             raise UserError(
                 f"{fragment.path}: not a readable trajectory file ({_one_line(error)}); remove or restore it"
             ) from None
-        if not schema.equals(TRAJECTORY_SCHEMA):
+        if not is_trajectory_schema(schema):
             raise UserError(
                 f"{fragment.path}: not in the trajectory schema version {SCHEMA_VERSION}; made by another release?"
             )

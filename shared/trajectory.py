@@ -3,6 +3,8 @@
 One trajectory is one row. With n non-stop transitions the visited states are 0..n, so there are n + 1
 log-rewards. It has n + 1 steps (responses) when the policy chose to stop, n otherwise.
 Images are stored once per trajectory as encoded bytes; steps refer to them by index.
+
+Pictures and texts have 64-bit offsets: with 32 bits a batch could hold 2 GiB of them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +19,7 @@ import pyarrow.parquet as pq
 
 from gflowvlm.shared.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 BASE_VERSION = 0
 """The policy version that is the base model without an adapter."""
@@ -150,10 +152,10 @@ class Trajectory:
 
 STEP_TYPE = pa.struct(
     [
-        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("prompt", pa.large_string(), nullable=False),
         pa.field("image", pa.int32(), nullable=False),
         pa.field("response_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("response_text", pa.string(), nullable=False),
+        pa.field("response_text", pa.large_string(), nullable=False),
         pa.field("cot_end", pa.int32(), nullable=False),
         pa.field("action_end", pa.int32(), nullable=False),
         pa.field("sampler_log_probs", pa.list_(pa.float32()), nullable=False),
@@ -172,7 +174,7 @@ TRAJECTORY_SCHEMA = pa.schema(
         pa.field("task", pa.string(), nullable=False),
         pa.field("split", pa.string(), nullable=False),
         pa.field("steps", pa.list_(STEP_TYPE), nullable=False),
-        pa.field("images", pa.list_(pa.binary()), nullable=False),
+        pa.field("images", pa.list_(pa.large_binary()), nullable=False),
         pa.field("log_rewards", pa.list_(pa.float64()), nullable=False),
         pa.field("original_rewards", pa.list_(pa.float64()), nullable=False),
         pa.field("end", pa.string(), nullable=False),
@@ -182,6 +184,25 @@ TRAJECTORY_SCHEMA = pa.schema(
     ],
     metadata={"gflowvlm.schema_version": str(SCHEMA_VERSION)},
 )
+
+
+def is_trajectory_schema(found: pa.Schema) -> bool:
+    """Whether a file of this schema can be read as trajectories: today's, or that of version 1."""
+    return bool(found.equals(TRAJECTORY_SCHEMA) or found.equals(SCHEMA_VERSION_1))
+
+
+def _with_short_offsets(kind: pa.DataType) -> pa.DataType:
+    """Returns a type of the schema as version 1 had it."""
+    if pa.types.is_struct(kind):
+        fields = [kind.field(index) for index in range(kind.num_fields)]
+        return pa.struct([field.with_type(_with_short_offsets(field.type)) for field in fields])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_with_short_offsets(kind.value_type)))
+    return {pa.large_string(): pa.string(), pa.large_binary(): pa.binary()}.get(kind, kind)
+
+
+SCHEMA_VERSION_1 = pa.schema([field.with_type(_with_short_offsets(field.type)) for field in TRAJECTORY_SCHEMA])
+"""The schema of earlier files, which are read as those of today are."""
 
 
 def to_record_batch(trajectories: Sequence[Trajectory]) -> pa.RecordBatch:
@@ -200,6 +221,12 @@ def from_arrow(data: pa.RecordBatch | pa.Table) -> list[Trajectory]:
 def _from_row(row: dict[str, Any]) -> Trajectory:
     steps = [Step(**{**step, "validity": Validity(step["validity"])}) for step in row["steps"]]
     return Trajectory(**{**row, "steps": steps, "end": EndReason(row["end"])})
+
+
+def concatenate(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    """Returns the rows of several record batches of `TRAJECTORY_SCHEMA` as one, a copy."""
+    merged = pa.Table.from_batches(batches, schema=TRAJECTORY_SCHEMA).combine_chunks().to_batches()
+    return merged[0] if len(merged) > 0 else pa.RecordBatch.from_pylist([], schema=TRAJECTORY_SCHEMA)
 
 
 def python_values(array: pa.Array) -> list[Any]:
@@ -248,8 +275,11 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """
     try:
         with pq.ParquetFile(path) as file:
-            fits = file.schema_arrow.equals(TRAJECTORY_SCHEMA)
-            table = file.read(None if columns is None else list(columns)) if fits else None
+            table = None
+            if is_trajectory_schema(file.schema_arrow):
+                table = file.read(None if columns is None else list(columns))
+                # The columns are in the file's order.
+                table = table.cast(pa.schema([TRAJECTORY_SCHEMA.field(name) for name in table.column_names]))
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a readable trajectory file ({error}); remove or restore it") from None
     if table is None:

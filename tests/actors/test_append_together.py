@@ -4,18 +4,21 @@ import asyncio
 import math
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from gflowvlm.actors import buffer_actor
 from gflowvlm.actors.buffer_actor import APPENDS_PER_FILE, ReplayBufferActor
 from gflowvlm.actors.replay_buffer import ReplayBuffer
+from gflowvlm.actors.trajectory_files import trajectory_files
 from gflowvlm.shared.config import BufferSettings
 from gflowvlm.shared.errors import UserError
-from gflowvlm.shared.trajectory import to_record_batch
+from gflowvlm.shared.trajectory import read_parquet, to_record_batch
 from tests.actors.made_trajectories import make_group
 
 
 def actor(folder: Path) -> ReplayBufferActor:
-    return ReplayBufferActor(BufferSettings(), 0, str(folder))
+    return ReplayBufferActor(BufferSettings(), 0, str(folder), "buffer")
 
 
 def test_appends_that_arrive_together_share_files_and_each_is_acknowledged(tmp_path: Path) -> None:
@@ -89,6 +92,41 @@ def test_all_that_were_to_be_written_are_refused_by_a_full_disk_and_later_ones_a
     assert all(isinstance(error, UserError) for error in refused)
     assert taken == [t.trajectory_id for t in make_group(0)]
     assert ReplayBuffer(BufferSettings(), 0, folder).accepted == 2
+
+
+def test_whoever_waits_for_a_joint_append_that_goes_wrong_is_told_why_and_the_next_ones_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def play() -> tuple[list[object], list[object]]:
+        buffer = actor(tmp_path)
+
+        def overflow(_: object) -> None:
+            raise pa.ArrowInvalid("offset overflow while concatenating arrays")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(ReplayBuffer, "append_checked", lambda *_: overflow(_))
+            appends = (buffer.append(to_record_batch(make_group(index))) for index in range(APPENDS_PER_FILE + 2))
+            failed = await asyncio.wait_for(asyncio.gather(*appends, return_exceptions=True), 10)
+        more = (buffer.append(to_record_batch(make_group(index))) for index in range(2))
+        return failed, await asyncio.wait_for(asyncio.gather(*more), 10)
+
+    failed, taken = asyncio.run(play())
+    assert {(type(error), str(error)) for error in failed} == {
+        (pa.ArrowInvalid, "offset overflow while concatenating arrays")
+    }
+    assert taken == [[t.trajectory_id for t in make_group(index)] for index in range(2)]
+
+
+def test_large_appends_are_not_put_into_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffer_actor, "BYTES_PER_FILE", 3 * 2**20)
+
+    async def play() -> None:
+        buffer = actor(tmp_path)
+        groups = [make_group(index, 1, image=bytes(size * 2**20)) for index, size in enumerate([1, 1, 1, 1, 4, 1])]
+        await asyncio.wait_for(asyncio.gather(*(buffer.append(to_record_batch(group)) for group in groups)), 10)
+
+    asyncio.run(play())
+    assert [read_parquet(path).num_rows for path in trajectory_files(tmp_path)] == [3, 2, 1]
 
 
 def test_a_caller_that_gave_up_does_not_harm_the_others(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gflowvlm.actors.replay_buffer import ReplayBuffer
+from gflowvlm.actors.replay_buffer import QUEUE_SLACK, ReplayBuffer
 from gflowvlm.shared.config import BufferSettings
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.trajectory import Trajectory, from_arrow, to_record_batch
@@ -222,6 +222,26 @@ def test_late_members_join_their_group() -> None:
     assert target.stats()["groups"] == 2
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        # Only staleness evicts.
+        {"capacity": 10_000, "replay_staleness": 5, "max_staleness": 4},
+        # Only the capacity does; versions stay fresh.
+        {"capacity": 8, "replay_staleness": 1_000_000, "newest_share": 0.5},
+        {"capacity": 10_000, "replay_staleness": 5, "max_staleness": 4, "newest_share": 0.0},
+    ],
+)
+def test_queues_do_not_grow_with_the_groups_that_have_left(settings: dict[str, Any]) -> None:
+    buffer = ReplayBuffer(BufferSettings(**settings), 0, None)
+    longest = 0
+    for version in range(600):
+        buffer.append(to_record_batch(make_group(version, version=version, log_reward=version % 7)))
+        longest = max(longest, *map(len, (buffer._spared, buffer._by_priority, buffer._by_version)))
+    assert buffer.stats()["groups"] < 10
+    assert longest <= 2 * 10 + QUEUE_SLACK + 1
+
+
 def test_counts_are_reported() -> None:
     target = buffer()
     assert target.stats()["newest_success"] is None
@@ -362,7 +382,7 @@ def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from gflowvlm.actors.replay_buffer import ReplayBuffer
+from gflowvlm.actors.replay_buffer import QUEUE_SLACK, ReplayBuffer
 from gflowvlm.shared.config import BufferSettings
 from gflowvlm.shared.trajectory import to_record_batch
 from tests.actors.made_trajectories import make_group

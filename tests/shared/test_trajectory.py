@@ -7,11 +7,13 @@ import pytest
 
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.trajectory import (
+    SCHEMA_VERSION_1,
     TRAJECTORY_SCHEMA,
     EndReason,
     Step,
     Trajectory,
     Validity,
+    concatenate,
     from_arrow,
     python_values,
     read_parquet,
@@ -88,6 +90,31 @@ def test_an_expert_s_missing_log_probabilities_come_back_as_not_a_number():
     expert = replace(TRAJECTORY, steps=[replace(STEP, sampler_log_probs=[math.nan] * 3)] * 2)
     (back,) = from_arrow(to_record_batch([expert]))
     assert all(math.isnan(p) for step in back.steps for p in step.sampler_log_probs)
+
+
+def test_files_of_schema_version_1_are_read_as_those_of_today(tmp_path):
+    path = tmp_path / "old.parquet"
+    pq.write_table(pa.Table.from_batches([to_record_batch([TRAJECTORY, MALFORMED])]).cast(SCHEMA_VERSION_1), path)
+    assert pq.read_schema(path).field("images").type == pa.list_(pa.binary())
+    table = read_parquet(path)
+    assert table.schema.equals(TRAJECTORY_SCHEMA)
+    assert from_arrow(table) == [TRAJECTORY, MALFORMED]
+    assert read_parquet(path, ["images", "trajectory_id"]).num_columns == 2
+
+
+def test_pictures_and_texts_have_offsets_for_more_than_two_gib():
+    step = TRAJECTORY_SCHEMA.field("steps").type.value_type
+    long = [TRAJECTORY_SCHEMA.field("images").type.value_type, step.field("prompt").type]
+    assert [*long, step.field("response_text").type] == [pa.large_binary(), pa.large_string(), pa.large_string()]
+
+
+@pytest.mark.slow
+def test_more_than_two_gib_of_pictures_become_one_batch():
+    """2.1 GiB of memory: the pictures stand there once, and once more where they are put together."""
+    picture = to_record_batch([replace(TRAJECTORY, images=[bytes(64 * 2**20)])])
+    together = concatenate([picture] * 33)
+    assert (together.num_rows, together.nbytes > 2**31) == (33, True)
+    assert together["images"][32][0].as_buffer().size == 64 * 2**20
 
 
 def test_a_stopped_trajectory_has_one_step_more_than_transitions():
