@@ -40,6 +40,9 @@ PUBLICATION_FILE = "publication.json"
 CLAIM_S = 300.0
 """How long a version stays for a reader that has not been heard of since it was given it or named it."""
 
+RESTARTED_S = 60.0
+"""How long a store that was restarted removes nothing: its readers have to say first what they use."""
+
 _NOT_LANGUAGE = re.compile(
     r"(^|\.)(vision_tower|vision_model|vision_encoder|vision|visual|image_encoder|vit|"
     r"connector|multi_modal_projector|mm_projector|merger)\."
@@ -216,8 +219,7 @@ class _AdapterStoreActor:
         self._changing = asyncio.Lock()
         self._published = asyncio.Condition()
         self._claims: dict[str, _Claim] = {}
-        # A store that was restarted does not know yet what its readers use.
-        self._removes_from = time.monotonic() + CLAIM_S
+        self._removes_from = time.monotonic() + (RESTARTED_S if self._store.versions() else 0.0)
 
     async def publish(self, source: str | Path, step: int | None = None, *, keep: bool = False) -> int:
         """Publishes an adapter, then removes what is no longer needed; see `AdapterStore`."""

@@ -361,10 +361,12 @@ class ReplayBuffer:
         longest = 2 * len(self._groups) + QUEUE_SLACK
         if len(self._spared) > longest:
             self._spared = deque(entry for entry in self._spared if self._is_alive(*entry))
-        for queue in (self._by_priority, self._by_version):
-            if len(queue) > longest:
-                queue[:] = [entry for entry in queue if self._is_alive(*entry[1:])]
-                heapq.heapify(queue)
+        if len(self._by_priority) > longest:
+            self._by_priority = [entry for entry in self._by_priority if self._is_alive(*entry[1:])]
+            heapq.heapify(self._by_priority)
+        if len(self._by_version) > longest:
+            self._by_version = [entry for entry in self._by_version if self._is_alive(*entry[1:])]
+            heapq.heapify(self._by_version)
 
     def _make_oldest_evictable(self) -> None:
         order, group_id = self._spared.popleft()

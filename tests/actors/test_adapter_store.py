@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from gflowvlm.actors import adapter_store
 from gflowvlm.actors.adapter_store import (
     CLAIM_S,
+    RESTARTED_S,
     AdapterStore,
     _AdapterStoreActor,
     find_adapter_store,
@@ -169,12 +170,12 @@ def test_what_a_reader_was_given_or_has_loaded_is_not_removed_under_it(
             for _ in range(count):
                 await actor.publish(make_adapter(staging_folder(tmp_path)))
 
-        # Nothing goes before those who read had the time to say so.
-        await more(4)
+        # After its restart nothing goes before those who read had the time to say what they use.
+        await more(2)
         assert adapter_versions(RunFolder(tmp_path)) == [1, 2, 3, 4]
         assert await actor.path(2, "a") == RunFolder(tmp_path).adapter(2)
         assert (await actor.newest("b"))[0] == 4
-        now[0] += CLAIM_S
+        now[0] += RESTARTED_S
         await actor.wait_newer(3, 0.01, "a", [2, 3])
         assert (await actor.newest("b"))[0] == 4
         await more(3)
@@ -189,6 +190,18 @@ def test_what_a_reader_was_given_or_has_loaded_is_not_removed_under_it(
         now[0] += 2 * CLAIM_S
         await more(1)
         assert adapter_versions(RunFolder(tmp_path)) == [10, 11]
+
+    before = AdapterStore(tmp_path)
+    for _ in range(2):
+        publish(before, tmp_path)
+    run_actor(body, tmp_path)
+
+
+def test_a_new_run_removes_from_the_start(tmp_path: Path) -> None:
+    async def body(actor: _AdapterStoreActor) -> None:
+        for _ in range(5):
+            await actor.publish(make_adapter(staging_folder(tmp_path)))
+        assert adapter_versions(RunFolder(tmp_path)) == [4, 5]
 
     run_actor(body, tmp_path)
 

@@ -74,6 +74,20 @@ def test_all_learners_get_the_same_batch_of_a_step(tmp_path: Path) -> None:
     assert call(actor.wait_sample, 4, 3, 0, 0, 10.0).equals(first)
 
 
+def test_learners_get_the_same_batch_and_no_further_one_after_kill_9_of_the_actor(tmp_path: Path) -> None:
+    actor = create_buffer_actor(RunConfig(), tmp_path, "buffer-drawn")
+    for index in range(6):
+        call(actor.append, to_record_batch(make_group(index)))
+    first = call(actor.wait_sample, 4, 3, 0, 0, 10.0)
+    call(actor.append, to_record_batch(make_group(6)))
+    os.kill(call(actor.stats)["pid"], signal.SIGKILL)
+    assert call(actor.wait_sample, 4, 3, 0, 0, 10.0).equals(first)
+    call(actor.close)
+    os.kill(call(actor.stats)["pid"], signal.SIGKILL)
+    assert call(actor.wait_sample, 5, 3, 0, 0, 10.0) is None
+    assert call(actor.wait_sample, 4, 3, 0, 0, 10.0).equals(first)
+
+
 def test_a_batch_has_fewer_groups_while_there_are_fewer(tmp_path: Path) -> None:
     actor = create_buffer_actor(RunConfig(), tmp_path, "buffer-early")
     call(actor.append, to_record_batch(make_group(0)))
