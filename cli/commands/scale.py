@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
         changes: Annotated[
             list[str],
             typer.Argument(
-                metavar="rollouts=N samplers=M",
+                metavar="rollout.workers=N sampler.replicas=M",
                 help="Rollout workers, policy server replicas, or both.",
                 show_default=False,
             ),
@@ -35,8 +35,9 @@ def register(app: typer.Typer) -> None:
         lost. What the cluster has no room for yet starts once it has. A resumed run begins with the numbers of its
         config.yaml again.
 
-        Examples: `gflowvlm scale runs/first rollouts=8`, `gflowvlm scale /runs/first rollouts=32 samplers=4`,
-        `gflowvlm scale --address http://head:8265 first rollouts=32`.
+        Examples: `gflowvlm scale runs/first rollout.workers=8`,
+        `gflowvlm scale /runs/first rollout.workers=32 sampler.replicas=4`,
+        `gflowvlm scale --address http://head:8265 first rollout.workers=32`.
         """
         from gflowvlm.cluster.scaling.run_scaling import describe
         from gflowvlm.cluster.scaling.scale_requests import ask, parse_request

@@ -97,7 +97,9 @@ def _train(console: Console, folder: RunFolder | None, config: RunConfig, direct
     DemonstrationSet.of_run(config)
     if config.cluster.address is None:
         # Before there is a folder.
-        check_local_ray(config)
+        note = check_local_ray(config)
+        if note is not None:
+            console.print(note, soft_wrap=True)
     folder = new_run(config, directory) if folder is None else folder
     console.print(f"run folder: {_shown(folder)}", soft_wrap=True)
     started = time.monotonic()

@@ -110,11 +110,11 @@ class RunActors:
             return {}
         return {"accepted": stats["accepted"], "buffer_size": stats["size"]}
 
-    def scale_rollouts(self, workers: int) -> None:
+    def scale_workers(self, workers: int) -> None:
         """Sets the number of rollout workers; those that leave finish what they play."""
         self.workers.resize(workers)
 
-    def scale_samplers(self, replicas: int) -> None:
+    def scale_replicas(self, replicas: int) -> None:
         """Sets the number of policy server replicas; those that leave finish the requests that they have.
 
         Raises:

@@ -267,8 +267,8 @@ class TrainingRun:
             "groups_set_aside": self.scheduler.groups_set_aside,
             "worker_restarts": self._actors.workers.deaths,
             "rollout_workers": len(self._actors.workers.serving),
-            "rollout_workers_wanted": self.scaling.size.rollouts,
-            "sampler_replicas_wanted": self.scaling.size.samplers,
+            "rollout_workers_wanted": self.scaling.size.workers,
+            "sampler_replicas_wanted": self.scaling.size.replicas,
             "tokens_per_s": self._tokens_since_start / (now - self._started),
         }
         if self.config.cluster.address is None:

@@ -15,6 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from gflowvlm.cluster.launch.local_ray import start_local_ray, working_folder
+from gflowvlm.cluster.launch.local_room import LocalRoom
 from gflowvlm.cluster.launch.placement import Node, ResourcePlan, amounts, lacking, largest, resource_plan, selectors
 from gflowvlm.cluster.launch.process_environment import PROCESS_ENVIRONMENT, package_path
 from gflowvlm.cluster.launch.ray_folder import check_ray_folder, ray_folder
@@ -103,8 +104,11 @@ def _start_local(config: RunConfig) -> ray.runtime_context.RuntimeContext:
     return context
 
 
-def check_local_ray(config: RunConfig) -> None:
-    """Looks whether a Ray on this machine could start, and could have what a run asks for besides GPUs.
+def check_local_ray(config: RunConfig) -> str | None:
+    """Looks whether a Ray on this machine could start, and could have what a run asks for besides GPUs and slots.
+
+    Returns:
+        What to expect of more rollout workers than this machine keeps busy; None where there are not too many.
 
     Raises:
         UserError: It could not; nothing was started.
@@ -120,6 +124,7 @@ def check_local_ray(config: RunConfig) -> None:
         if port is not None and not _is_free(port):
             raise UserError(f"cluster.{key} = {port}: the port is in use; choose another or leave it null")
     check_ray_folder()
+    return LocalRoom.now().check_workers(config.rollout.workers)
 
 
 def cluster_nodes() -> list[Node]:

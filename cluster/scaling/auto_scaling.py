@@ -11,20 +11,24 @@ FITS = 0.8
 """Share of the room that may be in use once some have gone. Less than `FULL`, so that nothing swings."""
 
 
+WORKERS_KEY, REPLICAS_KEY = "rollout.workers", "sampler.replicas"
+"""What the two numbers are called, in a configuration and everywhere else."""
+
+
 @dataclass(frozen=True)
 class Size:
     """How large a run is.
 
     Attributes:
-        rollouts: Rollout workers.
-        samplers: Policy server replicas.
+        workers: Rollout workers, ``rollout.workers``.
+        replicas: Policy server replicas, ``sampler.replicas``.
     """
 
-    rollouts: int
-    samplers: int
+    workers: int
+    replicas: int
 
     def __str__(self) -> str:
-        return f"rollouts={self.rollouts} samplers={self.samplers}"
+        return f"{WORKERS_KEY}={self.workers} {REPLICAS_KEY}={self.replicas}"
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class AutoScaling:
         if now < self._quiet_until:
             return None
         wish = self._wanted_size(load, size)
-        direction = (_sign(wish.rollouts, size.rollouts), _sign(wish.samplers, size.samplers))
+        direction = (_sign(wish.workers, size.workers), _sign(wish.replicas, size.replicas))
         self._repeated = self._repeated + 1 if direction == self._wished else 1
         self._wished = direction
         if wish == size or self._repeated < self._settings.patience:
@@ -120,23 +124,23 @@ class AutoScaling:
         replicas_full = load.requests >= FULL * load.requests_room
         workers_full = load.groups >= FULL * load.groups_room
         # A small batch may keep an engine busy too: once no more workers are allowed, replicas are what is left.
-        busy = workers_full and size.rollouts >= most_workers and load.sampler_idle <= 1 - FULL
+        busy = workers_full and size.workers >= most_workers and load.sampler_idle <= 1 - FULL
         if replicas_full or busy:
-            arrived = load.serving.samplers >= size.samplers
-            return replace(size, samplers=_grown(size.samplers, most_replicas)) if arrived else size
-        if workers_full and load.serving.rollouts >= size.rollouts:
-            return replace(size, rollouts=_grown(size.rollouts, most_workers))
+            arrived = load.serving.replicas >= size.replicas
+            return replace(size, replicas=_grown(size.replicas, most_replicas)) if arrived else size
+        if workers_full and load.serving.workers >= size.workers:
+            return replace(size, workers=_grown(size.workers, most_workers))
         return size
 
     def _fewer(self, load: Load, size: Size) -> Size:
-        replicas = _shrunk(size.samplers, self._settings.min_replicas)
-        fits = FITS * min(1.0, replicas / max(1, load.serving.samplers))
-        if replicas < size.samplers and 1 - load.sampler_idle <= fits and load.requests <= fits * load.requests_room:
-            return replace(size, samplers=replicas)
-        workers = _shrunk(size.rollouts, self._settings.min_workers)
-        fits = FITS * min(1.0, workers / max(1, load.serving.rollouts))
+        replicas = _shrunk(size.replicas, self._settings.min_replicas)
+        fits = FITS * min(1.0, replicas / max(1, load.serving.replicas))
+        if replicas < size.replicas and 1 - load.sampler_idle <= fits and load.requests <= fits * load.requests_room:
+            return replace(size, replicas=replicas)
+        workers = _shrunk(size.workers, self._settings.min_workers)
+        fits = FITS * min(1.0, workers / max(1, load.serving.workers))
         if load.groups <= fits * load.groups_room:
-            return replace(size, rollouts=workers)
+            return replace(size, workers=workers)
         return size
 
 

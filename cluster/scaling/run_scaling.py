@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from gflowvlm.cluster.launch.local_room import LocalRoom
 from gflowvlm.cluster.launch.placement import (
     ROLLOUT,
     SAMPLER,
@@ -15,7 +16,7 @@ from gflowvlm.cluster.launch.placement import (
     resized,
     resource_plan,
 )
-from gflowvlm.cluster.scaling.auto_scaling import AutoScaling, Load, Size
+from gflowvlm.cluster.scaling.auto_scaling import REPLICAS_KEY, WORKERS_KEY, AutoScaling, Load, Size
 from gflowvlm.cluster.scaling.scale_requests import SCALE, Answers, ScaleRequest, take_requests
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.log import Row
@@ -31,10 +32,10 @@ ON_REQUEST, AUTOMATIC = "request", "automatic"
 class Scalable(Protocol):
     """What is scaled; see `RunActors`."""
 
-    def scale_rollouts(self, workers: int) -> None:
+    def scale_workers(self, workers: int) -> None:
         """Sets the number of rollout workers."""
 
-    def scale_samplers(self, replicas: int) -> None:
+    def scale_replicas(self, replicas: int) -> None:
         """Sets the number of policy server replicas.
 
         Raises:
@@ -54,6 +55,7 @@ class RunScaling:
         nodes: Returns the cluster's nodes.
         say: Called with a line about each change.
         write_row: Appends a row of a kind to the run's log.
+        room: Measures what this machine has left, for a run on a Ray of its own.
 
     Attributes:
         size: What the run is set to.
@@ -67,9 +69,10 @@ class RunScaling:
         nodes: Callable[[], Sequence[Node]],
         say: Callable[[str], None],
         write_row: Callable[[str, Mapping[str, Any]], None],
+        room: Callable[[], LocalRoom] = LocalRoom.now,
     ) -> None:
         self._folder, self._config, self._actors = folder, config, actors
-        self._nodes, self._say, self._write_row = nodes, say, write_row
+        self._nodes, self._say, self._write_row, self._room = nodes, say, write_row, room
         self._auto = AutoScaling(config.scaling) if config.scaling.automatic else None
         self._looked_at = 0.0
         self.size = Size(config.rollout.workers, config.sampler.replicas)
@@ -105,9 +108,9 @@ class RunScaling:
             self._change(step, change.size, AUTOMATIC, reason=change.reason)
 
     def _requested(self, request: ScaleRequest) -> Size:
-        rollouts = self.size.rollouts if request.rollouts is None else request.rollouts
-        samplers = self.size.samplers if request.samplers is None else request.samplers
-        return Size(rollouts, samplers)
+        workers = self.size.workers if request.workers is None else request.workers
+        replicas = self.size.replicas if request.replicas is None else request.replicas
+        return Size(workers, replicas)
 
     def _change(self, step: int, size: Size, cause: str, request: str | None = None, reason: str = "") -> None:
         before = self.size
@@ -116,15 +119,16 @@ class RunScaling:
             self._auto.note_change(time.monotonic())
         try:
             waiting = self._check(size)
+            note = self._check_machine(size)
             # First what may fail.
-            if size.samplers != before.samplers:
-                self._actors.scale_samplers(size.samplers)
-            self._actors.scale_rollouts(size.rollouts)
+            if size.replicas != before.replicas:
+                self._actors.scale_replicas(size.replicas)
+            self._actors.scale_workers(size.workers)
         except UserError as error:
             self._note(step, before, cause, request, reason, error=str(error))
         else:
             self.size = size
-            self._note(step, before, cause, request, reason, waiting=waiting)
+            self._note(step, before, cause, request, reason, waiting=waiting, note=note)
 
     def _check(self, size: Size) -> str | None:
         """Returns what the cluster has no room for yet.
@@ -134,8 +138,8 @@ class RunScaling:
         """
         scaling = self._config.scaling
         bounds = (
-            ("rollouts", size.rollouts, scaling.min_workers, scaling.max_workers),
-            ("samplers", size.samplers, scaling.min_replicas, scaling.max_replicas),
+            (WORKERS_KEY, size.workers, scaling.min_workers, scaling.max_workers),
+            (REPLICAS_KEY, size.replicas, scaling.min_replicas, scaling.max_replicas),
         )
         for name, wanted, least, most in bounds:
             if scaling.automatic and not least <= wanted <= most:
@@ -151,10 +155,20 @@ class RunScaling:
             )
         return missing
 
+    def _check_machine(self, size: Size) -> str | None:
+        """Returns what to expect of more workers than this machine keeps busy; None also for a run on a cluster.
+
+        Raises:
+            UserError: This machine has no memory for them.
+        """
+        if self._config.cluster.address is not None:
+            return None
+        return self._room().check_workers(size.workers, self.size.workers)
+
     def _plan(self, size: Size) -> ResourcePlan:
         """Returns what the run asks for at another size; what it runs with has its place before what is new."""
-        plan = resource_plan(as_placed(resized(self._config, size.rollouts, size.samplers)))
-        there = {SAMPLER: min(size.samplers, self.size.samplers), ROLLOUT: min(size.rollouts, self.size.rollouts)}
+        plan = resource_plan(as_placed(resized(self._config, size.workers, size.replicas)))
+        there = {SAMPLER: min(size.replicas, self.size.replicas), ROLLOUT: min(size.workers, self.size.workers)}
         return ResourcePlan(tuple(replace(part, needed=there.get(part.name, part.needed)) for part in plan.parts))
 
     def _note(
@@ -166,6 +180,7 @@ class RunScaling:
         reason: str = "",
         *,
         waiting: str | None = None,
+        note: str | None = None,
         error: str | None = None,
     ) -> None:
         row = {
@@ -173,11 +188,12 @@ class RunScaling:
             "cause": cause,
             "request": request,
             "reason": reason,
-            "rollouts_before": before.rollouts,
-            "samplers_before": before.samplers,
-            "rollouts": self.size.rollouts,
-            "samplers": self.size.samplers,
+            "rollout_workers_before": before.workers,
+            "sampler_replicas_before": before.replicas,
+            "rollout_workers": self.size.workers,
+            "sampler_replicas": self.size.replicas,
             "waiting": waiting,
+            "note": note,
             "error": error,
         }
         self._write_row(SCALE, row)
@@ -191,10 +207,11 @@ class RunScaling:
 
 
 def describe(row: Row) -> str:
-    """Returns a ``scale`` row's change as text, for example ``rollouts 2 -> 4, samplers 1``."""
+    """Returns a ``scale`` row's change as text, for example ``rollout.workers 2 -> 4, sampler.replicas 1``."""
     parts = []
-    for name in ("rollouts", "samplers"):
-        before, after = row[f"{name}_before"], row[name]
+    for name, key in ((WORKERS_KEY, "rollout_workers"), (REPLICAS_KEY, "sampler_replicas")):
+        before, after = row[f"{key}_before"], row[key]
         parts.append(f"{name} {after}" if before == after else f"{name} {before} -> {after}")
     text = ", ".join(parts)
-    return text if row["waiting"] is None else f"{text}; no room yet for {row['waiting']}"
+    waiting = None if row["waiting"] is None else f"no room yet for {row['waiting']}"
+    return "; ".join(filter(None, (text, waiting, row["note"])))

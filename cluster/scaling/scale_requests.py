@@ -4,6 +4,7 @@ Neither side connects to the other, so the asking one needs the run's folder and
 whole by one side and removed by the other.
 """
 
+import difflib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Annotated
 
 from pydantic import Field, StrictInt, ValidationError, model_validator
 
+from gflowvlm.cluster.scaling.auto_scaling import REPLICAS_KEY, WORKERS_KEY
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.log import Row
 from gflowvlm.run.setup import driver_holds, write_whole
@@ -35,29 +37,30 @@ KEEP_ANSWERS_S = 2 * ANSWER_TIMEOUT_S
 
 _FILE = re.compile(r"scale-(\d{20}-[0-9a-f]{8})\.json")
 _ANSWER = re.compile(r"answer-\d{20}-[0-9a-f]{8}\.json")
-_KEYS = ("rollouts", "samplers")
+_FIELDS = {WORKERS_KEY: "workers", REPLICAS_KEY: "replicas"}
+_USAGE = f"write {WORKERS_KEY}=N, {REPLICAS_KEY}=N, or both; each once"
 
 
 class ScaleRequest(Settings):
     """What is asked for; a number that is left out stays.
 
     Attributes:
-        rollouts: Rollout workers.
-        samplers: Policy server replicas.
+        workers: Rollout workers, ``rollout.workers``.
+        replicas: Policy server replicas, ``sampler.replicas``.
     """
 
-    rollouts: Annotated[StrictInt, Field(ge=1, le=4096)] | None = None
-    samplers: Annotated[StrictInt, Field(ge=1, le=256)] | None = None
+    workers: Annotated[StrictInt, Field(ge=1, le=4096)] | None = None
+    replicas: Annotated[StrictInt, Field(ge=1, le=256)] | None = None
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> "ScaleRequest":
-        if self.rollouts is None and self.samplers is None:
-            raise ValueError("name what to change: rollouts=N, samplers=N, or both")
+        if self.workers is None and self.replicas is None:
+            raise ValueError(f"name what to change: {WORKERS_KEY}=N, {REPLICAS_KEY}=N, or both")
         return self
 
 
 def parse_request(changes: Iterable[str]) -> ScaleRequest:
-    """Returns what a command line's ``rollouts=N samplers=N`` asks for.
+    """Returns what a command line's ``rollout.workers=N sampler.replicas=N`` asks for.
 
     Raises:
         UserError: An unknown or repeated key, no whole number, or one out of bounds.
@@ -65,11 +68,13 @@ def parse_request(changes: Iterable[str]) -> ScaleRequest:
     numbers: dict[str, int] = {}
     for change in changes:
         key, _, text = change.partition("=")
-        if key not in _KEYS or key in numbers:
-            raise UserError(f"{change!r}: write rollouts=N, samplers=N, or both; each once")
+        if key not in _FIELDS:
+            raise UserError(f"{change!r}: {_meant(key, text) or _USAGE}")
+        if _FIELDS[key] in numbers:
+            raise UserError(f"{change!r}: {_USAGE}")
         if re.fullmatch(r"-?\d{1,9}", text) is None:
             raise UserError(f"{change!r}: must be a whole number, for example {key}=4")
-        numbers[key] = int(text)
+        numbers[_FIELDS[key]] = int(text)
     try:
         return ScaleRequest.model_validate(numbers)
     except ValidationError as error:
@@ -185,8 +190,16 @@ def _check_running(folder: RunFolder) -> None:
         )
 
 
+def _meant(key: str, text: str) -> str | None:
+    """Returns a question that names the key nearest to another word: ``rollouts``, ``workers``, ``sampler.replica``."""
+    words = {word: name for name in _FIELDS for word in (name, *name.split("."))}
+    close = difflib.get_close_matches(key, words, n=1)
+    return f"did you mean {words[close[0]]}={text}?" if close else None
+
+
 def _problem(error: ValidationError) -> str:
     problem = error.errors()[0]
-    where = ".".join(map(str, problem["loc"]))
+    keys = {field: key for key, field in _FIELDS.items()}
+    where = ".".join(keys.get(str(part), str(part)) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     return f"{where}: {message[0].lower()}{message[1:]}, found {problem['input']!r}" if where else message

@@ -131,10 +131,10 @@ def test_rollouts_go_from_two_to_eight_and_back_without_a_failed_group(tmp_path)
     try:
         wait_for(lambda: newest_step(folder) >= 1, "a step", run, log)
         in_service(2)
-        assert "rollouts 2 -> 8" in scale(folder, "rollouts=8")
+        assert "rollout.workers 2 -> 8" in scale(folder, "rollout.workers=8")
         in_service(8)
         assert len(processes_of(log, "ray::RolloutWorker")) == 8
-        assert "rollouts 8 -> 2" in scale(folder, "rollouts=2")
+        assert "rollout.workers 8 -> 2" in scale(folder, "rollout.workers=2")
         in_service(2)
         wait_for(lambda: len(processes_of(log, "ray::RolloutWorker")) == 2, "the end of six processes", run, log)
         run.send_signal(signal.SIGINT)

@@ -272,8 +272,8 @@ def test_a_run_is_scaled_while_it_runs_uses_a_node_that_joins_and_survives_one_t
     sent = cluster.gflowvlm("submit", "--detach", "--name", "scaled", *SETTINGS, "learner.steps=10000")
     assert sent.returncode == 0, sent.stderr
     waits(lambda: newest_step(folder) >= 1, "a step")
-    answer = cluster.gflowvlm("scale", "scaled", "rollouts=4", "samplers=2")
-    wanted = "rollouts 1 -> 4, samplers 1 -> 2; no room yet for 2 of 4 rollout workers"
+    answer = cluster.gflowvlm("scale", "scaled", "rollout.workers=4", "sampler.replicas=2")
+    wanted = "rollout.workers 1 -> 4, sampler.replicas 1 -> 2; no room yet for 2 of 4 rollout workers"
     assert wanted in answer.stdout, answer.stdout + answer.stderr
     waits(lambda: snapshots(folder)[-1]["rollout_workers"] == 2, "the worker that has room")
     waits(lambda: snapshots(folder)[-1].get("sampler_replicas") == 2, "the replica")
@@ -284,8 +284,8 @@ def test_a_run_is_scaled_while_it_runs_uses_a_node_that_joins_and_survives_one_t
     step = newest_step(folder)
     waits(lambda: newest_step(folder) > step, "steps with four workers")
     assert (
-        "rollouts 4 -> 3, samplers 2 -> 1"
-        in cluster.gflowvlm("scale", str(folder.root), "rollouts=3", "samplers=1").stdout
+        "rollout.workers 4 -> 3, sampler.replicas 2 -> 1"
+        in cluster.gflowvlm("scale", str(folder.root), "rollout.workers=3", "sampler.replicas=1").stdout
     )
     waits(lambda: snapshots(folder)[-1]["rollout_workers"] == 3, "a worker to leave")
     waits(lambda: snapshots(folder)[-1].get("sampler_replicas") == 1, "the replica to leave")

@@ -10,7 +10,7 @@ from gflowvlm.cluster.scaling.auto_scaling import AutoScaling, Load, Size
 from gflowvlm.shared.config import ScalingSettings
 
 SETTINGS = ScalingSettings(automatic=True, max_workers=16, max_replicas=4, patience=2, cooldown_s=30)
-SIZE = Size(rollouts=4, samplers=2)
+SIZE = Size(workers=4, replicas=2)
 # Everything in use and the learner in balance; the tests change what they are about.
 LOAD = Load(
     learner_waiting=0.1,
@@ -126,16 +126,16 @@ class Plant:
     sequences: int = 32
 
     def load(self, size):
-        room = self.places * size.rollouts
-        made = min(room * self.place, size.samplers * self.replica)
+        room = self.places * size.workers
+        made = min(room * self.place, size.replicas * self.replica)
         used = min(made, self.learner)
         # The capacity rule holds back what the learner does not use up.
         groups = room if made < self.learner else min(room, round(used / self.place))
         return Load(
             learner_waiting=1 - used / self.learner,
-            sampler_idle=max(0.0, 1 - used / (size.samplers * self.replica)),
+            sampler_idle=max(0.0, 1 - used / (size.replicas * self.replica)),
             requests=groups * self.group_size,
-            requests_room=self.sequences * size.samplers,
+            requests_room=self.sequences * size.replicas,
             groups=groups,
             groups_room=room,
             serving=size,

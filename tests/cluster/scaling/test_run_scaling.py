@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from gflowvlm.cluster.launch.local_room import LocalRoom
 from gflowvlm.cluster.launch.placement import Node
 from gflowvlm.cluster.scaling.auto_scaling import Load, Size
 from gflowvlm.cluster.scaling.run_scaling import RunScaling, describe
@@ -18,6 +19,7 @@ from gflowvlm.run.preset_library import load_preset
 from gflowvlm.run.setup import driver_holds, new_run, run_lock
 from gflowvlm.shared.errors import UserError
 
+ROOM = LocalRoom(cores=16, free_gib=64.0)
 BIG = [Node("n", True, {"CPU": 64.0}, {})]
 
 
@@ -27,10 +29,10 @@ class Parts:
     def __init__(self):
         self.set_to, self.refuses = [], None
 
-    def scale_rollouts(self, workers):
+    def scale_workers(self, workers):
         self.set_to.append(("rollouts", workers))
 
-    def scale_samplers(self, replicas):
+    def scale_replicas(self, replicas):
         if self.refuses is not None:
             raise UserError(self.refuses)
         self.set_to.append(("samplers", replicas))
@@ -39,7 +41,7 @@ class Parts:
 class Driver:
     """A driver's loop, as far as scaling goes, in a thread; holds the run as a driver does."""
 
-    def __init__(self, folder, config, nodes=BIG):
+    def __init__(self, folder, config, nodes=BIG, room=ROOM):
         self.folder, self.parts, self.said = folder, Parts(), []
         self.scaling = RunScaling(
             folder,
@@ -48,6 +50,7 @@ class Driver:
             lambda: nodes,
             self.said.append,
             lambda kind, row: append_row(folder.metrics, kind, row),
+            lambda: room,
         )
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._turn)
@@ -80,14 +83,14 @@ def scale_rows(folder):
 def test_a_request_is_carried_out_answered_and_logged(tmp_path):
     folder, config = run_of(tmp_path)
     with Driver(folder, config) as driver:
-        row = ask(folder, parse_request(["rollouts=4", "samplers=2"]))
-        assert describe(row) == "rollouts 2 -> 4, samplers 1 -> 2"
-        again = ask(folder, parse_request(["rollouts=3"]))
-        assert describe(again) == "rollouts 4 -> 3, samplers 2"
+        row = ask(folder, parse_request(["rollout.workers=4", "sampler.replicas=2"]))
+        assert describe(row) == "rollout.workers 2 -> 4, sampler.replicas 1 -> 2"
+        again = ask(folder, parse_request(["rollout.workers=3"]))
+        assert describe(again) == "rollout.workers 4 -> 3, sampler.replicas 2"
         assert driver.scaling.size == Size(3, 2)
         # Replicas that stay as they are are not touched.
         assert driver.parts.set_to == [("samplers", 2), ("rollouts", 4), ("rollouts", 3)]
-    assert [(r["step"], r["cause"], r["rollouts"], r["samplers"]) for r in scale_rows(folder)] == [
+    assert [(r["step"], r["cause"], r["rollout_workers"], r["sampler_replicas"]) for r in scale_rows(folder)] == [
         (7, "request", 4, 2),
         (7, "request", 3, 2),
     ]
@@ -100,7 +103,7 @@ def test_several_at_once_are_answered_each(tmp_path):
     answers = {}
     with Driver(folder, config) as driver:
         askers = [
-            threading.Thread(target=lambda n=n: answers.update({n: ask(folder, ScaleRequest(rollouts=n))}))
+            threading.Thread(target=lambda n=n: answers.update({n: ask(folder, ScaleRequest(workers=n))}))
             for n in range(3, 9)
         ]
         for asker in askers:
@@ -108,23 +111,27 @@ def test_several_at_once_are_answered_each(tmp_path):
         for asker in askers:
             asker.join(timeout=30)
         last = scale_rows(folder)[-1]
-        assert driver.scaling.size.rollouts == last["rollouts"]
-    assert {n: row["rollouts"] for n, row in answers.items()} == {n: n for n in range(3, 9)}
-    befores = [row["rollouts_before"] for row in scale_rows(folder)]
-    assert befores == [2, *(row["rollouts"] for row in scale_rows(folder)[:-1])]
+        assert driver.scaling.size.workers == last["rollout_workers"]
+    assert {n: row["rollout_workers"] for n, row in answers.items()} == {n: n for n in range(3, 9)}
+    befores = [row["rollout_workers_before"] for row in scale_rows(folder)]
+    assert befores == [2, *(row["rollout_workers"] for row in scale_rows(folder)[:-1])]
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ([], "name what to change"),
-        (["workers=4"], "'workers=4': write rollouts=N, samplers=N"),
-        (["rollouts=2", "rollouts=3"], "'rollouts=3': write rollouts=N"),
-        (["rollouts=many"], "'rollouts=many': must be a whole number"),
-        (["rollouts"], "'rollouts': must be a whole number"),
-        (["rollouts=2.5"], "'rollouts=2.5': must be a whole number"),
-        (["rollouts=0"], "rollouts: input should be greater than or equal to 1, found 0"),
-        (["samplers=257"], "samplers: input should be less than or equal to 256, found 257"),
+        (["workers=4"], "'workers=4': did you mean rollout.workers=4?"),
+        (["rollouts=4"], "'rollouts=4': did you mean rollout.workers=4?"),
+        (["samplers=2"], "'samplers=2': did you mean sampler.replicas=2?"),
+        (["sampler.replica=2"], "'sampler.replica=2': did you mean sampler.replicas=2?"),
+        (["learner.steps=2"], "'learner.steps=2': write rollout.workers=N, sampler.replicas=N"),
+        (["rollout.workers=2", "rollout.workers=3"], "'rollout.workers=3': write rollout.workers=N"),
+        (["rollout.workers=many"], "'rollout.workers=many': must be a whole number"),
+        (["rollout.workers"], "'rollout.workers': must be a whole number"),
+        (["rollout.workers=2.5"], "'rollout.workers=2.5': must be a whole number"),
+        (["rollout.workers=0"], "rollout.workers: input should be greater than or equal to 1, found 0"),
+        (["sampler.replicas=257"], "sampler.replicas: input should be less than or equal to 256, found 257"),
     ],
 )
 def test_what_cannot_be_asked_for_is_one_line(changes, said):
@@ -138,14 +145,14 @@ def test_a_run_that_no_driver_runs_is_said_at_once(tmp_path):
     folder, _ = run_of(tmp_path)
     started = time.monotonic()
     with pytest.raises(UserError, match="no driver is running this run; `gflowvlm train --resume"):
-        ask(folder, ScaleRequest(rollouts=4))
+        ask(folder, ScaleRequest(workers=4))
     with run_lock(folder):
         pass
     with pytest.raises(UserError, match="no driver is running this run"):
-        ask(folder, ScaleRequest(rollouts=4))
+        ask(folder, ScaleRequest(workers=4))
     folder.summary.write_text("{}")
     with pytest.raises(UserError, match="this run has ended"):
-        ask(folder, ScaleRequest(rollouts=4))
+        ask(folder, ScaleRequest(workers=4))
     assert time.monotonic() - started < 2
     assert list(folder.root.glob("scale-*")) == []
 
@@ -153,7 +160,7 @@ def test_a_run_that_no_driver_runs_is_said_at_once(tmp_path):
 def test_a_driver_that_does_not_answer_is_waited_for_only_so_long_and_never_finds_the_request(tmp_path):
     folder, _ = run_of(tmp_path)
     with run_lock(folder), pytest.raises(UserError, match=r"waited 0 s for the driver of .* to answer"):
-        ask(folder, ScaleRequest(rollouts=4), timeout_s=0.3)
+        ask(folder, ScaleRequest(workers=4), timeout_s=0.3)
     assert take_requests(folder) == []
 
 
@@ -169,7 +176,7 @@ def test_a_driver_that_dies_is_not_waited_for(tmp_path):
         assert driver_holds(folder) is True
         threading.Timer(0.5, driver.kill).start()
         with pytest.raises(UserError, match="no driver is running this run"):
-            ask(folder, ScaleRequest(rollouts=4))
+            ask(folder, ScaleRequest(workers=4))
     finally:
         driver.kill()
         driver.wait(timeout=10)
@@ -184,12 +191,12 @@ def test_a_lock_of_another_machine_leaves_it_open_whether_the_run_is_running(tmp
     (folder.root / ".lock").write_text("another-machine")
     assert driver_holds(folder) is None
     with pytest.raises(UserError, match="waited 0 s for the driver"):
-        ask(folder, ScaleRequest(rollouts=4), timeout_s=0.2)
+        ask(folder, ScaleRequest(workers=4), timeout_s=0.2)
 
 
 def test_files_that_are_no_requests_are_refused_or_left_alone(tmp_path):
     folder, config = run_of(tmp_path)
-    broken = {1: "{", 2: '{"rollouts": 0}', 3: '{"rollouts": "4"}', 4: '{"other": 4}', 5: "{}", 6: b"\xff\xfe"}
+    broken = {1: "{", 2: '{"workers": 0}', 3: '{"workers": "4"}', 4: '{"other": 4}', 5: "{}", 6: b"\xff\xfe"}
     with Driver(folder, config) as driver:
         (folder.root / "scale-mine.json").write_text("{}")
         (folder.root / f"scale-{7:020d}-00000000.json").mkdir()
@@ -211,10 +218,10 @@ def test_files_that_are_no_requests_are_refused_or_left_alone(tmp_path):
 
 def test_what_an_earlier_driver_was_asked_for_does_not_reach_the_next(tmp_path):
     folder, config = run_of(tmp_path)
-    (folder.root / f"scale-{1:020d}-00000000.json").write_text(json.dumps({"rollouts": 4}))
+    (folder.root / f"scale-{1:020d}-00000000.json").write_text(json.dumps({"workers": 4}))
     with Driver(folder, config) as driver:
-        row = ask(folder, ScaleRequest(samplers=2))
-    assert describe(row) == "rollouts 2, samplers 1 -> 2"
+        row = ask(folder, ScaleRequest(replicas=2))
+    assert describe(row) == "rollout.workers 2, sampler.replicas 1 -> 2"
     assert driver.scaling.size == Size(2, 2)
 
 
@@ -223,10 +230,10 @@ def test_a_refusal_of_the_policy_server_changes_nothing(tmp_path):
     with Driver(folder, config) as driver:
         driver.parts.refuses = "Ray Serve cannot"
         with pytest.raises(UserError, match="Ray Serve cannot"):
-            ask(folder, parse_request(["rollouts=4", "samplers=2"]))
+            ask(folder, parse_request(["rollout.workers=4", "sampler.replicas=2"]))
         assert driver.parts.set_to == []
         assert driver.scaling.size == Size(2, 1)
-    assert scale_rows(folder)[0]["rollouts"] == 2
+    assert scale_rows(folder)[0]["rollout_workers"] == 2
 
 
 def test_a_run_on_its_own_cluster_refuses_what_it_has_no_room_for_and_one_on_a_cluster_waits_for_nodes(tmp_path):
@@ -236,18 +243,40 @@ def test_a_run_on_its_own_cluster_refuses_what_it_has_no_room_for_and_one_on_a_c
         with pytest.raises(
             UserError, match=r"no room for 1 of 4 policy server replicas \(0.5 CPU\): .*cpus_per_replica"
         ):
-            ask(folder, ScaleRequest(samplers=4))
+            ask(folder, ScaleRequest(replicas=4))
         assert driver.parts.set_to == []
         # The operating system shares the processors of one machine.
-        ask(folder, ScaleRequest(rollouts=8))
+        ask(folder, ScaleRequest(workers=8))
         assert driver.parts.set_to == [("rollouts", 8)]
     folder, config = run_of(tmp_path / "far", "cluster.address=auto")
     with Driver(folder, config, small) as driver:
-        answer = describe(ask(folder, ScaleRequest(rollouts=8)))
+        answer = describe(ask(folder, ScaleRequest(workers=8)))
         assert answer.startswith(
-            "rollouts 2 -> 8, samplers 1; no room yet for 4 of 8 rollout workers (0.25 CPU): 1 nodes"
+            "rollout.workers 2 -> 8, sampler.replicas 1; no room yet for 4 of 8 rollout workers (0.25 CPU): 1 nodes"
         )
         assert driver.parts.set_to == [("rollouts", 8)]
+
+
+def test_a_run_on_its_own_cluster_says_how_many_workers_its_machine_has_room_for(tmp_path):
+    folder, config = run_of(tmp_path)
+    with Driver(folder, config, room=LocalRoom(cores=2, free_gib=10.2)) as driver:
+        with pytest.raises(
+            UserError, match=r"rollout\.workers=100: this machine has room for 22 \(10\.2 GiB of memory"
+        ):
+            ask(folder, ScaleRequest(workers=100))
+        assert driver.parts.set_to == []
+        many = describe(ask(folder, ScaleRequest(workers=20)))
+        assert many.startswith(
+            "rollout.workers 2 -> 20, sampler.replicas 1; rollout.workers=20 is more than 16, what 2"
+        )
+        assert many.endswith("their start takes about 1 minutes")
+        # What runs already is not counted again, and fewer always fit.
+        driver.scaling._room = lambda: LocalRoom(cores=2, free_gib=0.1)
+        assert describe(ask(folder, ScaleRequest(workers=19))) == "rollout.workers 20 -> 19, sampler.replicas 1"
+    far, config = run_of(tmp_path / "far", "cluster.address=auto")
+    with Driver(far, config, room=LocalRoom(cores=1, free_gib=0.0)) as driver:
+        ask(far, ScaleRequest(workers=100))
+        assert driver.parts.set_to == [("rollouts", 100)]
 
 
 def test_scaling_by_load_is_logged_with_its_reason_and_keeps_requests_within_its_bounds(tmp_path):
@@ -258,17 +287,17 @@ def test_scaling_by_load_is_logged_with_its_reason_and_keeps_requests_within_its
         assert scale_rows(folder) == []
         driver.scaling.observe(starved, step=4)
         assert driver.parts.set_to == [("rollouts", 3)]
-        with pytest.raises(UserError, match=r"rollouts=7: scaling\.automatic keeps this run between 1 and 6"):
-            ask(folder, ScaleRequest(rollouts=7))
-        ask(folder, ScaleRequest(rollouts=5))
+        with pytest.raises(UserError, match=r"rollout.workers=7: scaling\.automatic keeps this run between 1 and 6"):
+            ask(folder, ScaleRequest(workers=7))
+        ask(folder, ScaleRequest(workers=5))
         # Also what a person changed has time to show.
         for step in (5, 6, 7):
             driver.scaling.observe(starved, step)
         assert driver.scaling.size == Size(5, 1)
     row = scale_rows(folder)[0]
-    assert (row["step"], row["cause"], row["request"], row["rollouts"]) == (4, "automatic", None, 3)
+    assert (row["step"], row["cause"], row["request"], row["rollout_workers"]) == (4, "automatic", None, 3)
     assert row["reason"].startswith("the learner waits 90% of its time")
-    assert driver.said[0] == f"scaled by itself: rollouts 2 -> 3, samplers 1 ({row['reason']})"
+    assert driver.said[0] == f"scaled by itself: rollout.workers 2 -> 3, sampler.replicas 1 ({row['reason']})"
 
 
 def test_without_the_setting_the_load_changes_nothing(tmp_path):
