@@ -65,7 +65,10 @@ class Publication:
 
 
 def staging_folder(run_folder: Path) -> Path:
-    """Returns the path for an adapter that shall be published: a new name on the store's file system."""
+    """Returns the path for an adapter that shall be published: a new name on the store's file system.
+
+    One at a time: publishing one removes what else is staged, as left over from a crash.
+    """
     return RunFolder(run_folder).adapters / f".staging-{uuid.uuid4().hex}"
 
 

@@ -54,3 +54,40 @@ def test_an_engine_that_dies_is_one_line_and_is_ended(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"run: the engine failed; .* Evaluate again"):
         run_evaluation.evaluate_run(run, plan, version=0, engine=None, console=Console(quiet=True))
     assert sampler.ended
+
+
+@pytest.mark.parametrize(("asked", "seen", "given"), [(0.0, True, 0.0), (1.0, True, 1.0), (1.0, False, 0.0)])
+def test_a_run_is_evaluated_where_its_samplers_computed_if_the_machine_can(tmp_path, monkeypatch, asked, seen, given):
+    started = []
+
+    def start(config, model, engine):
+        started.append(config.sampler.gpus_per_replica)
+        return DyingSampler()
+
+    model = str(build_tiny_policy(tmp_path / "model", seed=0))
+    config = RunConfig(policy={"model": model}, sampler={"gpus_per_replica": asked})
+    run = new_run(config, tmp_path / "run").root
+    monkeypatch.setattr(run_evaluation, "make_sampler", start)
+    monkeypatch.setattr(run_evaluation.torch.cuda, "is_available", lambda: seen)
+    with pytest.raises(UserError, match="the engine failed"):
+        run_evaluation.evaluate_run(
+            run, EvaluationPlan("id", 1, 1, 0, 1.0), version=0, engine=None, console=Console(quiet=True)
+        )
+    assert started == [given]
+
+
+@pytest.mark.parametrize(
+    ("version", "problem"),
+    [
+        (2, r"adapter version 2 was removed \(learner\.keep_adapters\); there are 1, 4-6$"),
+        (9, r"adapter version 9 was never published; there are 1, 4-6$"),
+    ],
+)
+def test_a_version_that_is_not_there_is_one_line_that_says_which_there_are(tmp_path, version, problem):
+    folder = new_run(RunConfig(policy={"model": str(tmp_path)}), tmp_path / "run")
+    for there in (1, 4, 5, 6):
+        folder.adapter(there).mkdir()
+    with pytest.raises(UserError, match=problem):
+        run_evaluation.evaluate_run(
+            folder.root, EvaluationPlan("id", 1, 1, 0, 1.0), version=version, engine=None, console=Console(quiet=True)
+        )
