@@ -117,25 +117,22 @@ class PolicyClient:
             exchange = asyncio.get_running_loop().create_task(self._sample_batch(part))
             self._exchanges.add(exchange)
             exchange.add_done_callback(self._exchanges.discard)
+            exchange.add_done_callback(partial(_settle_all, part))
             for _, answer in part:
                 answer.add_done_callback(partial(_end_if_given_up, exchange, part))
 
     async def _sample_batch(self, waiting: "list[_Waiting]") -> None:
-        """Asks a replica for several responses, and hands each over when it comes."""
+        """Asks a replica for several responses, and hands each over when it comes; see `_settle_all` for the rest."""
         stream = self._sample_together.remote([request for request, _ in waiting])
-        try:
-            async with asyncio.timeout(self.request_timeout_s):
-                try:
-                    async for part in stream:
-                        for place, answer in part:
-                            _settle(waiting[place][1], answer)
-                except asyncio.CancelledError:
-                    # Serve does not tell the replica of itself that nobody waits any more.
-                    stream.cancel()
-                    raise
-        except (*_TRY_AGAIN, RayError) as error:
-            for _, response in waiting:
-                _settle(response, error)
+        async with asyncio.timeout(self.request_timeout_s):
+            try:
+                async for part in stream:
+                    for place, answer in part:
+                        _settle(waiting[place][1], answer)
+            except asyncio.CancelledError:
+                # Serve does not tell the replica of itself that nobody waits any more.
+                stream.cancel()
+                raise
 
     async def status(self, timeout_s: float | None = None) -> list[dict[str, Any]]:
         """Returns every running replica's `PolicyServer.status`; replicas that do not answer are left out.
@@ -161,12 +158,25 @@ def _end_if_given_up(
         exchange.cancel()
 
 
+def _settle_all(waiting: "list[_Waiting]", exchange: asyncio.Task[None]) -> None:
+    """Gives those who still wait the reason why a call has ended, whatever ended it and wherever."""
+    error: BaseException | None
+    if exchange.cancelled():
+        error = asyncio.CancelledError()
+    else:
+        error = exchange.exception() or SamplerUnavailableError("the policy server left a request without an answer")
+    for _, response in waiting:
+        _settle(response, error)
+
+
 def _settle(response: "asyncio.Future[SampleResponse]", answer: SampleResponse | BaseException) -> None:
     if response.done():
         # Given up meanwhile, or answered before the call failed.
         return
     if isinstance(answer, SampleResponse):
         response.set_result(answer)
+    elif isinstance(answer, asyncio.CancelledError):
+        response.cancel()
     else:
         response.set_exception(answer)
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 from ray.exceptions import ActorUnavailableError, ObjectLostError, RaySystemError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from gflowvlm.actors.policy_client import TOGETHER, PolicyClient, PolicyServerError
@@ -171,6 +172,54 @@ def test_other_failures_of_the_cluster_reach_whoever_asked() -> None:
     async def body() -> None:
         with pytest.raises(RaySystemError, match="store broken"):
             await client_of(Server([broken])).sample(asked())
+
+    run(body())
+
+
+class _Refuses(Server):
+    """Serve's handle when it cannot even take the call: an error at once, as often as there are some."""
+
+    def __init__(self, errors: list[Exception]) -> None:
+        super().__init__([answer_all])
+        self.errors = errors
+
+    def remote(self, requests: Sequence[SampleRequest]) -> "_Stream":
+        if self.errors:
+            raise self.errors.pop(0)
+        return super().remote(requests)
+
+
+@pytest.mark.parametrize(
+    "error", [RayServeException("router closed"), ActorUnavailableError("controller gone", None)], ids=type
+)
+def test_a_call_that_serve_does_not_take_is_made_again_at_once(error: Exception) -> None:
+    async def body() -> None:
+        client = client_of(_Refuses([error]), request_timeout_s=3600.0, deadline_s=7200.0)
+        responses = await asyncio.gather(*(client.sample(asked(number)) for number in range(3)))
+        assert [response.text for response in responses] == ["prompt 0", "prompt 1", "prompt 2"]
+        assert client.retries == 3
+
+    run(body())
+
+
+def test_a_call_that_cannot_be_made_at_all_fails_everybody_at_once() -> None:
+    async def body() -> None:
+        client = client_of(_Refuses([TypeError("cannot be pickled")]), request_timeout_s=3600.0)
+        answers = await asyncio.gather(*(client.sample(asked(n)) for n in range(3)), return_exceptions=True)
+        assert [str(answer) for answer in answers] == ["cannot be pickled"] * 3
+
+    run(body())
+
+
+def test_a_request_that_a_call_ends_without_answering_is_asked_again_at_once() -> None:
+    async def leave_out(requests: Sequence[SampleRequest]) -> AsyncIterator[Part]:
+        yield [(1, answered(requests[1]))]
+
+    async def body() -> None:
+        client = client_of(Server([leave_out, answer_all]), request_timeout_s=3600.0, deadline_s=7200.0)
+        responses = await asyncio.gather(*(client.sample(asked(number)) for number in range(2)))
+        assert [response.text for response in responses] == ["prompt 0", "prompt 1"]
+        assert client.retries == 1
 
     run(body())
 
