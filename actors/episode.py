@@ -11,7 +11,8 @@ import numpy as np
 
 from gflowvlm.actors.environments import EpisodeEnvironment, View
 from gflowvlm.actors.groups import GroupRequest, PlaySettings, new_group_id
-from gflowvlm.actors.sampling import SampleRequest, SampleResponse
+from gflowvlm.actors.sampling import PromptTooLongError, SampleRequest, SampleResponse
+from gflowvlm.envs.base import CUT_OUTCOME
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.response import parse_response, token_spans
@@ -66,8 +67,10 @@ async def play_group(
     """Plays `group_size` rollouts of one instance, all of them at once.
 
     Where the expert plays, its rollouts are demonstrations that differ in their wording.
-    A malformed or inadmissible response ends its episode at the reward floor and is recorded as such. A
-    response that could not be had at all fails the whole group: it is no behaviour of the policy.
+    A malformed or inadmissible response ends its episode at the reward floor and is recorded as such. One that a
+    limit of tokens cut off before its action, and a prompt that leaves no room for one, end their episode as an
+    incomplete trajectory (`EndReason.by_token_limit`): neither is a behaviour of the policy. A response that could
+    not be had at all fails the whole group, and so does a first prompt that leaves no room.
 
     Args:
         open_environment: Makes an environment; each rollout has its own.
@@ -80,6 +83,7 @@ async def play_group(
         The trajectories, and the expert's when asked for and every rollout failed.
 
     Raises:
+        PromptTooLongError: The first prompt leaves no room for a response.
         Exception: What `source` or an environment raised; the group's other rollouts are cancelled.
     """
     group = PlayedGroup(new_group_id(request.group_index))
@@ -167,13 +171,20 @@ class _Rollout:
         view = await self._start()
         while view.end is None:
             started = time.perf_counter()
-            sampled = await source.sample(self._sample_request(view))
+            try:
+                sampled = await source.sample(self._sample_request(view))
+            except PromptTooLongError as error:
+                if len(self._steps) == 0:
+                    raise PromptTooLongError(f"{view.instance_id}: {error}") from None
+                return self._recorded(view, EndReason.PROMPT_TOO_LONG, outcome=CUT_OUTCOME)
             self._group.wait_seconds += time.perf_counter() - started
+            if sampled.cut and parse_response(self._inputs.decode(sampled.token_ids)).malformed:
+                return self._recorded(view, EndReason.RESPONSE_CUT, outcome=CUT_OUTCOME)
             response = _Response(sampled.token_ids, sampled.log_probs, sampled.version)
             if self._settings.epsilon > 0 and self._rng.random() < self._settings.epsilon:
                 response = self._explored(response, view.admissible_actions)
             view = await self._take(response, view)
-        return self._finished(view, "", expert=False)
+        return self._finished(view, expert=False)
 
     async def demonstrate(self) -> Trajectory:
         """Returns the expert's trajectory."""
@@ -186,7 +197,7 @@ class _Rollout:
                 text = _with_action(text, view.admissible_actions[int(rng.integers(len(view.admissible_actions)))])
             token_ids = self._inputs.encode_response(text)
             view = await self._take(_Response(token_ids, [math.nan] * len(token_ids), EXPERT_VERSION), view)
-        return self._finished(view, "-expert", expert=True)
+        return self._finished(view, expert=True)
 
     async def _start(self) -> View:
         request = self._request
@@ -257,9 +268,15 @@ class _Rollout:
         )
         return view
 
-    def _finished(self, view: View, suffix: str, expert: bool) -> Trajectory:
+    def _finished(self, view: View, expert: bool) -> Trajectory:
         if view.end is None:
             raise RuntimeError(f"{view.instance_id}: the episode is not over")
+        return self._recorded(view, view.end, outcome=view.outcome, success=view.success, expert=expert)
+
+    def _recorded(
+        self, view: View, end: EndReason, *, outcome: str, success: bool = False, expert: bool = False
+    ) -> Trajectory:
+        suffix = "-expert" if expert else ""
         return Trajectory(
             trajectory_id=f"{self._group.group_id}-{self._index:03d}{suffix}",
             group_id=self._group.group_id,
@@ -271,9 +288,9 @@ class _Rollout:
             images=list(self._images),
             log_rewards=self._log_rewards,
             original_rewards=self._original_rewards,
-            end=view.end,
-            success=view.success,
-            outcome=view.outcome,
+            end=end,
+            success=success,
+            outcome=outcome,
             expert=expert,
         )
 

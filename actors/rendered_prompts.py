@@ -5,10 +5,14 @@ import hashlib
 import time
 from typing import Any
 
+from gflowvlm.actors.sampling import PromptTooLongError
 from gflowvlm.shared.policy_inputs import PolicyInputs, decode_image
 
 CACHE_GIB = 0.25
 """Rendered prompts kept, least recently used dropped first. The K rollouts of a group begin in the same state."""
+
+_LENGTH_PARAMETERS = ("input_text", "input_tokens")
+"""What vLLM calls the prompt where it finds it too long before the picture's tokens are in it."""
 
 
 class RenderedPrompts:
@@ -18,17 +22,19 @@ class RenderedPrompts:
     place: 40 % of a replica's time with a tiny policy (docs/benchmarks.md).
     """
 
-    def __init__(self, inputs: PolicyInputs, renderer: Any) -> None:
+    def __init__(self, inputs: PolicyInputs, renderer: Any, longest: int) -> None:
         """Makes an empty cache.
 
         Args:
             inputs: The policy's chat template.
             renderer: The renderer of the `AsyncLLM` that takes what `rendered` returns.
+            longest: Prompt and response of the model at most, tokens.
         """
         from vllm.multimodal.cache.base import MultiModalCache
 
         self._inputs = inputs
         self._renderer = renderer
+        self._longest = longest
         # The chat template has written every special token; the learner's encoding adds none either.
         self._tokenization = renderer.default_cmpl_tok_params.with_kwargs(add_special_tokens=False)
         self._cache: Any = MultiModalCache.get_lru_cache(CACHE_GIB, dict)
@@ -39,7 +45,8 @@ class RenderedPrompts:
         """Returns a prompt and its encoded picture as `AsyncLLM.generate` takes them.
 
         Raises:
-            VLLMClientError: The prompt is longer than the engine allows.
+            PromptTooLongError: The prompt leaves no room for a response.
+            VLLMClientError: The engine refuses it for another reason.
         """
         picture = hashlib.sha256(image).hexdigest()
         key = f"{picture} {prompt}"
@@ -59,6 +66,17 @@ class RenderedPrompts:
             # Names the picture in vLLM's caches; without it every pixel of the decoded one is hashed.
             "multi_modal_uuids": {"image": [picture]},
         }
-        # vLLM's usual image cache leaves out the pixels that its engine has seen; what is kept here must have them.
-        (rendered,) = await self._renderer.render_cmpl_async([raw], self._tokenization, skip_mm_cache=True)
+        from vllm.exceptions import VLLMValidationError
+
+        try:
+            # vLLM's usual image cache leaves out the pixels that its engine has seen; what is kept here must have them.
+            (rendered,) = await self._renderer.render_cmpl_async([raw], self._tokenization, skip_mm_cache=True)
+        except VLLMValidationError as error:
+            if error.parameter in _LENGTH_PARAMETERS:
+                # vLLM stops counting at the limit.
+                raise PromptTooLongError.of(None, self._longest) from None
+            raise
+        tokens = len(rendered["prompt_token_ids"])
+        if tokens >= self._longest:
+            raise PromptTooLongError.of(tokens, self._longest)
         return dict(rendered)

@@ -29,7 +29,7 @@ from gflowvlm.actors.episode import PlayedGroup, ResponseSource, as_member, play
 from gflowvlm.actors.event_loop import EventLoopEndedError, EventLoopThread
 from gflowvlm.actors.groups import FailureCause, GroupRequest, GroupSummary, PlaySettings
 from gflowvlm.actors.policy_client import PolicyServerError
-from gflowvlm.actors.sampling import SamplerUnavailableError, UnknownVersionError
+from gflowvlm.actors.sampling import PromptTooLongError, SamplerUnavailableError, UnknownVersionError
 from gflowvlm.envs.base import TaskEnv
 from gflowvlm.envs.registry import make_env
 from gflowvlm.shared.config import RunConfig
@@ -291,7 +291,7 @@ _GROUP_FAILURES = (
 
 def _cause_of(error: Exception) -> FailureCause:
     match error:
-        case EnvironmentFailedError():
+        case EnvironmentFailedError() | PromptTooLongError():
             return FailureCause.ENVIRONMENT
         case EnvironmentLostError():
             return FailureCause.LOST

@@ -1,6 +1,7 @@
 """What a policy sampler takes and gives back, whichever engine stands behind it."""
 
 import asyncio
+import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -44,12 +45,15 @@ class SampleResponse:
         log_probs: Log-probability of each token (nats) under the raw model: temperature 1, nothing masked.
         text: Their text as `PolicyInputs.decode` gives it.
         version: Policy version that answered: one version for the whole response.
+        cut: Whether a limit ended it, of the response's tokens or of what the prompt leaves of the model's length,
+            instead of the policy.
     """
 
     token_ids: list[int]
     log_probs: list[float]
     text: str
     version: int
+    cut: bool = False
 
 
 class PolicySampler(Protocol):
@@ -65,7 +69,8 @@ class PolicySampler(Protocol):
         Raises:
             UnknownVersionError: The request names a version whose adapter does not exist, or is removed.
             SamplerUnavailableError: The engine failed; the request can be tried again elsewhere.
-            UserError: The request can never be answered, for example a prompt beyond the longest.
+            PromptTooLongError: The prompt leaves no room for a response.
+            UserError: The request can never be answered.
         """
 
     async def load(self, version: int, path: Path) -> None:
@@ -89,8 +94,27 @@ class PolicySampler(Protocol):
         """Ends the engine and its processes."""
 
 
+def new_engine_seed() -> int:
+    """Returns the seed of an engine's free draws: another one for every engine, and for every start of one.
+
+    With a seed in common all replicas would draw the same for their nth request, and again after a restart. A request
+    that is to be repeatable carries a seed of its own.
+    """
+    return secrets.randbits(31)
+
+
 class UnknownVersionError(LookupError):
     """A request names a policy version whose adapter does not exist, or not any more; the newest always does."""
+
+
+class PromptTooLongError(UserError):
+    """A prompt leaves no room for a response in ``sampler.max_model_len``."""
+
+    @classmethod
+    def of(cls, tokens: int | None, longest: int) -> "PromptTooLongError":
+        """Returns the error of a prompt of so many tokens, None for at least `longest`."""
+        found = f"{longest} tokens or more" if tokens is None else f"{tokens} tokens"
+        return cls(f"a prompt of {found} leaves no room in sampler.max_model_len = {longest}; raise it")
 
 
 class SamplerUnavailableError(RuntimeError):

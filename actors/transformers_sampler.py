@@ -11,13 +11,21 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    AutoModelForImageTextToText,
+    BatchFeature,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 
 from gflowvlm.actors.sampling import (
     AdapterVersions,
+    PromptTooLongError,
     SampleRequest,
     SampleResponse,
     SamplerUnavailableError,
+    new_engine_seed,
 )
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.device import device_name
@@ -30,12 +38,21 @@ GATHER_S = 0.005
 
 
 @dataclass(frozen=True)
+class _Sampled:
+    """The tokens of a response, their log-probabilities, and whether a limit ended it."""
+
+    token_ids: list[int]
+    log_probs: list[float]
+    cut: bool
+
+
+@dataclass(frozen=True)
 class _Waiting:
     """A request with its fixed version, and where its answer goes."""
 
     request: SampleRequest
     version: int
-    answer: "asyncio.Future[tuple[list[int], list[float]]]"
+    answer: "asyncio.Future[_Sampled]"
 
 
 class TransformersSampler:
@@ -64,7 +81,7 @@ class TransformersSampler:
         )
         self._dtype: torch.dtype = getattr(torch, config.policy.dtype)
         self._model = _load_model(self._inputs.model, self._dtype).to(self._device)
-        self._free_draws = torch.Generator(self._device).manual_seed(config.seed)
+        self._free_draws = torch.Generator(self._device).manual_seed(new_engine_seed())
         self._versions = AdapterVersions(self._add, self._remove, path_of)
         # One thread: generation and changes of the adapters never overlap, and the loop stays free.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="transformers-sampler")
@@ -83,9 +100,10 @@ class TransformersSampler:
         async with self._versions.admit(request.version) as version:
             waiting = _Waiting(request, version, asyncio.get_running_loop().create_future())
             self._waiting.put_nowait(waiting)
-            token_ids, log_probs = await waiting.answer
+            sampled = await waiting.answer
+        token_ids = sampled.token_ids
         self._versions.count(len(token_ids))
-        return SampleResponse(token_ids, log_probs, self._inputs.decode(token_ids), version)
+        return SampleResponse(token_ids, sampled.log_probs, self._inputs.decode(token_ids), version, sampled.cut)
 
     async def load(self, version: int, path: Path) -> None:
         """Makes an adapter known; see `PolicySampler.load`."""
@@ -121,32 +139,44 @@ class TransformersSampler:
 
     async def _answer(self, batch: list[_Waiting], version: int) -> None:
         requests = [waiting.request for waiting in batch]
+        answers: Sequence[_Sampled | Exception]
         try:
-            answers = await self._in_thread(self._generate, requests, version)
+            answers = await self._in_thread(self._sample_fitting, requests, version)
         except (UserError, ValueError) as error:
-            failure: Exception = error
+            answers = [error] * len(batch)
         except (RuntimeError, OSError, IndexError) as error:
-            failure = SamplerUnavailableError(f"the transformers sampler failed ({error})")
-        else:
-            for waiting, answer in zip(batch, answers, strict=True):
-                if not waiting.answer.done():
-                    waiting.answer.set_result(answer)
-            return
-        for waiting in batch:
-            if not waiting.answer.done():
-                waiting.answer.set_exception(failure)
+            answers = [SamplerUnavailableError(f"the transformers sampler failed ({error})")] * len(batch)
+        for waiting, answer in zip(batch, answers, strict=True):
+            if waiting.answer.done():
+                continue
+            if isinstance(answer, _Sampled):
+                waiting.answer.set_result(answer)
+            else:
+                waiting.answer.set_exception(answer)
+
+    def _sample_fitting(self, requests: Sequence[SampleRequest], version: int) -> list[_Sampled | PromptTooLongError]:
+        """Returns a response for each request, or why its prompt leaves no room for one."""
+        if len(requests) == 0:
+            return []
+        longest = self._settings.max_model_len
+        inputs = self._encode(requests)
+        lengths = inputs["attention_mask"].sum(dim=1).tolist()
+        fitting = [request for request, length in zip(requests, lengths, strict=True) if length < longest]
+        if len(fitting) < len(requests):
+            # Again, because the longest of a batch says how far the others are padded.
+            inputs = self._encode(fitting) if fitting else inputs
+        sampled = iter(self._generate(fitting, inputs, version) if fitting else ())
+        return [next(sampled) if length < longest else PromptTooLongError.of(length, longest) for length in lengths]
+
+    def _encode(self, requests: Sequence[SampleRequest]) -> BatchFeature:
+        return self._inputs.encode([r.prompt for r in requests], [r.image for r in requests])
 
     @torch.inference_mode()
-    def _generate(self, requests: Sequence[SampleRequest], version: int) -> list[tuple[list[int], list[float]]]:
-        inputs = self._inputs.encode([r.prompt for r in requests], [r.image for r in requests])
-        length = inputs["input_ids"].shape[1]
-        longest = self._settings.max_model_len - length
-        if longest < 1:
-            raise UserError(
-                f"a prompt of {length} tokens leaves no room in sampler.max_model_len = "
-                f"{self._settings.max_model_len}; raise it"
-            )
-        limits = [min(request.max_tokens, longest) for request in requests]
+    def _generate(self, requests: Sequence[SampleRequest], inputs: BatchFeature, version: int) -> list[_Sampled]:
+        padded = inputs["input_ids"].shape[1]
+        # What the prompt itself leaves, not the longest of those that happen to be answered with it.
+        rooms = (self._settings.max_model_len - inputs["attention_mask"].sum(dim=1)).tolist()
+        limits = [min(request.max_tokens, room) for request, room in zip(requests, rooms, strict=True)]
         draw = _DrawTokens(requests, self._inputs.forbidden_ids, self._free_draws)
         settings = GenerationConfig(
             do_sample=False,
@@ -162,13 +192,15 @@ class TransformersSampler:
             )
         log_probs = torch.stack(draw.log_probs, dim=1)
         return [
-            self._cut(ids, probs, limit)
-            for ids, probs, limit in zip(sequences[:, length:].tolist(), log_probs.tolist(), limits, strict=True)
+            self._ended(ids, probs, limit)
+            for ids, probs, limit in zip(sequences[:, padded:].tolist(), log_probs.tolist(), limits, strict=True)
         ]
 
-    def _cut(self, ids: list[int], log_probs: list[float], limit: int) -> tuple[list[int], list[float]]:
-        end = ids.index(self._inputs.end_id) + 1 if self._inputs.end_id in ids else len(ids)
-        return ids[: min(end, limit)], log_probs[: min(end, limit)]
+    def _ended(self, ids: list[int], log_probs: list[float], limit: int) -> _Sampled:
+        """Returns a response up to its end token or its limit, whichever comes first."""
+        end = ids.index(self._inputs.end_id) + 1 if self._inputs.end_id in ids else len(ids) + 1
+        length = min(end, limit)
+        return _Sampled(ids[:length], log_probs[:length], cut=end > limit)
 
     def _adapter(self, version: int) -> AbstractContextManager[None]:
         if not isinstance(self._model, PeftModel):

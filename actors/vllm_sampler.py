@@ -16,6 +16,7 @@ from gflowvlm.actors.sampling import (
     SampleRequest,
     SampleResponse,
     SamplerUnavailableError,
+    new_engine_seed,
 )
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
@@ -61,7 +62,7 @@ class VllmSampler:
         self._engine = GuardedEngine(engine_arguments(config, self._inputs.model, len(self._forbidden)))
         # Nearly all requests of a run sample alike, and vLLM copies what it is given.
         self._sampling_params = lru_cache(maxsize=16)(self._new_sampling_params)
-        self._prompts = RenderedPrompts(self._inputs, self._engine.client.renderer)
+        self._prompts = RenderedPrompts(self._inputs, self._engine.client.renderer, config.sampler.max_model_len)
 
     @property
     def newest(self) -> int:
@@ -76,7 +77,8 @@ class VllmSampler:
         token_ids = list(completion.token_ids)
         log_probs = [entry[token].logprob for token, entry in zip(token_ids, completion.logprobs, strict=True)]
         self._versions.count(len(token_ids))
-        return SampleResponse(token_ids, log_probs, self._inputs.decode(token_ids), version)
+        cut = completion.finish_reason == "length"
+        return SampleResponse(token_ids, log_probs, self._inputs.decode(token_ids), version, cut)
 
     async def prompt_ids(self, request: SampleRequest) -> list[int]:
         """Returns the prompt's tokens as the engine made them: what must equal `PolicyInputs.encode`'s."""
@@ -120,9 +122,7 @@ class VllmSampler:
                 last = output
         except VLLMClientError as error:
             reason = " ".join(str(error).split())
-            raise UserError(
-                f"vLLM refuses a request: {reason} (see sampler.max_model_len, sampler.temperature)"
-            ) from None
+            raise UserError(f"vLLM refuses a request: {reason} (see sampler.temperature)") from None
         except (EngineDeadError, EngineGenerateError) as error:
             # vLLM's own exception types must not travel: unpickling one imports vLLM in the client.
             raise SamplerUnavailableError(f"the vLLM engine failed ({type(error).__name__})") from None
@@ -252,7 +252,7 @@ def engine_arguments(config: RunConfig, model: str, forbidden: int) -> Any:
     return AsyncEngineArgs(
         model=model,
         dtype=config.policy.dtype,
-        seed=config.seed,
+        seed=new_engine_seed(),
         max_model_len=sampler.max_model_len,
         max_num_seqs=sampler.max_num_seqs,
         tensor_parallel_size=sampler.tensor_parallel_size,

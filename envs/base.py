@@ -31,6 +31,9 @@ SPLITS = ("id", "ood")
 INVALID_OUTCOME = "invalid"
 """The outcome of every episode that ends in an invalid response."""
 
+CUT_OUTCOME = "cut off"
+"""The outcome of every episode that a limit of tokens cuts off (`EndReason.by_token_limit`)."""
+
 MAX_ACTION_CHARS = 256
 
 

@@ -250,7 +250,8 @@ def loss_inputs(
 
 def _layout(trajectory: Trajectory, target: Target) -> _Layout:
     steps = trajectory.steps
-    cut = trajectory.end is EndReason.STEP_LIMIT and not target.cut_is_terminal
+    at_limit = trajectory.end is EndReason.STEP_LIMIT and not target.cut_is_terminal
+    cut = at_limit or trajectory.end.by_token_limit
     # The state behind a cut has no scored stop: an incomplete trajectory ends one state earlier.
     last = max(trajectory.length - 1, 0) if cut else trajectory.length
     forced = not cut and trajectory.end is not EndReason.DONE

@@ -45,8 +45,12 @@ class GrpoObjective(Objective):
 
     def prepare(self, batch: ScoredBatch, ranks: Ranks) -> LossOfScores:
         """Fixes advantages and the sampling policy's log-probabilities; returns the clipped surrogate."""
-        reward = self._rewards(batch)
-        advantage = group_advantages(reward.nansum(dim=1), instance_numbers(batch.trajectories))
+        # What a limit of tokens cut off has no return to compare: it is left out of its group.
+        cut = torch.tensor([t.end.by_token_limit for t in batch.trajectories], dtype=torch.bool)
+        reward = self._rewards(batch).masked_fill(cut[:, None], math.nan)
+        numbers = instance_numbers(batch.trajectories)
+        alone = len(cut) + torch.arange(len(cut))
+        advantage = group_advantages(reward.nansum(dim=1), torch.where(cut, alone, numbers))
         return self._surrogate(batch, reward, advantage[:, None].expand_as(reward))
 
     def _rewards(self, batch: ScoredBatch) -> Tensor:
@@ -80,7 +84,7 @@ class GrpoObjective(Objective):
             means = {name: (float(value) * responses, responses) for name, value in output.metrics.items()}
             means["loss"] = (float(output.loss.detach()) * responses, responses)
             means["log_pf_mean"] = (float(log_prob.detach().nansum()), responses)
-            means["reward_mean"] = (total_reward, float(len(batch.trajectories)))
+            means["reward_mean"] = (total_reward, used)
             sums = {"trajectories_used": used, "trajectories_dropped": len(batch.trajectories) - used}
             return ObjectiveOutput(output.loss, responses, StepMetrics(sums=sums, means=means))
 
@@ -117,13 +121,12 @@ class PpoObjective(GrpoObjective):
         settings = self._settings
         reward, value = self._rewards(batch), self._values(batch, batch.scores)
         length, last_value = _lengths(batch.trajectories), torch.zeros(value.shape[0], dtype=torch.float64)
-        if not self._cut_is_terminal:
-            # The state behind a cut was never shown to the policy: the last one that was stands at the end.
-            cut = torch.tensor([t.end is EndReason.STEP_LIMIT and len(t.steps) > 0 for t in batch.trajectories])
+        # The state behind a cut has no scored response: the last one that has stands at the end.
+        cut = torch.tensor([self._is_cut(t) and len(t.steps) > 0 for t in batch.trajectories], dtype=torch.bool)
+        if bool(cut.any()):
             length = length - cut.long()
-            if bool(cut.any()):
-                behind = value.gather(1, length.clamp(max=value.shape[1] - 1)[:, None]).squeeze(1)
-                last_value = torch.where(cut, behind, 0.0)
+            behind = value.gather(1, length.clamp(max=value.shape[1] - 1)[:, None]).squeeze(1)
+            last_value = torch.where(cut, behind, 0.0)
             reward = torch.where(torch.arange(reward.shape[1]) < length[:, None], reward, math.nan)
         advantage = generalised_advantages(
             reward=reward,
@@ -146,6 +149,10 @@ class PpoObjective(GrpoObjective):
             return ObjectiveOutput(loss, policy.count, policy.metrics | StepMetrics(means=means))
 
         return loss_of
+
+    def _is_cut(self, trajectory: Trajectory) -> bool:
+        at_limit = trajectory.end is EndReason.STEP_LIMIT and not self._cut_is_terminal
+        return at_limit or trajectory.end.by_token_limit
 
     def _values(self, batch: ScoredBatch, scores: Tensor) -> Tensor:
         """(K, T) V of the states that were answered, NaN in the padding."""

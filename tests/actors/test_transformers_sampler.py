@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
-from gflowvlm.actors.sampling import SampleRequest, SampleResponse
+from gflowvlm.actors.sampling import PromptTooLongError, SampleRequest, SampleResponse
 from gflowvlm.actors.transformers_sampler import TransformersSampler
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import PolicyInputs
@@ -137,15 +137,62 @@ def test_sampling_follows_the_softmax_at_the_requests_temperature(policy: Path) 
         assert counted[token].item() == pytest.approx(share, abs=5 * (share * (1 - share) / draws) ** 0.5)
 
 
+def test_two_engines_and_two_starts_of_one_draw_differently_and_requests_with_a_seed_alike(policy: Path) -> None:
+    asked = [*(request(i) for i in range(8)), *(request(i, seed=i) for i in range(8))]
+
+    async def body(sampler: TransformersSampler) -> list[list[int]]:
+        return [response.token_ids for response in await sample_all(sampler, asked)]
+
+    one, other = with_sampler(policy, body), with_sampler(policy, body)
+    assert one[:8] != other[:8]
+    assert one[8:] == other[8:]
+
+
 def test_a_prompt_beyond_the_longest_fails_alone(policy: Path) -> None:
     async def body(sampler: TransformersSampler) -> None:
         long = replace(request(), prompt="Target: 5 " * 400)
-        with pytest.raises(UserError, match="max_model_len"):
+        asked = [request(0), long, request(1)]
+        # In one batch with others.
+        answers = await asyncio.gather(*(sampler.sample(one) for one in asked), return_exceptions=True)
+        assert [type(answer) for answer in answers] == [SampleResponse, PromptTooLongError, SampleResponse]
+        assert "leaves no room in sampler.max_model_len" in str(answers[1])
+        with pytest.raises(PromptTooLongError, match="max_model_len"):
             await sampler.sample(long)
         assert len((await sampler.sample(request())).token_ids) > 0
         await sampler.check_health()
 
     with_sampler(policy, body)
+
+
+def test_a_response_says_whether_a_limit_ended_it(policy: Path) -> None:
+    inputs = PolicyInputs.load(str(policy / "model"))
+
+    async def body(sampler: TransformersSampler) -> list[SampleResponse]:
+        return await sample_all(sampler, [request(i, temperature=20.0, max_tokens=40, seed=i) for i in range(96)])
+
+    responses = with_sampler(policy, body)
+    assert {response.cut for response in responses} == {True, False}
+    for response in responses:
+        assert response.cut == (response.token_ids[-1] != inputs.end_id)
+        assert len(response.token_ids) == 40 or not response.cut
+
+
+def test_what_a_prompt_leaves_of_the_models_length_is_no_matter_of_its_company(policy: Path) -> None:
+    inputs = PolicyInputs.load(str(policy / "model"))
+    short, long = request(), replace(request(), prompt="Target: 5 " * 20)
+    lengths = [inputs.encode([one.prompt], [one.image])["input_ids"].shape[1] for one in (short, long)]
+    asked = [replace(one, temperature=0.0, max_tokens=400) for one in (short, long)]
+
+    async def body(sampler: TransformersSampler) -> list[SampleResponse]:
+        together = await sample_all(sampler, asked)
+        assert [r.token_ids for r in together] == [(await sampler.sample(one)).token_ids for one in asked]
+        return together
+
+    longest = lengths[1] + 8
+    responses = with_sampler(policy, body, max_model_len=longest)
+    for response, length in zip(responses, lengths, strict=True):
+        assert response.cut
+        assert length + len(response.token_ids) == longest
 
 
 def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(policy: Path, tmp_path: Path) -> None:

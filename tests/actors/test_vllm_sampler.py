@@ -17,7 +17,13 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from gflowvlm.actors import rendered_prompts
-from gflowvlm.actors.sampling import SampleRequest, SampleResponse, SamplerUnavailableError, UnknownVersionError
+from gflowvlm.actors.sampling import (
+    PromptTooLongError,
+    SampleRequest,
+    SampleResponse,
+    SamplerUnavailableError,
+    UnknownVersionError,
+)
 from gflowvlm.actors.vllm_sampler import VllmSampler, engine_arguments
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import PolicyInputs, decode_image
@@ -196,11 +202,29 @@ def test_a_temperature_that_the_engine_does_not_sample_at_is_refused_in_one_line
 
 def test_a_prompt_beyond_the_longest_fails_alone(run: Runner) -> None:
     async def body(sampler: VllmSampler) -> None:
-        with pytest.raises(UserError, match="max_model_len"):
-            await sampler.sample(replace(request(), prompt="Target: 5 " * 400))
+        # Before the picture's tokens are counted, and with them: found in two places.
+        for words in (400, 51):
+            with pytest.raises(PromptTooLongError, match=r"leaves no room in sampler\.max_model_len"):
+                await sampler.sample(replace(request(), prompt="Target: 5 " * words))
         assert len((await sampler.sample(request())).token_ids) > 0
 
     run(body)
+
+
+def test_a_response_says_whether_a_limit_ended_it(policy: Path, run: Runner) -> None:
+    inputs = PolicyInputs.load(str(policy / "model"))
+
+    async def body(sampler: VllmSampler) -> list[SampleResponse]:
+        return await sample_all(sampler, [request(i, temperature=2.0, max_tokens=40, seed=i) for i in range(96)])
+
+    responses = run(body)
+    assert {response.cut for response in responses} == {True, False}
+    assert all(response.cut == (response.token_ids[-1] != inputs.end_id) for response in responses)
+
+
+def test_every_start_of_an_engine_has_a_seed_of_its_own(policy: Path) -> None:
+    seeds = {engine_arguments(config("vllm"), str(policy / "model"), 0).seed for _ in range(3)}
+    assert len(seeds) == 3
 
 
 def test_an_engine_that_cannot_start_gives_its_own_process_reason(policy: Path) -> None:

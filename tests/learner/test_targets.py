@@ -67,6 +67,24 @@ def test_a_cut_that_is_no_end_drops_the_last_transition(make_trajectory, name):
         assert torch.equal(inputs.log_flow, scores[None, :, 3])
 
 
+@pytest.mark.parametrize("end", [EndReason.RESPONSE_CUT, EndReason.PROMPT_TOO_LONG])
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_a_limit_of_tokens_cut_off_is_incomplete_whatever_a_cut_at_the_step_limit_is(make_trajectory, name, end):
+    played, again = (make_trajectory(["+", "+"], e, log_rewards=[1.0, 3.0, 0.5]) for e in (end, EndReason.STEP_LIMIT))
+    scores = random_scores([played])
+    found = loss_inputs([played], scores, None, target(name, 0.0, terminal=True))
+    expected = loss_inputs([again], scores, None, target(name, 0.0, terminal=False))
+    assert (found.length.tolist(), found.stopped.tolist()) == ([1], [False])
+    assert torch.equal(found.log_p_stop, expected.log_p_stop)
+    assert torch.equal(found.log_reward, expected.log_reward)
+    # Without a step there is nothing to learn, and nothing breaks.
+    none, other = make_trajectory([], end, log_rewards=[1.0]), make_trajectory.batch()
+    scores = random_scores([none, *other])
+    both = loss(name, loss_inputs([none, *other], scores, None, target(name, 0.0)))
+    alone = loss(name, loss_inputs(other, scores, None, target(name, 0.0)))
+    torch.testing.assert_close(both.loss, alone.loss)
+
+
 def test_groups_are_task_instances(make_trajectory):
     trajectories = [make_trajectory(["+"], EndReason.STEP_LIMIT, instance=i) for i in (4, 7, 4)]
     assert loss_inputs(trajectories, random_scores(trajectories), None, target(alpha=0)).instance.tolist() == [0, 1, 0]

@@ -119,6 +119,30 @@ def test_behind_a_cut_ppo_expects_what_the_last_shown_state_is_worth(make_config
     assert output.count == 1.0
 
 
+@pytest.mark.parametrize("truncation", ["terminal", "incomplete"])
+def test_what_a_limit_of_tokens_cut_off_is_incomplete_for_ppo_too(make_config, make_trajectory, truncation):
+    outputs = []
+    for end, rule in ((EndReason.RESPONSE_CUT, truncation), (EndReason.STEP_LIMIT, "incomplete")):
+        config = make_config(objective={"loss": "ppo"}, target={"truncation": rule})
+        batch = scored([rewarded(make_trajectory(["+", "-"], end), [0.5, 100])], columns=5)
+        outputs.append(make_objective(config).prepare(batch, ALONE)(batch.scores))
+    assert float(outputs[0].loss) == float(outputs[1].loss)
+    assert outputs[0].count == 1.0
+
+
+def test_grpo_leaves_what_a_limit_of_tokens_cut_off_out_of_its_group(make_config, make_trajectory):
+    group = [rewarded(make_trajectory(["+", "[DONE]"], EndReason.DONE, 0), [0, r]) for r in (1, -1)]
+    cut = rewarded(make_trajectory(["-"], EndReason.RESPONSE_CUT, 0), [-9])
+    config = make_config(objective={"loss": "grpo"}, policy={"cot_weight": GAMMA})
+    batch = scored([*group, cut])
+    scores = batch.scores.clone().requires_grad_()
+    output = make_objective(config).prepare(batch, ALONE)(scores)
+    output.loss.backward()
+    expected = torch.tensor([-1.0, -1.0, 1.0, 1.0, 0.0], dtype=torch.float64) / 4
+    torch.testing.assert_close(scores.grad[:, LOG_ACT], expected, rtol=1e-5, atol=1e-9)
+    assert output.metrics.means["reward_mean"] == pytest.approx((0, 2))
+
+
 def test_sft_is_the_mean_cross_entropy_of_the_experts_tokens(tiny_model, make_config, make_trajectory):
     expert = rewarded(make_trajectory(["+", "[DONE]"], EndReason.DONE), [0, 1], expert=True)
     own = make_trajectory(["-", "[DONE]"], EndReason.DONE)
