@@ -70,6 +70,7 @@ class Evaluation:
         div_at_n: Distinct successful trajectories per instance with at least one; at least 1, 0 without any.
         malformed_rate: Share of responses that could not be read.
         inadmissible_rate: Share of responses with an inadmissible action.
+        cut_rate: Share of trajectories that a limit of tokens cut off (`EndReason.by_token_limit`).
         mean_response_tokens: Mean tokens of a response.
         total_variation: Between sampled final outcomes and R^beta / Z, mean over instances; None if unknown.
         total_variation_low: Lower end of its 95 % interval (bootstrap over instances); None if unknown.
@@ -89,6 +90,7 @@ class Evaluation:
     div_at_n: float
     malformed_rate: float
     inadmissible_rate: float
+    cut_rate: float
     mean_response_tokens: float
     total_variation: float | None
     total_variation_low: float | None
@@ -135,6 +137,7 @@ def evaluate_trajectories(
         div_at_n=div_at_n(by_seed),
         malformed_rate=_mean(step.validity is Validity.MALFORMED for step in steps),
         inadmissible_rate=_mean(step.validity is Validity.INADMISSIBLE for step in steps),
+        cut_rate=_mean(t.end.by_token_limit for t in sampled),
         mean_response_tokens=_mean(len(step.response_ids) for step in steps),
         total_variation=match["distance"],
         total_variation_low=match["low"],

@@ -11,6 +11,9 @@ from gflowvlm.shared.trajectory import Trajectory
 WORST_SHOWN = 5
 """Tokens that `Mismatch.worst` lists."""
 
+QUANTILE = 0.99
+"""Share of the tokens whose difference is at most `Mismatch.high`."""
+
 
 @dataclass(frozen=True)
 class TokenMismatch:
@@ -36,17 +39,21 @@ class Mismatch:
 
     Attributes:
         mean: Mean absolute difference, nats; 0 without tokens.
+        high: The `QUANTILE` of the absolute differences, nats; 0 without tokens.
         max: Largest absolute difference, nats; 0 without tokens.
         total: Sum of absolute differences.
         tokens: Sampled tokens compared.
+        trajectories: Trajectories compared.
         response_tokens: All response tokens (those that were not sampled have nothing to compare with).
         worst: The tokens that differ most, worst first.
     """
 
     mean: float
+    high: float
     max: float
     total: float
     tokens: int
+    trajectories: int
     response_tokens: int
     worst: list[TokenMismatch]
 
@@ -73,12 +80,16 @@ def compare(trajectories: Sequence[Trajectory], scores: Sequence[Sequence[Sequen
                 if not math.isnan(sampler)
             ]
     total = sum(token.difference for token in compared)
-    worst = sorted(compared, key=lambda token: -token.difference)[:WORST_SHOWN]
+    worst = sorted(compared, key=lambda token: -token.difference)
+    # So many tokens lie above the quantile.
+    above = int((1 - QUANTILE) * len(worst))
     return Mismatch(
         mean=total / max(1, len(compared)),
+        high=worst[above].difference if worst else 0.0,
         max=worst[0].difference if worst else 0.0,
         total=total,
         tokens=len(compared),
+        trajectories=len(trajectories),
         response_tokens=response_tokens,
-        worst=worst,
+        worst=worst[:WORST_SHOWN],
     )

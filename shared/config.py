@@ -1,6 +1,6 @@
 """Run configuration: every setting of a run, typed, bounded, unknown keys refused."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,20 @@ from gflowvlm.shared.task_settings import AnyTaskSettings, default_settings
 Precision = Literal["float32", "bfloat16"]
 _DEMONSTRATIONS = PathMarker(advice="`gflowvlm demonstrate TASK --out DIR` makes a set")
 LossName = Literal["tb", "var_tb", "db", "subtb", "flow_db", "flow_subtb", "fl_db", "fl_subtb", "sft", "ppo", "grpo"]
+
+
+class MismatchLimits(NamedTuple):
+    """How far sampler and learner may be apart at start, nats: in the mean, and at a high quantile."""
+
+    mean: float
+    high: float
+
+
+MISMATCH_LIMITS: dict[Precision, MismatchLimits] = {
+    "float32": MismatchLimits(2e-5, 1e-4),
+    "bfloat16": MismatchLimits(0.02, 0.2),
+}
+"""What each precision keeps with right weights: the engines order their sums differently."""
 
 
 class PolicySettings(Settings):
@@ -78,11 +92,18 @@ class SamplerSettings(Settings):
     orphan_timeout_s: float = Field(
         900.0, gt=0, le=86_400, description="Replicas that have not seen their run for so long end themselves."
     )
-    mismatch_tolerance: float = Field(
-        1e-4,
+    mismatch_mean_tolerance: float | None = Field(
+        None,
         gt=0,
         le=10,
-        description="Largest sampler-learner difference of a token's log-probability at start, nats.",
+        description="Largest mean difference between sampler and learner of a token's log-probability at start, nats; "
+        "by default 2e-5, and 0.02 for bfloat16.",
+    )
+    mismatch_tolerance: float | None = Field(
+        None,
+        gt=0,
+        le=10,
+        description="The same for the 99 % quantile of the differences; by default 1e-4, and 0.2 for bfloat16.",
     )
 
 
@@ -318,6 +339,15 @@ class RunConfig(Settings):
     def only_recorded(self) -> bool:
         """Whether nobody plays: the training trajectories are those of a set."""
         return self.expert_plays and self.rollout.demonstrations is not None
+
+    @property
+    def mismatch_limits(self) -> MismatchLimits:
+        """How far sampler and learner may be apart at start: as set, otherwise as the precision lets them be."""
+        usual, own = MISMATCH_LIMITS[self.policy.dtype], self.sampler
+        return MismatchLimits(
+            usual.mean if own.mismatch_mean_tolerance is None else own.mismatch_mean_tolerance,
+            usual.high if own.mismatch_tolerance is None else own.mismatch_tolerance,
+        )
 
     @property
     def replay(self) -> BufferSettings:

@@ -83,6 +83,7 @@ STEP_METRICS = (
 ROLLOUT_METRICS = (
     MetricSpec("rollout_success", "share", "Success of the newest rollouts (last 128 trajectories)."),
     MetricSpec("rollout_invalid", "share", "Newest trajectories ended by an invalid response."),
+    MetricSpec("rollout_cut", "share", "Newest trajectories cut off by a limit of tokens."),
     MetricSpec("rollout_length", "transitions", "Mean length of the newest trajectories."),
     MetricSpec("env_steps", "steps", "Environment steps played for training in total."),
     MetricSpec("response_tokens", "tokens", "Response tokens sampled for training in total."),
@@ -91,6 +92,14 @@ ROLLOUT_METRICS = (
     MetricSpec("groups_running", "groups", "Groups being played now."),
     MetricSpec("groups_failed", "groups", "Groups that failed and were played again, in total."),
     MetricSpec("groups_set_aside", "groups", "Groups given up after failing again and again while others did not."),
+    MetricSpec(
+        "responses_cut",
+        "trajectories",
+        "Trajectories cut off by a limit on the response: policy.max_response_tokens, or what the prompt left.",
+    ),
+    MetricSpec(
+        "prompts_too_long", "trajectories", "Trajectories cut off by a prompt beyond sampler.max_model_len, in total."
+    ),
     MetricSpec("worker_restarts", "restarts", "Rollout worker restarts in total."),
     MetricSpec("rollout_workers", "workers", "Rollout workers in service now."),
     MetricSpec("rollout_workers_wanted", "workers", "Rollout workers that the run is set to."),
@@ -109,6 +118,7 @@ EVALUATION_METRICS = (
     MetricSpec("div_at_n", "trajectories", "Div@N: distinct successful trajectories per solved instance."),
     MetricSpec("malformed_rate", "share", "Responses that could not be read."),
     MetricSpec("inadmissible_rate", "share", "Responses with an inadmissible action."),
+    MetricSpec("cut_rate", "share", "Trajectories cut off by a limit of tokens."),
     MetricSpec("mean_response_tokens", "tokens", "Mean length of a response."),
     MetricSpec("total_variation", "distance", "Total variation of sampled final outcomes to R^beta / Z, mean."),
     MetricSpec("total_variation_low", "distance", "Lower end of its 95 % interval (bootstrap over instances)."),

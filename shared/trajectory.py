@@ -45,8 +45,8 @@ class EndReason(StrEnum):
     STEP_LIMIT = "step_limit"
     """Cut off: the trajectory is incomplete (`truncation` says how losses treat it)."""
     RESPONSE_CUT = "response_cut"
-    """A limit of tokens (``policy.max_response_tokens``, ``sampler.max_model_len``) cut the next response off before its
-    action. What there was of it is not recorded; the trajectory is incomplete, whatever `truncation` says."""
+    """A limit of tokens (``policy.max_response_tokens``, ``sampler.max_model_len``) cut the next response off before
+    its action. What there was of it is not recorded; the trajectory is incomplete, whatever `truncation` says."""
     PROMPT_TOO_LONG = "prompt_too_long"
     """The next prompt left no room for a response in ``sampler.max_model_len``; incomplete in the same way."""
 

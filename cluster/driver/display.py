@@ -11,18 +11,24 @@ from gflowvlm.run.log import Row
 from gflowvlm.run.plain_progress import PLAIN_INTERVAL_S
 
 MALFORMED_SAID, MALFORMED_WARNED = 0.01, 0.2
-"""Shares of malformed responses in an evaluation from which they are said, and warned of."""
+"""Shares of malformed and of cut-off responses in an evaluation from which they are said, and warned of."""
 
 
 def evaluation_lines(row: Row) -> Iterator[str]:
     """Yields the lines that say what an evaluation while training found."""
     bound = "" if row["success_bound"] is None else f" (perfect sampler {row['success_bound']:.2f})"
-    malformed = row["malformed_rate"]
+    malformed, cut = row["malformed_rate"], row["cut_rate"]
     yield (
         f"evaluation at step {row['step']}: success {row['success']:.2f}{bound}, greedy {row['success_greedy']:.2f}, "
         f"Div@{row['samples']} {row['div_at_n']:.2f}"
         + (f", malformed responses {malformed:.0%}" if malformed >= MALFORMED_SAID else "")
+        + (f", cut off by a limit of tokens {cut:.0%}" if cut >= MALFORMED_SAID else "")
     )
+    if cut >= MALFORMED_WARNED:
+        yield (
+            "limits of tokens cut many trajectories off, and how they would have gone on is not learned from: raise "
+            "policy.max_response_tokens or sampler.max_model_len"
+        )
     if malformed >= MALFORMED_WARNED:
         yield (
             "the policy loses the form of its answers, and may not find it again: stop, and begin anew with a lower "

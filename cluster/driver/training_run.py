@@ -24,6 +24,8 @@ from gflowvlm.cluster.driver.rollout_scheduler import (
 from gflowvlm.cluster.driver.run_actors import RunActors
 from gflowvlm.cluster.driver.run_record import RunRecord
 from gflowvlm.cluster.driver.run_state import RunState
+from gflowvlm.cluster.driver.sampler_check import agreement_line
+from gflowvlm.cluster.driver.token_limits import TokenLimits
 from gflowvlm.cluster.driver.worker_pool import last_line
 from gflowvlm.cluster.launch.ray_runtime import cluster_nodes
 from gflowvlm.cluster.monitoring.memory import MemoryMeter
@@ -46,6 +48,8 @@ from gflowvlm.shared.trajectory import BASE_VERSION
 PUMP_WAIT_S = 0.1
 SNAPSHOT_INTERVAL_S = 5.0
 NEWEST_TRAJECTORIES = 128
+NEWEST_METRICS = ("rollout_success", "rollout_invalid", "rollout_cut", "rollout_length")
+"""Means over the newest trajectories, in the order in which they are noted."""
 
 REPORT = "report"
 
@@ -75,6 +79,7 @@ class TrainingRun:
         self._response_tokens = self.record.saved.response_tokens
         self._report_rows: list[Row] = []
         self._tokens_since_start = 0
+        self._token_limits = TokenLimits(config, self.display.say)
         self._started = time.monotonic()
         self._snapshot_at = 0.0
         self._memory = MemoryMeter()
@@ -170,9 +175,7 @@ class TrainingRun:
             if report.kind == STARTED:
                 self._note_started(content)
             elif report.kind == MISMATCH:
-                self.display.say(
-                    f"sampler and learner agree to {content['max']:.1e} nats on {content['tokens']} tokens"
-                )
+                self.display.say(agreement_line(content))
             elif report.kind == STEP:
                 self._note_step(content)
 
@@ -229,8 +232,10 @@ class TrainingRun:
             self._env_steps += sum(summary.length)
             self._response_tokens += tokens
             self._tokens_since_start += tokens
+            self._token_limits.note(summary.end)
             invalid = [m + i > 0 for m, i in zip(summary.malformed, summary.inadmissible, strict=True)]
-            rollouts = zip(summary.expert, summary.success, invalid, summary.length, strict=True)
+            cut = [end.by_token_limit for end in summary.end]
+            rollouts = zip(summary.expert, summary.success, invalid, cut, summary.length, strict=True)
             self._newest.extend(played for expert, *played in rollouts if not expert)
 
     def _note_evaluation(self, job: EvaluationJob) -> None:
@@ -265,6 +270,7 @@ class TrainingRun:
             "groups_running": self.scheduler.groups_running,
             "groups_failed": self.scheduler.groups_failed,
             "groups_set_aside": self.scheduler.groups_set_aside,
+            **self._token_limits.counts,
             "worker_restarts": self._actors.workers.deaths,
             "rollout_workers": len(self._actors.workers.serving),
             "rollout_workers_wanted": self.scaling.size.workers,
@@ -279,9 +285,8 @@ class TrainingRun:
             if samplers.idle_share is not None:
                 values["sampler_idle_share"] = samplers.idle_share
         if newest:
-            values["rollout_success"] = sum(success for success, _, _ in newest) / len(newest)
-            values["rollout_invalid"] = sum(invalid for _, invalid, _ in newest) / len(newest)
-            values["rollout_length"] = sum(length for _, _, length in newest) / len(newest)
+            means = [sum(column) / len(newest) for column in zip(*newest, strict=True)]
+            values |= dict(zip(NEWEST_METRICS, means, strict=True))
         self.record.note_snapshot({"step": self.state.step, **values}, self._env_steps, self._response_tokens)
         self.telemetry.send("rollout", values, self.state.step)
         self.telemetry.repeat()

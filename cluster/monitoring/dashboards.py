@@ -175,7 +175,14 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         "Health",
         (
             panel("Sampler against learner", "mismatch_mean"),
-            panel("Invalid responses", "rollout_invalid", "malformed_rate", "inadmissible_rate"),
+            panel(
+                "Invalid and cut-off responses",
+                "rollout_invalid",
+                "rollout_cut",
+                "malformed_rate",
+                "inadmissible_rate",
+                "cut_rate",
+            ),
             panel("Failures and restarts", "groups_failed", "groups_set_aside", "worker_restarts", "skipped_updates"),
             panel("Gradient norm", "grad_norm", "head_grad_norm"),
             panel("Residuals", "residual_abs_mean", "residual_abs_max"),

@@ -153,6 +153,15 @@ def test_failures_malformed_and_inadmissible_responses_are_counted():
     assert figures.malformed_rate == pytest.approx(1 / 3)
     assert figures.inadmissible_rate == pytest.approx(1 / 3)
     assert figures.total_variation > 0.9
+    assert figures.cut_rate == 0.0
+
+
+def test_what_a_limit_of_tokens_cut_off_is_counted_and_no_success():
+    plan = EvaluationPlan("id", instances=1, samples=2, seed=100)
+    cut = replace(played(100, ["+"]), end=EndReason.RESPONSE_CUT, success=False, outcome="cut off")
+    figures = evaluate_trajectories(CONFIG, plan, 0, [played(100, expert_actions(100)), cut], [cut])
+    assert (figures.success, figures.success_greedy) == (0.5, 0.0)
+    assert (figures.cut_rate, figures.malformed_rate) == (0.5, 0.0)
 
 
 def test_diversity_counts_different_action_sequences_of_solved_instances_only():

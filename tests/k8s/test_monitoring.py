@@ -85,7 +85,7 @@ def test_panels_have_one_place_each() -> None:
 
 def test_the_mismatch_alert_has_the_tolerance_of_the_preset() -> None:
     (rule,) = [r for r in rules() if r["alert"] == "GflowvlmMismatch"]
-    assert rule["expr"].endswith(f"> {load_preset('numberline-7b').sampler.mismatch_tolerance:g}")
+    assert rule["expr"].endswith(f"> {load_preset('numberline-7b').mismatch_limits.high:g}")
 
 
 def test_every_alert_is_explained_in_the_guide() -> None:

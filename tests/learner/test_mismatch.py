@@ -20,6 +20,14 @@ def test_reports_the_differences_of_sampled_tokens_worst_first(make_trajectory):
     assert (worst.trajectory_id, worst.step, worst.position, worst.token_id) == (trajectory.trajectory_id, 0, 2, 7)
 
 
+def test_the_quantile_leaves_one_token_in_a_hundred_above_it(make_trajectory):
+    step = make_trajectory(["jump"], EndReason.INVALID).steps[0]
+    step = dataclasses.replace(step, response_ids=list(range(300)), sampler_log_probs=[0.0] * 300)
+    trajectory = dataclasses.replace(make_trajectory(["jump"], EndReason.INVALID), steps=[step])
+    found = compare([trajectory], [[[-float(i) for i in range(300)]]])
+    assert (found.max, found.high, found.trajectories) == (299.0, 296.0, 1)
+
+
 def test_a_learner_value_that_is_no_number_is_an_infinite_mismatch(make_trajectory):
     trajectory = with_sampler(make_trajectory(["jump"], EndReason.INVALID), [-1.0, -1.0, -1.0])
     assert compare([trajectory], [[[-1.0, math.nan, -1.0]]]).max == math.inf
@@ -27,4 +35,4 @@ def test_a_learner_value_that_is_no_number_is_an_infinite_mismatch(make_trajecto
 
 def test_nothing_sampled_is_no_mismatch(make_trajectory):
     found = compare([with_sampler(make_trajectory(["jump"], EndReason.INVALID), [math.nan] * 3)], [[[0.0] * 3]])
-    assert (found.tokens, found.max, found.mean, found.worst) == (0, 0.0, 0.0, [])
+    assert (found.tokens, found.max, found.high, found.mean, found.worst) == (0, 0.0, 0.0, 0.0, [])

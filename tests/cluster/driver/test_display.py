@@ -27,12 +27,19 @@ def test_on_a_terminal_there_is_a_bar():
 
 
 @pytest.mark.parametrize(
-    ("malformed", "end", "warned"),
-    [(0.0, "Div@8 4.00", False), (0.04, "malformed responses 4%", False), (0.6, "60%", True)],
+    ("malformed", "cut", "end", "warnings"),
+    [
+        (0.0, 0.0, "Div@8 4.00", []),
+        (0.04, 0.0, "malformed responses 4%", []),
+        (0.6, 0.0, "60%", ["learning_rate"]),
+        (0.0, 0.05, "cut off by a limit of tokens 5%", []),
+        (0.3, 0.3, "30%", ["sampler.max_model_len", "learning_rate"]),
+    ],
 )
-def test_an_evaluation_says_malformed_responses_and_warns_of_many(malformed, end, warned):
+def test_an_evaluation_says_malformed_and_cut_off_responses_and_warns_of_many(malformed, cut, end, warnings):
     row = {"step": 20, "success": 0.5, "success_bound": None, "success_greedy": 1.0, "samples": 8, "div_at_n": 4.0}
-    first, *others = evaluation_lines({**row, "malformed_rate": malformed})
+    first, *others = evaluation_lines({**row, "malformed_rate": malformed, "cut_rate": cut})
     assert first.startswith("evaluation at step 20: success 0.50, greedy 1.00, ")
     assert first.endswith(end)
-    assert [("learning_rate" in line) for line in others] == [True] * warned
+    assert len(others) == len(warnings)
+    assert all(word in line for word, line in zip(warnings, others, strict=True))
