@@ -34,11 +34,12 @@ RUN apt-get update \
     && useradd --uid 1000 --user-group --create-home gflowvlm
 COPY --from=build /app /app
 COPY --chmod=0755 k8s/docker/train-or-resume /usr/local/bin/train-or-resume
-# RAY_TRAIN_V2_ENABLED and RAY_SERVE_…: Ray reads them when a process starts, so every node of the
+# RAY_TRAIN_V2_ENABLED, RAY_SERVE_… and PYTHONSAFEPATH are read when a process starts, so every node of the
 # cluster has to have them (cluster/launch/process_environment.py).
 ENV PATH=/app/.venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONSAFEPATH=1 \
     RAY_TRAIN_V2_ENABLED=1 \
     RAY_SERVE_THROUGHPUT_OPTIMIZED=1 \
     RAY_SERVE_ENABLE_DIRECT_INGRESS=0
