@@ -73,12 +73,10 @@ class RunActors:
         self.buffer = create_buffer_actor(self._config, self._folder.root, f"{self._name}-buffer")
         self._mailbox = start_mailbox(f"{self._name}-mailbox")
         self.reports = ReportReceiver(RemoteMailbox(self._mailbox), self._write_down)
-        self.reports.start()
         started = time.monotonic()
         try:
             handle = self._deploy_policy_server()
         except BaseException:
-            self.reports.close()
             shutdown_policy_server(f"{self._name}-policy")
             raise
         self._say(f"policy server is up ({self.engine}, {time.monotonic() - started:.0f} s)")
@@ -123,7 +121,8 @@ class RunActors:
         scale_policy_server(f"{self._name}-policy", replicas)
 
     def start_learner(self) -> None:
-        """Starts the data-parallel learners under Ray Train, in the background."""
+        """Starts the data-parallel learners under Ray Train, in the background, and receives their reports."""
+        self.reports.start()
         settings, part = self._config.learner, resource_plan(self._config).part(LEARNER)
         job = LearnerJob(
             config=self._config.model_dump(mode="json"),
