@@ -61,7 +61,8 @@ class Admission:
     Attributes:
         pacing: The rule.
         learned: Most learner steps ever done: a learner that goes back to its checkpoint takes no room away.
-        accepted: Trajectories that the replay buffer has acknowledged, counted on over a resume.
+        accepted: Trajectories that the replay buffer has accepted, as it said last. It alone counts them: it knows of
+            a group whose worker died before telling of it.
         running: Trajectories that were started and neither acknowledged nor failed. What failed does not count,
             since nobody will learn from it.
     """
@@ -101,10 +102,14 @@ class Admission:
         self.running += admitted * self.pacing.group_size
         return admitted
 
-    def note_accepted(self, groups: int = 1) -> None:
-        """Running groups were acknowledged by the replay buffer."""
+    def note_accepted(self, groups: int, accepted: int) -> None:
+        """Running groups were acknowledged by the replay buffer, which has accepted so many trajectories in all.
+
+        Answers may overtake each other. Until a group's own comes, it may count as accepted and as running: too much
+        for a moment, never too little.
+        """
         self._finish(groups)
-        self.accepted += groups * self.pacing.group_size
+        self.accepted = max(self.accepted, accepted)
 
     def note_failed(self, groups: int = 1) -> None:
         """Running groups were lost; their share is free again."""

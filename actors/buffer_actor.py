@@ -4,6 +4,7 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,19 @@ BYTES_PER_FILE = 256 * 2**20
 
 RECORD_FILE = "sampled.json"
 """Beside the Parquet files: which batches were given."""
+
+
+@dataclass(frozen=True)
+class Acknowledgement:
+    """That trajectories are safe.
+
+    Attributes:
+        trajectory_ids: Their ids.
+        accepted: Trajectories that the buffer has accepted in all, these included (see `ReplayBuffer.accepted`).
+    """
+
+    trajectory_ids: list[str]
+    accepted: int
 
 
 class ReplayBufferActor:
@@ -67,8 +81,8 @@ class ReplayBufferActor:
             raise self._problem
         return self._held
 
-    async def append(self, batch: pa.RecordBatch) -> list[str]:
-        """Adds trajectories and returns their ids: they are on disk (see `ReplayBuffer.append`).
+    async def append(self, batch: pa.RecordBatch) -> Acknowledgement:
+        """Adds trajectories, and acknowledges them: they are on disk (see `ReplayBuffer.append`).
 
         What arrives while a file is written goes into the next one together, because the disk takes as long for
         many groups as for one.
@@ -79,7 +93,7 @@ class ReplayBufferActor:
         if self._writing is None or self._writing.done():
             self._writing = asyncio.create_task(self._write_waiting())
         await written
-        return list(batch["trajectory_id"].to_pylist())
+        return Acknowledgement(list(batch["trajectory_id"].to_pylist()), self._buffer.accepted)
 
     async def _write_waiting(self) -> None:
         while len(self._waiting) > 0:

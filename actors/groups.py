@@ -80,6 +80,8 @@ class GroupSummary:
         failure: Why there are no trajectories, one line, or None. A failed group has left nothing anywhere. Of an
             environment's failure it names the instance, and the file it is read from where there is one.
         cause: What kind of failure it was; None without one.
+        accepted: Trajectories that the replay buffer had accepted in all when it acknowledged this group; 0 where it
+            was not asked.
         trajectory_ids: Ids, the expert's last.
         expert: Whether the expert made it.
         success: Whether it solved the task.
@@ -98,6 +100,7 @@ class GroupSummary:
     group_id: str = ""
     failure: str | None = None
     cause: FailureCause | None = None
+    accepted: int = 0
     trajectory_ids: list[str] = field(default_factory=list)
     expert: list[bool] = field(default_factory=list)
     success: list[bool] = field(default_factory=list)

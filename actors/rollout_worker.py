@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.env.env_runner import EnvRunner
 
-from gflowvlm.actors.buffer_actor import get_buffer
+from gflowvlm.actors.buffer_actor import Acknowledgement, get_buffer
 from gflowvlm.actors.demonstration_set import DemonstrationSet
 from gflowvlm.actors.environment_hosts import EnvironmentHosts
 from gflowvlm.actors.environments import (
@@ -153,13 +153,13 @@ class RolloutWorker(EnvRunner):
             expert_plays=self._run.expert_plays,
         )
 
-        async def record(request: GroupRequest, group: PlayedGroup) -> None:
+        async def record(request: GroupRequest, group: PlayedGroup) -> int:
             members = list(group.trajectories)
             if rollout.demonstrations is not None:
                 # Nobody played it, so it is in the buffer and not in the summary.
                 recorded = await asyncio.to_thread(self._recorded, request.instance_seed)
                 members.append(as_member(recorded, group.group_id, self._inputs))
-            await append_group(self._buffer, to_record_batch(members))
+            return await append_group(self._buffer, to_record_batch(members))
 
         return [summary for summary, _ in self._play(requests, settings, record)]
 
@@ -194,8 +194,8 @@ class RolloutWorker(EnvRunner):
             sampling_seed=sampling_seed,
         )
 
-        async def keep(_: GroupRequest, __: PlayedGroup) -> None:
-            return None
+        async def keep(_: GroupRequest, __: PlayedGroup) -> int:
+            return 0
 
         played = self._play(requests, settings, keep)
         trajectories = [trajectory for _, members in played for trajectory in members]
@@ -213,16 +213,16 @@ class RolloutWorker(EnvRunner):
         self,
         requests: Sequence[GroupRequest],
         settings: PlaySettings,
-        finish: Callable[[GroupRequest, PlayedGroup], Coroutine[Any, Any, None]],
+        finish: Callable[[GroupRequest, PlayedGroup], Coroutine[Any, Any, int]],
     ) -> _PlayedGroups:
         async def play_one(request: GroupRequest) -> tuple[GroupSummary, list[Trajectory]]:
             open_environment = partial(self._open_environment, request)
             try:
                 group = await play_group(open_environment, self._source, self._inputs, request, settings)
-                await finish(request, group)
+                accepted = await finish(request, group)
             except _GROUP_FAILURES as error:
                 return GroupSummary(request, failure=str(error), cause=_cause_of(error)), []
-            return summarise(request, group), group.trajectories
+            return summarise(request, group, accepted), group.trajectories
 
         async def play_all() -> _PlayedGroups:
             async with asyncio.TaskGroup() as tasks:
@@ -304,10 +304,13 @@ def _cause_of(error: Exception) -> FailureCause:
             return FailureCause.REFUSED
 
 
-async def append_group(buffer: Any, batch: pa.RecordBatch, deadline_s: float = APPEND_DEADLINE_S) -> None:
+async def append_group(buffer: Any, batch: pa.RecordBatch, deadline_s: float = APPEND_DEADLINE_S) -> int:
     """Appends a group to the replay buffer, again and again while the buffer is away.
 
     Trajectory ids make repeated appends harmless.
+
+    Returns:
+        How many trajectories the buffer has accepted in all.
 
     Raises:
         UserError: The buffer refused it.
@@ -316,7 +319,9 @@ async def append_group(buffer: Any, batch: pa.RecordBatch, deadline_s: float = A
     started = time.monotonic()
     while True:
         try:
-            await asyncio.wait_for(buffer.append.remote(batch), min(APPEND_TRY_S, deadline_s))
+            acknowledgement: Acknowledgement = await asyncio.wait_for(
+                buffer.append.remote(batch), min(APPEND_TRY_S, deadline_s)
+            )
         except (RayActorError, TimeoutError) as error:
             waited = time.monotonic() - started
             if waited + APPEND_PAUSE_S > deadline_s:
@@ -327,11 +332,11 @@ async def append_group(buffer: Any, batch: pa.RecordBatch, deadline_s: float = A
         except RayTaskError as error:
             raise error.cause from None
         else:
-            return
+            return acknowledgement.accepted
 
 
-def summarise(request: GroupRequest, group: PlayedGroup) -> GroupSummary:
-    """Returns the summary of a group that was played."""
+def summarise(request: GroupRequest, group: PlayedGroup, accepted: int) -> GroupSummary:
+    """Returns the summary of a group that was played, and of which the replay buffer said what it has accepted."""
 
     def count(trajectory: Trajectory, validity: Validity) -> int:
         return sum(step.validity is validity for step in trajectory.steps)
@@ -341,6 +346,7 @@ def summarise(request: GroupRequest, group: PlayedGroup) -> GroupSummary:
     return GroupSummary(
         request=request,
         group_id=group.group_id,
+        accepted=accepted,
         trajectory_ids=[t.trajectory_id for t in members],
         expert=[t.expert for t in members],
         success=[t.success for t in members],

@@ -233,7 +233,7 @@ class RolloutScheduler:
         if call.job is not None:
             call.job.played(tag, from_arrow(result[0]))
         elif finished:
-            self._admission.note_accepted(len(finished))
+            self._admission.note_accepted(len(finished), max(summary.accepted for summary in finished))
             self._on_groups(finished)
         failed = [(s.request, s.cause, last_line(s.failure)) for s in summaries if s.failure is not None]
         again = [

@@ -24,7 +24,7 @@ def test_generation_runs_ahead_by_exactly_the_staleness_limit() -> None:
 def test_a_published_version_frees_one_batch() -> None:
     admission = Admission(Pacing(max_staleness=0, fresh_per_step=8, publish_every=2, group_size=8))
     admission.admit(2)
-    admission.note_accepted(2)
+    admission.note_accepted(2, accepted=16)
     assert admission.admit(5) == 0
     admission.note_learned(1)
     assert admission.admit(5) == 0
@@ -36,7 +36,7 @@ def test_a_published_version_frees_one_batch() -> None:
 def test_acknowledged_groups_still_count_and_failed_ones_do_not() -> None:
     admission = admission_of(max_staleness=0, batch=32, group_size=8)
     assert admission.admit(4) == 4
-    admission.note_accepted()
+    admission.note_accepted(1, accepted=8)
     assert admission.capacity == 0
     admission.note_failed(2)
     assert admission.capacity == 16
@@ -47,7 +47,7 @@ def test_a_batch_that_is_no_multiple_of_a_group_never_starves_the_learner() -> N
     admission = admission_of(max_staleness=0, batch=12, group_size=8)
     admission.admit(admission.admissible_groups)
     assert admission.running >= 12
-    admission.note_accepted(2)
+    admission.note_accepted(2, accepted=16)
     assert admission.capacity == -4
     assert admission.admissible_groups == 0
 
@@ -55,7 +55,7 @@ def test_a_batch_that_is_no_multiple_of_a_group_never_starves_the_learner() -> N
 def test_resume_goes_on_where_the_run_was() -> None:
     before = admission_of(max_staleness=1, batch=16, group_size=8)
     for step in range(1, 6):
-        before.note_accepted(before.admit(2))
+        before.note_accepted(before.admit(2), accepted=16 * step)
         before.note_learned(step)
     before.admit(1)  # lost with the run: nothing is running after a resume
     after = admission_of(max_staleness=1, batch=16, group_size=8, learned=before.learned, accepted=before.accepted)
@@ -63,10 +63,22 @@ def test_resume_goes_on_where_the_run_was() -> None:
     assert after.admit(100) == after.running // 8
 
 
+def test_what_the_buffer_has_of_a_worker_that_died_before_telling_counts_once_any_other_answer_comes() -> None:
+    admission = admission_of(max_staleness=0, batch=32, group_size=8)
+    admission.admit(4)
+    # Three groups are in the buffer. One worker told, one will, and one died: its group is played again.
+    admission.note_accepted(1, accepted=24)
+    assert admission.capacity == 32 - (24 + 24)
+    admission.note_accepted(1, accepted=16)  # this answer was overtaken
+    assert (admission.accepted, admission.running, admission.capacity) == (24, 16, -8)
+    admission.note_accepted(2, accepted=40)
+    assert (admission.accepted, admission.running, admission.capacity) == (40, 0, -8)
+
+
 def test_finishing_more_than_runs_is_an_error() -> None:
     admission = admission_of(max_staleness=0, batch=8, group_size=8)
     with pytest.raises(ValueError, match="0 were running"):
-        admission.note_accepted()
+        admission.note_accepted(1, accepted=8)
     with pytest.raises(ValueError, match="0 were running"):
         admission.note_failed()
 
@@ -112,14 +124,17 @@ def test_a_runs_pacing_is_that_of_its_settings_on_policy_without_any_running_ahe
 def test_never_more_than_a_group_beyond_the_bound_and_always_enough_for_the_next_step(
     pacing: Pacing, events: list[str]
 ) -> None:
-    admission = Admission(pacing)
+    admission, buffer = Admission(pacing), 0
     for event in events:
         if event == "admit":
             admission.admit(3)
         elif event == "learn":
             admission.note_learned(admission.learned + 1)
+        elif admission.running >= pacing.group_size and event == "accept":
+            buffer += pacing.group_size
+            admission.note_accepted(1, buffer)
         elif admission.running >= pacing.group_size:
-            admission.note_accepted() if event == "accept" else admission.note_failed()
+            admission.note_failed()
         started = admission.accepted + admission.running
         assert started < pacing.most_started(admission.learned) + pacing.group_size
         # What the learner waits for at its next step can always be played.

@@ -28,7 +28,9 @@ def test_appends_that_arrive_together_share_files_and_each_is_acknowledged(tmp_p
         buffer = actor(tmp_path)
         acknowledged = await asyncio.gather(*(buffer.append(to_record_batch(group)) for group in groups))
         assert (await buffer.stats())["append"]["trajectories"] == 3 * len(groups)
-        return acknowledged
+        assert [a.accepted for a in acknowledged] == sorted(a.accepted for a in acknowledged)
+        assert acknowledged[-1].accepted == 3 * len(groups)
+        return [a.trajectory_ids for a in acknowledged]
 
     assert asyncio.run(play()) == [[t.trajectory_id for t in group] for group in groups]
     assert len(list(tmp_path.iterdir())) == 2
@@ -46,7 +48,7 @@ def test_nothing_is_acknowledged_before_its_file_is_there(tmp_path: Path) -> Non
             )
             await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
             written = ReplayBuffer(BufferSettings(), 0, tmp_path).content()["trajectory_id"].to_pylist()
-            assert all(set(task.result()) <= set(written) for task in (first, second) if task.done())
+            assert all(set(task.result().trajectory_ids) <= set(written) for task in (first, second) if task.done())
             await asyncio.gather(first, second)
 
     asyncio.run(play())

@@ -124,12 +124,12 @@ def test_after_kill_9_nothing_acknowledged_is_lost_or_doubled(tmp_path: Path) ->
     acknowledged: list[str] = []
     waiting = actor.wait_sample.remote(step=5, groups=3, version=0, min_accepted=120, timeout_s=120)
     for index in range(20):
-        acknowledged += call(actor.append, to_record_batch(make_group(index, 3)))
+        acknowledged += call(actor.append, to_record_batch(make_group(index, 3))).trajectory_ids
     # Calls in flight when the process dies are repeated by Ray; ids make that harmless.
     in_flight = [actor.append.remote(to_record_batch(make_group(index, 3))) for index in range(20, 40)]
     os.kill(first, signal.SIGKILL)
     for reference in in_flight:
-        acknowledged += ray.get(reference, timeout=120)
+        acknowledged += ray.get(reference, timeout=120).trajectory_ids
     stats = call(actor.stats)
     assert stats["pid"] != first
     assert stats["accepted"] == len(set(acknowledged)) == 120

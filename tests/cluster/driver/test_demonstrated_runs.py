@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
+from gflowvlm.actors.buffer_actor import Acknowledgement
 from gflowvlm.actors.demonstration_set import DemonstrationSet
 from gflowvlm.actors.groups import GroupRequest, GroupSummary
 from gflowvlm.actors.replay_buffer import ReplayBuffer
@@ -39,8 +40,8 @@ class Buffer:
     def append(self) -> "Buffer":
         return self
 
-    async def remote(self, batch: pa.RecordBatch) -> list[str]:
-        return self.held.append(batch)
+    async def remote(self, batch: pa.RecordBatch) -> Acknowledgement:
+        return Acknowledgement(self.held.append(batch), self.held.accepted)
 
 
 def config_of(made: DemonstrationSet, **sections: dict[str, Any]) -> RunConfig:

@@ -1,5 +1,6 @@
 import time
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -172,7 +173,7 @@ class MortalWorkers(FullWorkers):
 
     def __init__(self, count, answer):
         super().__init__(count)
-        self.answer, self.held, self.dying = answer, {}, set()
+        self.answer, self.held, self.dying, self.accepted = answer, {}, set(), 0
 
     def call(self, worker, method, tag, kwargs):
         self.held.setdefault(worker, []).append((tag, kwargs["requests"]))
@@ -192,8 +193,17 @@ class MortalWorkers(FullWorkers):
             self.held.pop(worker, None)
         return lost
 
+    def counted(self, summary):
+        """What the replay buffer adds to a group that it takes."""
+        if summary.failure is not None:
+            return summary
+        self.accepted += 8
+        return replace(summary, accepted=self.accepted)
+
     def played(self, worker, tag, requests):
-        summaries = [self.answer(request) for request in requests]
+        summaries = [
+            self.counted(self.answer(request)) if tag == "rollout" else self.answer(request) for request in requests
+        ]
         size = 2 if tag == "sampled" else 1
         made = [s.request for s in summaries if s.failure is None for _ in range(size)]
         batch = to_record_batch([make_trajectory(f"t{n}", f"g{r.group_index}") for n, r in enumerate(made)])

@@ -46,7 +46,11 @@ def player(play_s=0.1, resources=None, breaks=False, max_restarts=3):
             from gflowvlm.actors.groups import GroupSummary
 
             time.sleep(play_s)
-            return [GroupSummary(request=r, group_id=f"{r.group_index}", versions=[self.number]) for r in requests]
+            # No buffer counts here; once all are through, as many are as the largest index says.
+            return [
+                GroupSummary(r, group_id=f"{r.group_index}", versions=[self.number], accepted=r.group_index + 1)
+                for r in requests
+            ]
 
     options = {"resources": resources, "num_cpus": 0, "max_restarts": max_restarts, "max_concurrency": GROUPS_EACH + 1}
     return lambda number: ray.remote(Player).options(**options).remote(number)
