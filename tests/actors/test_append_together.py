@@ -3,6 +3,7 @@
 import asyncio
 import math
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -65,7 +66,7 @@ def test_a_repeated_append_counts_once_also_beside_the_first(tmp_path: Path) -> 
 
 
 def test_only_the_caller_of_an_impossible_append_is_refused(tmp_path: Path) -> None:
-    async def play() -> list[object]:
+    async def play() -> list[Any]:
         buffer = actor(tmp_path)
         groups = [make_group(0), make_group(1, log_reward=math.nan), make_group(2)]
         appends = (buffer.append(to_record_batch(group)) for group in groups)
@@ -73,8 +74,8 @@ def test_only_the_caller_of_an_impossible_append_is_refused(tmp_path: Path) -> N
 
     first, impossible, last = asyncio.run(play())
     assert isinstance(impossible, ValueError)
-    assert first == [t.trajectory_id for t in make_group(0)]
-    assert last == [t.trajectory_id for t in make_group(2)]
+    assert first.trajectory_ids == [t.trajectory_id for t in make_group(0)]
+    assert last.trajectory_ids == [t.trajectory_id for t in make_group(2)]
     assert ReplayBuffer(BufferSettings(), 0, tmp_path).accepted == 4
 
 
@@ -88,7 +89,7 @@ def test_all_that_were_to_be_written_are_refused_by_a_full_disk_and_later_ones_a
         refused = await asyncio.gather(*appends, return_exceptions=True)
         assert (await buffer.stats())["refused"] == 6
         folder.mkdir()
-        return refused, await buffer.append(to_record_batch(make_group(0)))
+        return refused, (await buffer.append(to_record_batch(make_group(0)))).trajectory_ids
 
     refused, taken = asyncio.run(play())
     assert all(isinstance(error, UserError) for error in refused)
@@ -116,7 +117,7 @@ def test_whoever_waits_for_a_joint_append_that_goes_wrong_is_told_why_and_the_ne
     assert {(type(error), str(error)) for error in failed} == {
         (pa.ArrowInvalid, "offset overflow while concatenating arrays")
     }
-    assert taken == [[t.trajectory_id for t in make_group(index)] for index in range(2)]
+    assert [a.trajectory_ids for a in taken] == [[t.trajectory_id for t in make_group(index)] for index in range(2)]
 
 
 def test_large_appends_are_not_put_into_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +139,7 @@ def test_a_caller_that_gave_up_does_not_harm_the_others(tmp_path: Path) -> None:
         second = asyncio.create_task(buffer.append(to_record_batch(make_group(1))))
         await asyncio.sleep(0)
         first.cancel()
-        return await asyncio.wait_for(second, 10)
+        return (await asyncio.wait_for(second, 10)).trajectory_ids
 
     assert asyncio.run(play()) == [t.trajectory_id for t in make_group(1)]
     assert ReplayBuffer(BufferSettings(), 0, tmp_path).accepted == 4
