@@ -29,8 +29,9 @@ APPENDS_PER_FILE = 64
 BYTES_PER_FILE = 256 * 2**20
 """Bytes from which on no further append is written together with others."""
 
-RECORD_FILE = "sampled.json"
-"""Beside the Parquet files: which batches were given."""
+RECORD_FILE = ".sampled.json"
+"""Beside the Parquet files: which batches were given. Whoever reads the folder as one data set passes over it, as over
+all names that begin with a dot."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 
-from gflowvlm.actors.buffer_actor import create_buffer_actor, get_buffer
+from gflowvlm.actors.buffer_actor import Acknowledgement, create_buffer_actor, get_buffer
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.trajectory import to_record_batch
@@ -33,7 +33,7 @@ def call(method: Any, *arguments: Any) -> Any:
 def test_the_buffer_is_found_by_name_and_the_name_is_taken_once(tmp_path: Path) -> None:
     actor = create_buffer_actor(RunConfig(), tmp_path, "buffer-named")
     made = make_group(0)
-    assert call(actor.append, to_record_batch(made)) == [t.trajectory_id for t in made]
+    assert call(actor.append, to_record_batch(made)) == Acknowledgement([t.trajectory_id for t in made], accepted=2)
     stats = call(get_buffer("buffer-named").stats)
     assert stats["accepted"] == 2
     assert stats["append"]["trajectories"] == 2
