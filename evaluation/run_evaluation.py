@@ -9,18 +9,18 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from gflowvlm.actors.environments import LocalEnvironment
+from gflowvlm.actors.environments import EnvironmentFailedError, LocalEnvironment, make_environment
 from gflowvlm.actors.episode import PlayedGroup, ResponseSource, play_group
 from gflowvlm.actors.event_loop import run_to_end
 from gflowvlm.actors.groups import GroupRequest, PlaySettings
 from gflowvlm.actors.samplers import make_sampler
 from gflowvlm.actors.sampling import (
     PolicySampler,
+    PromptTooLongError,
     SampleRequest,
     SampleResponse,
     SamplerUnavailableError,
 )
-from gflowvlm.envs.registry import make_env
 from gflowvlm.evaluation.metrics import EvaluationPlan, evaluate_trajectories
 from gflowvlm.evaluation.playing import best_version
 from gflowvlm.run.adapters import published_adapter
@@ -82,7 +82,7 @@ def evaluate_run(
     model = resolve_model(config.policy.model)
     engine = config.sampler.engine if engine is None else engine
 
-    async def play() -> tuple[list[PlayedGroup], list[PlayedGroup]]:
+    async def play() -> list[list[PlayedGroup]]:
         sampler = make_sampler(on_this_machine(config, torch.cuda.is_available()), model, engine)
         try:
             if adapter is not None:
@@ -96,6 +96,8 @@ def evaluate_run(
         sampled, greedy = run_to_end(play())
     except SamplerUnavailableError as error:
         raise UserError(f"{directory}: {error}; what it said stands above. Evaluate again") from None
+    if not (sampled and greedy):
+        raise UserError(f"{directory}: none of the {plan.instances} instances could be played; the reasons stand above")
     return evaluate_trajectories(
         config,
         plan,
@@ -107,26 +109,34 @@ def evaluate_run(
 
 async def _play(
     config: RunConfig, model: str, sampler: PolicySampler, plan: EvaluationPlan, version: int, console: Console
-) -> tuple[list[PlayedGroup], list[PlayedGroup]]:
+) -> list[list[PlayedGroup]]:
+    """Returns the sampled and the greedy groups; instances whose environment fails are named and left out."""
     inputs = PolicyInputs.load(model)
     source = BoundedSource(sampler, config.sampler.start_timeout_s + config.sampler.request_timeout_s)
     free = asyncio.Semaphore(GROUPS_AT_ONCE)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("playing", total=2 * plan.instances)
 
-        async def played(index: int, seed: int, settings: PlaySettings) -> PlayedGroup:
+        async def played(index: int, seed: int, settings: PlaySettings) -> PlayedGroup | None:
             async with free:
                 request = GroupRequest(index, seed, plan.split)
-                group = await play_group(
-                    lambda: LocalEnvironment(make_env(config.task)), source, inputs, request, settings
-                )
-                progress.advance(task)
-                return group
+                try:
+                    return await play_group(
+                        lambda: LocalEnvironment(make_environment(config.task)), source, inputs, request, settings
+                    )
+                except (EnvironmentFailedError, PromptTooLongError) as failure:
+                    console.print(f"left out: {failure}", highlight=False, markup=False, soft_wrap=True)
+                    return None
+                finally:
+                    progress.advance(task)
 
         settings = partial(PlaySettings, max_tokens=config.policy.max_response_tokens, version=version)
         sampled = settings(group_size=plan.samples, temperature=plan.temperature, sampling_seed=plan.seed)
         greedy = settings(group_size=1, temperature=0.0)
-        return (
-            await asyncio.gather(*(played(i, seed, sampled) for i, seed in enumerate(plan.seeds))),
-            await asyncio.gather(*(played(i, seed, greedy) for i, seed in enumerate(plan.seeds))),
-        )
+        return [
+            [group for group in groups if group is not None]
+            for groups in (
+                await asyncio.gather(*(played(i, seed, sampled) for i, seed in enumerate(plan.seeds))),
+                await asyncio.gather(*(played(i, seed, greedy) for i, seed in enumerate(plan.seeds))),
+            )
+        ]

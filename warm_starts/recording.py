@@ -1,6 +1,7 @@
 """Making sets of demonstrations: the expert plays, and its trajectories are written."""
 
 import asyncio
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +17,16 @@ from gflowvlm.actors.demonstration_set import (
     read_manifest,
 )
 from gflowvlm.actors.environment_hosts import EnvironmentHosts
-from gflowvlm.actors.environments import EnvironmentLostError, EpisodeEnvironment, LocalEnvironment
+from gflowvlm.actors.environments import (
+    EnvironmentFailedError,
+    EnvironmentLostError,
+    EpisodeEnvironment,
+    LocalEnvironment,
+    make_environment,
+)
 from gflowvlm.actors.episode import play_demonstration
 from gflowvlm.actors.groups import GroupRequest
 from gflowvlm.actors.trajectory_files import TrajectoryFiles, trajectory_files
-from gflowvlm.envs.registry import make_env
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.folder_lock import LOCK, folder_lock
 from gflowvlm.run.models import resolve_model
@@ -33,12 +39,21 @@ from gflowvlm.shared.trajectory import Trajectory, read_parquet, to_record_batch
 CHUNK = 64
 """Episodes that are played for one file."""
 
+UNPLAYABLE = 8
+"""Episodes that their environments' code makes fail, before any that can be played, after which no more are tried."""
+
+LOST_TRIES = 5
+"""Times that one episode may lose its process to others."""
+
 HOPELESS = 1024
 """Episodes without any success after which no more are played."""
 
 
 def make_demonstrations(
-    request: DemonstrationRequest, folder: Path, on_progress: Callable[[int], None]
+    request: DemonstrationRequest,
+    folder: Path,
+    on_progress: Callable[[int], None],
+    on_failure: Callable[[str], None],
 ) -> DemonstrationSet:
     """Makes a set, or goes on with the same one where it was stopped; a finished one is left as it is.
 
@@ -46,6 +61,8 @@ def make_demonstrations(
         request: What is asked.
         folder: The set's folder.
         on_progress: Called with the number of trajectories there are, now and then.
+        on_failure: Called with the instance and the reason of each episode that its environment's code makes fail;
+            the set does without it.
 
     Raises:
         UserError: The folder holds something else, is in use or cannot be written, or the expert cannot play as asked.
@@ -58,12 +75,16 @@ def make_demonstrations(
     held = UserError(f"{folder}: another `gflowvlm demonstrate` is writing there; wait for it, or choose another --out")
     with folder_lock(folder, held):
         if not _is_finished(request, folder):
-            _make(request, folder, inputs, on_progress)
+            _make(request, folder, inputs, on_progress, on_failure)
     return DemonstrationSet(folder)
 
 
 def _make(
-    request: DemonstrationRequest, folder: Path, inputs: PolicyInputs, on_progress: Callable[[int], None]
+    request: DemonstrationRequest,
+    folder: Path,
+    inputs: PolicyInputs,
+    on_progress: Callable[[int], None],
+    on_failure: Callable[[str], None],
 ) -> None:
     """Plays what the set still lacks."""
     directory = RunFolder(folder).trajectories
@@ -71,7 +92,7 @@ def _make(
     there = trajectory_files(directory)
     chunk = min(CHUNK, request.trajectories)
     first, kept = len(there) * chunk, sum(read_parquet(path, ["instance_seed"]).num_rows for path in there)
-    in_vain = 0
+    in_vain = failed = 0
     with _expert(request, inputs) as play:
         while kept < request.trajectories:
             on_progress(kept)
@@ -80,7 +101,13 @@ def _make(
                     f"{folder}: the expert succeeded in {kept} of {first} episodes, and {request.trajectories} "
                     "successes are asked for; lower --noise, or keep what fails with --failures"
                 )
-            played = play(range(first, first + chunk))
+            outcomes = play(range(first, first + chunk))
+            played = [outcome for outcome in outcomes if isinstance(outcome, Trajectory)]
+            for failure in (outcome for outcome in outcomes if not isinstance(outcome, Trajectory)):
+                on_failure(str(failure))
+                failed += 1
+                if failed >= UNPLAYABLE and first == 0 and not played:
+                    raise failure
             chosen = [t for t in played if request.failures or t.success][: request.trajectories - kept]
             files.append(to_record_batch(chosen))
             first, kept = first + chunk, kept + len(chosen)
@@ -124,29 +151,32 @@ def _figures(request: DemonstrationRequest, directory: Path) -> DemonstrationFig
 @contextmanager
 def _expert(
     request: DemonstrationRequest, inputs: PolicyInputs
-) -> Iterator[Callable[[Sequence[int]], list[Trajectory]]]:
-    """Yields what plays episodes by their numbers and returns their trajectories in order."""
+) -> Iterator[Callable[[Sequence[int]], list[Trajectory | EnvironmentFailedError]]]:
+    """Yields what plays episodes by their numbers and returns their trajectories, or why there are none, in order."""
     # One process a core; the steps of other tasks are shorter than the way to one.
     processes = (os.cpu_count() or 1) if request.task.in_own_process else 0
     hosts = EnvironmentHosts(request.task, processes)
 
     def open_environment(number: int) -> EpisodeEnvironment:
-        return hosts.open(number) if processes > 0 else LocalEnvironment(make_env(request.task))
+        return hosts.open(number) if processes > 0 else LocalEnvironment(make_environment(request.task))
 
-    async def play_all(numbers: Sequence[int]) -> list[Trajectory]:
+    async def play_all(numbers: Sequence[int]) -> list[Trajectory | EnvironmentFailedError]:
         at_once = asyncio.Semaphore(max(1, 2 * processes))
 
-        async def play_one(number: int) -> Trajectory:
+        async def play_one(number: int) -> Trajectory | EnvironmentFailedError:
             seed = request.first_instance + number
+            what = (inputs, GroupRequest(number, seed, request.split), f"d{seed}", request.seed, request.noise)
             async with at_once:
-                return await play_demonstration(
-                    open_environment(number),
-                    inputs,
-                    GroupRequest(number, seed, request.split),
-                    f"d{seed}",
-                    request.seed,
-                    request.noise,
-                )
+                for tries in itertools.count(1):
+                    try:
+                        return await play_demonstration(open_environment(number), *what)
+                    except EnvironmentFailedError as failure:
+                        return failure
+                    except EnvironmentLostError:
+                        # Mostly another one has ended their process; that one is named, and not played again.
+                        if tries == LOST_TRIES:
+                            raise
+            raise AssertionError("unreachable")
 
         try:
             async with asyncio.TaskGroup() as tasks:

@@ -18,6 +18,9 @@ from gflowvlm.shared.config_io import override_task
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.task_settings import TaskSettings, default_settings, task_names
 
+FAILURES_SHOWN = 5
+"""Episodes whose environments failed that are named; the others are counted."""
+
 
 def register(app: typer.Typer) -> None:
     """Adds the command to the application."""
@@ -87,7 +90,7 @@ def _make(console: Console, request: DemonstrationRequest, out: Path) -> Demonst
     # Imported here, because --help and wrong arguments do without transformers and its start-up time.
     from gflowvlm.warm_starts.recording import make_demonstrations
 
-    printed = time.monotonic()
+    printed, failed = time.monotonic(), 0
     columns = (TextColumn("trajectories"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=request.trajectories)
@@ -99,7 +102,16 @@ def _make(console: Console, request: DemonstrationRequest, out: Path) -> Demonst
                 printed = time.monotonic()
                 console.print(f"{there}/{request.trajectories} trajectories", highlight=False)
 
-        return make_demonstrations(request, out, show)
+        def say_failure(failure: str) -> None:
+            nonlocal failed
+            failed += 1
+            if failed <= FAILURES_SHOWN:
+                console.print(f"left out: {failure}", highlight=False, markup=False, soft_wrap=True)
+
+        made = make_demonstrations(request, out, show, say_failure)
+    if failed > FAILURES_SHOWN:
+        console.print(f"left out: {failed} episodes in all whose environments failed", highlight=False)
+    return made
 
 
 def _say(console: Console, made: DemonstrationSet, seconds: float) -> None:

@@ -16,7 +16,7 @@ def make_set(folder: Path, task: str | TaskSettings = "numberline", **options: A
     """Makes a set of six trajectories, or as the options say."""
     chosen = default_settings(task) if isinstance(task, str) else task
     settings = {"task": chosen, "trajectories": 6, **options}
-    return make_demonstrations(DemonstrationRequest.model_validate(settings), folder, lambda _: None)
+    return make_demonstrations(DemonstrationRequest.model_validate(settings), folder, lambda _: None, lambda _: None)
 
 
 def files(folder: Path) -> list[Path]:

@@ -200,12 +200,21 @@ def test_a_temperature_that_the_engine_does_not_sample_at_is_refused_in_one_line
     run(body)
 
 
-def test_a_prompt_beyond_the_longest_fails_alone(run: Runner) -> None:
+def test_a_prompt_beyond_the_longest_fails_alone(policy: Path, run: Runner) -> None:
+    inputs, longest = PolicyInputs.load(str(policy / "model")), config("vllm").sampler.max_model_len
+
+    def tokens(words: int) -> int:
+        return inputs.encode(["5 " * words], [request().image])["input_ids"].shape[1]
+
+    just_too_long = next(words for words in range(longest) if tokens(words) >= longest)
+
     async def body(sampler: VllmSampler) -> None:
-        # Before the picture's tokens are counted, and with them: found in two places.
-        for words in (400, 51):
+        # Too long without the picture's tokens, and with them only.
+        for words in (4 * longest, just_too_long):
             with pytest.raises(PromptTooLongError, match=r"leaves no room in sampler\.max_model_len"):
-                await sampler.sample(replace(request(), prompt="Target: 5 " * words))
+                await sampler.sample(replace(request(), prompt="5 " * words))
+        last = await sampler.sample(replace(request(), prompt="5 " * (just_too_long - 1)))
+        assert last.cut == (last.token_ids[-1] != inputs.end_id)
         assert len((await sampler.sample(request())).token_ids) > 0
 
     run(body)

@@ -1,17 +1,21 @@
 """Evaluating a run's policy in this process."""
 
 import asyncio
+import io
+import sys
 
 import pytest
 from rich.console import Console
 
-from gflowvlm.actors.sampling import SamplerUnavailableError
+from gflowvlm.actors.sampling import SampleResponse, SamplerUnavailableError
+from gflowvlm.envs.numberline.environment import NumberLineEnv
 from gflowvlm.evaluation import run_evaluation
 from gflowvlm.evaluation.metrics import EvaluationPlan
 from gflowvlm.learner.tiny_policy import build_tiny_policy
 from gflowvlm.run.setup import new_run
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.policy_inputs import PolicyInputs
 
 
 class DyingSampler:
@@ -54,6 +58,46 @@ def test_an_engine_that_dies_is_one_line_and_is_ended(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"run: the engine failed; .* Evaluate again"):
         run_evaluation.evaluate_run(run, plan, version=0, engine=None, console=Console(quiet=True))
     assert sampler.ended
+
+
+class TalkingSampler(DyingSampler):
+    """Answers, always the same."""
+
+    def __init__(self, inputs):
+        self.inputs = inputs
+
+    async def sample(self, request):
+        text = '{"thoughts": "on", "action": "+"}'
+        ids = self.inputs.encode_response(text)
+        return SampleResponse(ids, [-0.5] * len(ids), text, 0)
+
+
+@pytest.mark.parametrize("bad", [range(2), range(100)])
+def test_instances_whose_environment_fails_are_named_and_left_out(tmp_path, monkeypatch, bad):
+    model = str(build_tiny_policy(tmp_path / "model", seed=0))
+    monkeypatch.setattr(run_evaluation, "make_sampler", lambda *arguments: TalkingSampler(PolicyInputs.load(model)))
+    run = new_run(RunConfig(policy={"model": model}), tmp_path / "run").root
+    start = NumberLineEnv._start
+
+    def exit_at_some(env, rng):
+        if env.instance_seed in bad:
+            sys.exit(3)
+        start(env, rng)
+
+    monkeypatch.setattr(NumberLineEnv, "_start", exit_at_some)
+    plan, out = EvaluationPlan("id", 5, 1, 0, 1.0), io.StringIO()
+
+    def evaluate():
+        console = Console(file=out, width=200)
+        return run_evaluation.evaluate_run(run, plan, version=0, engine=None, console=console)
+
+    if len(bad) > 5:
+        with pytest.raises(UserError, match="none of the 5 instances could be played"):
+            evaluate()
+    else:
+        # The exact target's bound is computed on the instances that were played.
+        assert evaluate()["instances"] == 3
+    assert "left out: numberline/id/1: SystemExit: 3" in out.getvalue()
 
 
 @pytest.mark.parametrize(("asked", "seen", "given"), [(0.0, True, 0.0), (1.0, True, 1.0), (1.0, False, 0.0)])

@@ -1,13 +1,16 @@
 """Making sets of demonstrations: what the expert plays, what is kept, repeatability, going on, refusals."""
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gflowvlm.actors.demonstration_set import DemonstrationRequest, DemonstrationSet
 from gflowvlm.envs.household.generation import generate, specs
+from gflowvlm.envs.numberline.environment import NumberLineEnv
 from gflowvlm.envs.registry import make_env
 from gflowvlm.run.folder_lock import LOCK, folder_lock
 from gflowvlm.shared.errors import UserError
@@ -102,7 +105,7 @@ def test_a_stopped_set_is_gone_on_with_and_becomes_the_same(tmp_path: Path, monk
 
     request = DemonstrationRequest(task=default_settings("numberline"), **options)
     with pytest.raises(KeyboardInterrupt):
-        make_demonstrations(request, tmp_path / "stopped", stop)
+        make_demonstrations(request, tmp_path / "stopped", stop, print)
     written = len(files(tmp_path / "stopped"))
     assert 0 < written < len(files(tmp_path / "whole"))
     with pytest.raises(UserError, match="not finished"):
@@ -110,7 +113,7 @@ def test_a_stopped_set_is_gone_on_with_and_becomes_the_same(tmp_path: Path, monk
     (tmp_path / "stopped" / "trajectories" / f"{written:08d}.parquet.partial").write_bytes(b"half a file")
 
     seen: list[int] = []
-    make_demonstrations(request, tmp_path / "stopped", seen.append)
+    make_demonstrations(request, tmp_path / "stopped", seen.append, print)
     assert 8 <= seen[0] < 20 == seen[-1]
     assert content(tmp_path / "stopped") == content(tmp_path / "whole")
 
@@ -170,3 +173,34 @@ def test_household_tasks_are_played_in_processes_of_their_own_and_repeatably(tmp
     assert len({t.steps[0].prompt for t in stored(made.folder)}) == 2
     make_set(tmp_path / "two", task=settings, trajectories=4)
     assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_instances_whose_environment_fails_are_named_and_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = NumberLineEnv._start
+
+    def exit_at_some(env: NumberLineEnv, rng: np.random.Generator) -> None:
+        if env.instance_seed is not None and env.instance_seed % 3 == 0:
+            sys.exit(3)
+        start(env, rng)
+
+    monkeypatch.setattr(NumberLineEnv, "_start", exit_at_some)
+    failures: list[str] = []
+    request = DemonstrationRequest(task=default_settings("numberline"), trajectories=6)
+    made = make_demonstrations(request, tmp_path, lambda _: None, failures.append)
+    assert failures
+    assert all(f == f"numberline/id/{int(f.split('/')[2].split(':')[0]) // 3 * 3}: SystemExit: 3" for f in failures)
+    assert len(made.instance_seeds) == 6
+    assert all(seed % 3 for seed in made.instance_seeds)
+
+
+def test_a_task_of_which_nothing_can_be_played_is_given_up_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(NumberLineEnv, "_start", lambda *_: sys.exit("no planner"))
+    failures: list[str] = []
+    request = DemonstrationRequest(task=default_settings("numberline"))
+    with pytest.raises(UserError, match=r"^numberline/id/\d+: SystemExit: no planner$"):
+        make_demonstrations(request, tmp_path, lambda _: None, failures.append)
+    assert len(failures) == recording.UNPLAYABLE
