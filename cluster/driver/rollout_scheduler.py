@@ -192,6 +192,8 @@ class RolloutScheduler:
                     for seed in seeds[start : start + size]
                 )
                 self._evaluations.append(_Call(tag, "rollout", requests, job))
+        # Where none of its instances is left to be played.
+        self._finish_evaluation(job)
 
     def pump(self, *, train: bool = True, wait_s: float = 0.0) -> None:
         """Collects what is ready, looks after the workers, and hands out new work.

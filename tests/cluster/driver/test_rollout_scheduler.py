@@ -342,6 +342,17 @@ def test_an_instance_that_was_set_aside_is_left_out_of_later_evaluations():
     assert len(run.set_aside) == 2
 
 
+def test_an_evaluation_of_which_no_instance_is_left_is_over_at_once():
+    run = Played(MortalWorkers(1, failed), groups_per_worker=1, batch=8)
+    plan = EvaluationPlan("id", instances=2, samples=2, seed=100)
+    run.scheduler.evaluate(EvaluationJob(plan, version=1, step=20))
+    while run.scheduler.evaluating:
+        run.scheduler.pump(train=False)
+    run.scheduler.evaluate(EvaluationJob(plan, version=2, step=40))
+    assert not run.scheduler.evaluating
+    assert [(e.step, e.sampled, e.greedy) for e in run.evaluations] == [(20, [], []), (40, [], [])]
+
+
 def test_a_demonstrated_instance_that_was_set_aside_does_not_come_again():
     asked = Counter()
 
