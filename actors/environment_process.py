@@ -139,6 +139,11 @@ class EnvironmentProcess:
                 outcome = await asyncio.wait_for(future, self._timeout_s)
             except BrokenProcessPool:
                 return await self._blamed(f"its process {self.pid} {self._death()}")
+            except asyncio.CancelledError:
+                # `end` takes back what the pool has not begun.
+                if self.over:
+                    return self._lost()
+                raise
             except TimeoutError:
                 return await self._blamed(
                     f"did not return in {self._timeout_s:g} s (rollout.environment_timeout_s); its process was ended"

@@ -210,6 +210,24 @@ def test_a_call_that_nobody_waits_for_any_more_is_still_the_one_to_blame() -> No
         hosts.close()
 
 
+def test_calls_that_wait_when_the_processes_are_ended_end_with_them(hosts: EnvironmentHosts) -> None:
+    async def body() -> None:
+        environments = [hosts.open(0) for _ in range(4)]
+        await asyncio.gather(*(environment.start(GOOD, "id", [0]) for environment in environments))
+        acting = [asyncio.create_task(environment.act("+")) for environment in environments]
+        await asyncio.sleep(0)
+        for environment in environments:
+            environment.close()
+        await asyncio.sleep(0)
+        hosts.close()
+        await hosts.settled()
+        for outcome in await asyncio.gather(*acting, return_exceptions=True):
+            assert not isinstance(outcome, asyncio.CancelledError)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(body())
+
+
 def test_the_output_of_an_environment_is_passed_on_up_to_a_limit(capfd: pytest.CaptureFixture[str]) -> None:
     hosts = EnvironmentHosts(MisbehavingSettings(), processes=1)
 
