@@ -18,6 +18,7 @@ from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from gflowvlm.actors.vllm_sampler import GuardedEngine, engine_arguments
+from gflowvlm.cluster.serving.request_rules import RequestRules, RulesMiddleware
 from gflowvlm.cluster.serving.served_policy import ServedPolicy
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import PolicyInputs
@@ -79,6 +80,7 @@ class OpenAIServer:
         self._arguments = _engine_arguments(policy, inputs)
         self._engine = GuardedEngine(self._arguments, PolicyEngine)
         self._engine.client.forbid(inputs.forbidden_ids)
+        self._rules = RequestRules(frozenset(inputs.forbidden_ids), _largest_side(inputs))
 
     async def build_app(self) -> ASGIApp:
         """Loads the adapter and returns the API as an ASGI application.
@@ -99,6 +101,7 @@ class OpenAIServer:
         flat = Namespace(**(vars(frontend) | vars(self._arguments)))
         tasks = await client.get_supported_tasks()
         app = build_app(flat, tasks, client.model_config)
+        app.add_middleware(RulesMiddleware, rules=self._rules, api_key=self._api_key)
         try:
             await init_app_state(client, app.state, flat, tasks)
         except ValueError as error:
@@ -116,6 +119,15 @@ class OpenAIServer:
     def shutdown(self) -> None:
         """Ends the engine and its processes."""
         self._engine.shutdown()
+
+
+def _largest_side(inputs: PolicyInputs) -> int | None:
+    """Returns the largest side of a picture that a model takes as it is; None where pictures are resized for it."""
+    pictures = inputs.processor.image_processor
+    if getattr(pictures, "do_resize", True):
+        return None
+    sides = [side for side in dict(pictures.size).values() if side is not None]
+    return max(sides) if sides else None
 
 
 def _engine_arguments(policy: ServedPolicy, inputs: PolicyInputs) -> Any:

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import io
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ import httpx
 import openai
 import psutil
 import pytest
+from PIL import Image
 
 from gflowvlm.actors.sampling import SampleRequest, SampleResponse
 from gflowvlm.actors.transformers_sampler import TransformersSampler
@@ -181,11 +183,39 @@ def test_a_model_that_is_not_served_is_404(served: Served) -> None:
         served.ask(at_start(seed=1), model="walker-2")
 
 
-def test_pictures_from_elsewhere_are_not_fetched(served: Served) -> None:
-    content = [{"type": "image_url", "image_url": {"url": f"{served.url}/health"}}, {"type": "text", "text": "?"}]
+def large_picture() -> str:
+    picture = io.BytesIO()
+    Image.new("1", (14_000, 14_000)).save(picture, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("http://127.0.0.1/x.png", "pictures come as data URLs"),
+        ("file:///etc/passwd", "pictures come as data URLs"),
+        (large_picture(), "has more than 50000000 pixels"),
+        ("data:image/png;base64,AAAA", "the picture cannot be read"),
+    ],
+    ids=["elsewhere", "file", "large", "none"],
+)
+def test_pictures_that_are_not_taken_are_status_400(served: Served, url: str, said: str) -> None:
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "?"}]
     messages: Any = [{"role": "user", "content": content}]
-    with pytest.raises(openai.BadRequestError, match="only-data-urls"):
+    with pytest.raises(openai.BadRequestError, match=said):
         served.client.chat.completions.create(model="walker", messages=messages)
+
+
+def test_what_a_policy_does_not_do_is_status_400_and_it_goes_on_answering(served: Served) -> None:
+    env = at_start(seed=1)
+    padding = PolicyInputs.load(MODEL).forbidden_ids[:1]
+    with pytest.raises(openai.BadRequestError, match="special tokens are never sampled"):
+        served.ask(env, extra_body={"allowed_token_ids": padding})
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    for choice in ("auto", "required", "none"):
+        with pytest.raises(openai.BadRequestError, match="this policy calls no tools"):
+            served.ask(env, tools=[tool], tool_choice=choice)
+    assert served.ask(env).choices[0].message.content
 
 
 def test_without_the_key_only_the_health_check_answers_and_other_routes_are_closed(served: Served) -> None:
