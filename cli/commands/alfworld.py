@@ -67,7 +67,7 @@ def register(app: typer.Typer) -> None:
         wanted = specs(dict(zip(FOLDERS, (train, seen, unseen), strict=True)), size, seed, types)
         left = missing(folder, wanted)
         if len(left) < len(wanted):
-            console.print(f"{len(wanted) - len(left)} of {len(wanted)} games are there already", highlight=False)
+            console.print(f"{len(wanted) - len(left)} of {len(wanted)} games are there already")
         try:
             _generate(console, folder, left, min(workers or os.cpu_count() or 1, max(len(left), 1)))
         except OSError as error:
@@ -77,7 +77,7 @@ def register(app: typer.Typer) -> None:
             ) from None
         except KeyboardInterrupt:
             told = f"interrupted; finished games stay in {folder}, the same command goes on"
-            console.print(told, highlight=False, markup=False, soft_wrap=True)
+            console.print(told, soft_wrap=True)
             raise typer.Exit(INTERRUPTED) from None
         console.print(_table(folder))
 
@@ -99,7 +99,7 @@ def register(app: typer.Typer) -> None:
                 f"{root}: no {VERSION_FOLDER} in it; `gflowvlm alfworld generate {quoted(root)}` makes games"
             )
         told = f"games in {root} (another folder: {DATA_VARIABLE}=FOLDER)"
-        console.print(told, highlight=False, markup=False, soft_wrap=True)
+        console.print(told, soft_wrap=True)
         console.print(_table(root))
 
 
@@ -111,7 +111,7 @@ def _generate(console: Console, folder: Path, left: list[GameSpec], workers: int
         for made, _ in enumerate(generate(folder, left, workers), start=1):
             progress.update(bar, completed=made)
             if not console.is_terminal and (made % PLAIN_EVERY == 0 or made == len(left)):
-                console.print(f"{made}/{len(left)} games", highlight=False)
+                console.print(f"{made}/{len(left)} games")
 
 
 def _table(root: Path) -> Table:

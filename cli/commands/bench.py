@@ -59,7 +59,7 @@ def register(app: typer.Typer) -> None:
         config = resolve_config(preset, None, overrides or ())
         check_paths(config)
         load, began = os.getloadavg()[0], time.perf_counter()
-        console.print(f"{machine_lines()}\nload before: {load:.1f}", highlight=False)
+        console.print(f"{machine_lines()}\nload before: {load:.1f}")
         measurements: list[Measurement] = []
         if run is not None:
             from gflowvlm.studies.benchmarks.finished_run import bench_run

@@ -91,7 +91,7 @@ def _compare(console: Console, configs: list[RunConfig], out: Path, exact_instan
         console.rule(f"run {number} of {len(runs)}: {run.variant}, seed {run.seed}")
         status = 0 if run.finished else run_command(["train", "--resume", str(run.folder.root)])
         if status == INTERRUPTED:
-            console.print("interrupted; the same command goes on", highlight=False)
+            console.print("interrupted; the same command goes on")
             raise typer.Exit(INTERRUPTED)
         if status != 0:
             raise UserError(
@@ -103,6 +103,6 @@ def _compare(console: Console, configs: list[RunConfig], out: Path, exact_instan
             measure_exact(run, check)
         write_comparison(runs, out)
     console.rule("comparison")
-    console.print(write_comparison(runs, out), highlight=False, markup=False, soft_wrap=True)
+    console.print(write_comparison(runs, out), soft_wrap=True)
     told = f"written: {out / TABLE}, {out / RAW}, {out / CURVES}"
-    console.print(told, highlight=False, markup=False, soft_wrap=True)
+    console.print(told, soft_wrap=True)

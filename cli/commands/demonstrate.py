@@ -73,7 +73,7 @@ def register(app: typer.Typer) -> None:
             made = _make(console, request, out)
         except KeyboardInterrupt:
             told = f"interrupted; what is written stays in {out}, the same command goes on"
-            console.print(told, highlight=False, soft_wrap=True)
+            console.print(told, soft_wrap=True)
             raise typer.Exit(INTERRUPTED) from None
         _say(console, made, time.monotonic() - started)
 
@@ -100,17 +100,17 @@ def _make(console: Console, request: DemonstrationRequest, out: Path) -> Demonst
             progress.update(bar, completed=there)
             if not console.is_terminal and time.monotonic() - printed >= PLAIN_INTERVAL_S:
                 printed = time.monotonic()
-                console.print(f"{there}/{request.trajectories} trajectories", highlight=False)
+                console.print(f"{there}/{request.trajectories} trajectories")
 
         def say_failure(failure: str) -> None:
             nonlocal failed
             failed += 1
             if failed <= FAILURES_SHOWN:
-                console.print(f"left out: {failure}", highlight=False, markup=False, soft_wrap=True)
+                console.print(f"left out: {failure}", soft_wrap=True)
 
         made = make_demonstrations(request, out, show, say_failure)
     if failed > FAILURES_SHOWN:
-        console.print(f"left out: {failed} episodes in all whose environments failed", highlight=False)
+        console.print(f"left out: {failed} episodes in all whose environments failed")
     return made
 
 

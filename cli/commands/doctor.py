@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
         Exits with 0 when the default run works here, else with 1.
         """
         console = terminal()
-        console.print(machine_lines(), highlight=False)
+        console.print(machine_lines())
         with console.status("checking ..."):
             checks = run_checks(load_preset(DEFAULT_PRESET), Path.cwd(), start_ray=ray)
         works = all(check.status is not Status.BROKEN for check in checks)

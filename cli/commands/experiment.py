@@ -85,7 +85,7 @@ def register(app: typer.Typer) -> None:
         if dry_run:
             _show_trials(console, selection, concurrent)
         elif not run_experiment(selection, console, concurrent=concurrent, retries=retries):
-            console.print("interrupted; the same command goes on", highlight=False)
+            console.print("interrupted; the same command goes on")
             raise typer.Exit(INTERRUPTED)
 
 
@@ -114,15 +114,15 @@ def _show_trials(console: Console, selection: "Selection", concurrent: int) -> N
         # As they were given: brackets in a setting are no markup.
         settings = Text(" ".join((*trial.variant.overrides, *selection.overrides)))
         # No table: in a narrow one, names that --only takes and settings that are copied would be cut.
-        console.print(f"{slug}: {runs}", highlight=False, markup=False, soft_wrap=True)
-        console.print(Padding(settings, (0, 0, 0, 4)), highlight=False)
+        console.print(f"{slug}: {runs}", soft_wrap=True)
+        console.print(Padding(settings, (0, 0, 0, 4)))
     for line in chosen.left_out:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     for start, folder in chosen.warm_starts:
         made = f"made first: {folder}: gflowvlm sft {shlex.join(start.arguments)}"
-        console.print(made, highlight=False, markup=False, soft_wrap=True)
+        console.print(made, soft_wrap=True)
     longest = max((trial.run.config.learner.steps for trial in todo), default=0)
     per_run = expected_minutes(list(selection.finished()), selection.scale, longest)
     left = minutes_text(minutes_left([0.0] * len(todo), per_run, concurrent))
     said = f"runs to do: {len(todo)}, in {selection.out}; time: {left}"
-    console.print(said, highlight=False, markup=False, soft_wrap=True)
+    console.print(said, soft_wrap=True)

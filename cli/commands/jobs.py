@@ -44,11 +44,11 @@ def register(app: typer.Typer) -> None:
         console, board = terminal(), Jobs(address)
         job = board.newest(name)
         if job.over:
-            console.print(f"{job.run} has ended already ({job.status})", highlight=False)
+            console.print(f"{job.run} has ended already ({job.status})")
             return
-        console.print(f"stopping {job.run}: it writes a checkpoint, at most {STOP_WAIT_S} s", highlight=False)
+        console.print(f"stopping {job.run}: it writes a checkpoint, at most {STOP_WAIT_S} s")
         job = board.stop(job)
         if job.status == "STOPPED":
-            console.print(f"stopped; go on with: gflowvlm submit --resume {job.run}", highlight=False)
+            console.print(f"stopped; go on with: gflowvlm submit --resume {job.run}")
         else:
-            console.print(f"it ended before that ({job.status})", highlight=False)
+            console.print(f"it ended before that ({job.status})")

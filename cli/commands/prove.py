@@ -90,11 +90,11 @@ def _prove(console: Console, names: Sequence[str], seeds: int, quick: bool, out:
         _train(console, folder, cells)
     except KeyboardInterrupt:
         folder.write(cells)
-        console.print(f"interrupted; finished cells are kept in {out}, the same command goes on", highlight=False)
+        console.print(f"interrupted; finished cells are kept in {out}, the same command goes on", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
-    console.print(folder.write(cells), highlight=False, soft_wrap=True, markup=False)
+    console.print(folder.write(cells), soft_wrap=True)
     told = f"written: {out / TABLE}, {out / RAW}, {out / CURVES}"
-    console.print(told, highlight=False, markup=False, soft_wrap=True)
+    console.print(told, soft_wrap=True)
 
 
 def _train(console: Console, folder: "ProvingFolder", cells: Sequence["Cell"]) -> None:

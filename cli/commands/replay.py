@@ -63,7 +63,7 @@ def register(app: typer.Typer) -> None:
                 _show(console, trajectory)
         else:
             console.print(_table(on_screen))
-        console.print(f"{len(on_screen)} of {passed} matching trajectories", highlight=False)
+        console.print(f"{len(on_screen)} of {passed} matching trajectories")
 
 
 def as_json(trajectory: Trajectory) -> dict[str, Any]:
@@ -102,8 +102,8 @@ def _show(console: Console, trajectory: Trajectory) -> None:
     for t, step in enumerate(trajectory.steps):
         reward = f"log-reward {trajectory.log_rewards[t]:.3f}, original reward {trajectory.original_rewards[t]:g}"
         console.print(Text.assemble((f"step {t}", "bold"), f"  version {step.policy_version}, {reward}"))
-        console.print(printable(step.prompt), style="dim", highlight=False)
-        console.print(printable(step.response_text), highlight=False)
+        console.print(printable(step.prompt), style="dim")
+        console.print(printable(step.response_text))
         action = "none" if step.action is None else printable(repr(step.action))
         console.print(Text.assemble("action ", (action, "bold"), f", {step.validity.value}"))
     console.print(

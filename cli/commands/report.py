@@ -56,7 +56,7 @@ def register(app: typer.Typer) -> None:
             raise UserError(f"{path}: cannot be written ({error.strerror}); name another file with --out") from None
         size = path.stat().st_size / 1e6
         told = f"{path} ({size:.1f} MB); open it in a browser"
-        terminal().print(told, highlight=False, markup=False, soft_wrap=True)
+        terminal().print(told, soft_wrap=True)
 
 
 def run_page(run: Path, limit: int, instance: str | None) -> str:

@@ -76,7 +76,7 @@ def register(app: typer.Typer) -> None:
             job, jobs = _resume(console, address, resume, overrides or [])
         else:
             job, jobs = _new(console, address, named_config(preset, config, overrides or []), name, run)
-        console.print(f"submitted as {job.id}", highlight=False)
+        console.print(f"submitted as {job.id}")
         if detach:
             _print_next_step(console, job.run)
             return
@@ -118,7 +118,7 @@ def follow(console: Console, jobs: "Jobs", job: "Job") -> None:
     try:
         job = jobs.follow(job, lambda text: typer.echo(text, nl=False), lambda line: say(console, line))
     except KeyboardInterrupt:
-        console.print(f"\nno longer following; {job.run} goes on", highlight=False)
+        console.print(f"\nno longer following; {job.run} goes on")
         _print_next_step(console, job.run)
         raise typer.Exit(INTERRUPTED) from None
     if job.status == "STOPPED":
@@ -142,8 +142,8 @@ def _check_paths(console: Console, config: RunConfig) -> None:
 
 def say(console: Console, line: str) -> None:
     """Shows a line as it is, however long it is."""
-    console.print(line, highlight=False, soft_wrap=True)
+    console.print(line, soft_wrap=True)
 
 
 def _print_next_step(console: Console, name: str) -> None:
-    console.print(f"  gflowvlm logs {name}     follow it\n  gflowvlm stop {name}     end it", highlight=False)
+    console.print(f"  gflowvlm logs {name}     follow it\n  gflowvlm stop {name}     end it")

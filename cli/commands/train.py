@@ -106,9 +106,9 @@ def _train(console: Console, folder: RunFolder | None, config: RunConfig, direct
     try:
         with run_lock(folder), ray_cluster(config) as dashboard:
             if config.cluster.address is not None:
-                wait_for_room(config, lambda line: console.print(line, highlight=False, soft_wrap=True))
+                wait_for_room(config, lambda line: console.print(line, soft_wrap=True))
             if config.cluster.dashboard:
-                console.print(dashboard_line(dashboard), highlight=False)
+                console.print(dashboard_line(dashboard))
             report = TrainingRun(folder, config, console).run()
     except KeyboardInterrupt:
         go_on = f"gflowvlm train --resume {quoted(_shown(folder))}"

@@ -91,13 +91,13 @@ def serve_until_stopped(policy: ServedPolicy, address: Address, console: Console
             try:
                 _start(policy, address)
                 if policy.config.cluster.dashboard:
-                    console.print(dashboard_line(dashboard), highlight=False)
+                    console.print(dashboard_line(dashboard))
                 _print_address(policy, address, console)
                 _watch(console)
             finally:
                 shutdown_policy_server(APPLICATION)
     except KeyboardInterrupt:
-        console.print("stopped", highlight=False)
+        console.print("stopped")
 
 
 def _own_cluster(config: RunConfig) -> RunConfig:
@@ -142,7 +142,7 @@ def _watch(console: Console) -> None:
             raise UserError(f"Ray Serve ended by itself ({type(error).__name__}); start it again") from None
         if status != known:
             known = status
-            console.print(f"{time.strftime('%H:%M:%S')} the policy is {status.value}", highlight=False)
+            console.print(f"{time.strftime('%H:%M:%S')} the policy is {status.value}")
 
 
 def _print_policy(policy: ServedPolicy, console: Console) -> None:
@@ -154,12 +154,12 @@ def _print_policy(policy: ServedPolicy, console: Console) -> None:
         what = f"adapter version {policy.version} on {policy.model}"
     replicas = policy.config.sampler.replicas
     engines = "one vLLM engine" if replicas == 1 else f"{replicas} vLLM engines"
-    console.print(f"starting {engines}: {what}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"starting {engines}: {what}", soft_wrap=True)
 
 
 def _print_address(policy: ServedPolicy, address: Address, console: Console) -> None:
     def say(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
 
     say(f"listening on {address.host}, port {address.port}")
     if not address.loopback:

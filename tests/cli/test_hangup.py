@@ -25,6 +25,9 @@ SETTINGS = (
     "rollout.group_size=4",
     "rollout.groups_per_worker=2",
 )
+NAME = "try[lr=1e-3] läuf 日本"
+"""Read as markup, a tag or a label, it would be swallowed or end the run."""
+
 START_S, END_S = 300.0, 200.0
 
 
@@ -34,7 +37,7 @@ def start_on_a_terminal(folder, mark):
     if pid == 0:
         os.chdir(folder)
         os.environ |= {"PYTHONPATH": str(ROOT), MARK: str(mark), "TERM": "xterm"}
-        os.execv(sys.executable, [sys.executable, "-P", "-m", "gflowvlm", "train", "--run", "r", *SETTINGS])
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "gflowvlm", "train", "--run", NAME, *SETTINGS])
     return pid, terminal
 
 
@@ -59,13 +62,14 @@ def waited_for(pid, timeout_s):
 
 
 def test_a_run_whose_terminal_is_closed_ends_in_order(tmp_path):
-    mark, printed, folder = tmp_path / "mark", [], RunFolder(tmp_path / "r")
+    mark, printed, folder = tmp_path / "mark", [], RunFolder(tmp_path / NAME)
     pid, terminal = start_on_a_terminal(tmp_path, mark)
     threading.Thread(target=read_on, args=(terminal, printed), daemon=True).start()
     deadline = time.monotonic() + START_S
     while newest_step(folder) < 2:
         assert time.monotonic() < deadline, b"".join(printed)[-4000:].decode(errors="replace")
         time.sleep(0.5)
+    assert f"run folder: {NAME}" in b"".join(printed).decode()
     os.close(terminal)
     assert waited_for(pid, END_S) == INTERRUPTED
     assert_nothing_is_left(mark)
