@@ -25,6 +25,7 @@ from gflowvlm.evaluation.metrics import EvaluationPlan, evaluate_trajectories
 from gflowvlm.evaluation.playing import best_version
 from gflowvlm.run.adapters import published_adapter
 from gflowvlm.run.models import resolve_model
+from gflowvlm.run.paths import check_paths
 from gflowvlm.run.setup import open_run
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.device import on_this_machine
@@ -77,6 +78,7 @@ def evaluate_run(
         UserError: There is no such run or version, or the sampler fails.
     """
     folder, config = open_run(directory)
+    check_paths(config)
     version = best_version(folder) if version is None else version
     adapter = None if version == BASE_VERSION else published_adapter(folder, version)
     model = resolve_model(config.policy.model)

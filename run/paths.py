@@ -68,25 +68,26 @@ def configured_paths(settings: Settings, names: Collection[str] = ()) -> Iterato
 
 
 def check_paths(settings: Settings, names: Collection[str] = ()) -> None:
-    """Makes sure that the folders of a configuration are there.
+    """Makes sure that the folders of a configuration are there, wherever a process looks for them.
 
     Raises:
-        UserError: One is not; the message names its key.
+        UserError: One is not, or its path is relative; the message names its key.
     """
+    check_absolute(settings, names)
     for path in configured_paths(settings, names):
         if not Path(path.value).is_dir():
             raise path.missing
 
 
-def check_absolute(settings: Settings) -> None:
-    """Makes sure that no process of a run has to look for a folder.
+def check_absolute(settings: Settings, names: Collection[str] = ()) -> None:
+    """Makes sure that the paths of a configuration are the same folders for every process.
 
     Raises:
         UserError: A path is relative.
     """
-    for path in configured_paths(settings):
+    for path in configured_paths(settings, names):
         if not Path(path.value).is_absolute():
-            raise UserError(f"{path.key} = {path.value!r}: is relative; a run needs absolute paths")
+            raise UserError(f"{path.key} = {path.value!r}: is relative; a run needs the absolute path")
 
 
 def _is_path(value: str, marker: PathMarker, names: Collection[str]) -> bool:

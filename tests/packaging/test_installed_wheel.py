@@ -21,6 +21,8 @@ import pytest
 from gflowvlm.envs.registry import make_env
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.log import read_rows
+from gflowvlm.run.models import resolve_model
+from gflowvlm.run.setup import open_run
 from gflowvlm.shared.task_settings import default_settings
 from tests.packaging.builds import PACKAGE, ROOMS, fresh_environment
 from tests.whole_runs import MARK, assert_nothing_is_left, wait_for
@@ -187,7 +189,11 @@ def test_its_names_are_found_from_the_project(project: Project) -> None:
 def test_it_trains_through_ray_and_every_process_imports_it_alone(project: Project, path: dict[str, str]) -> None:
     before, run = project.files(), project.runs / ("path" if path else "folder")
     project.imports()
-    project.run("gflowvlm", "train", "--run", str(run), *SETTINGS, **path)
+    model = project.runs / "model"
+    shutil.copytree(resolve_model("numberline-tiny"), model, dirs_exist_ok=True)
+    relative = f"policy.model={os.path.relpath(model, project.root)}"
+    project.run("gflowvlm", "train", "--run", str(run), *SETTINGS, relative, **path)
+    assert open_run(run)[1].policy.model == str(model)
     assert steps_taken(run) == [1, 2]
     assert (run / "summary.json").exists()
     assert_ours_and_theirs_are_kept_apart(project, on_path=bool(path))

@@ -86,7 +86,7 @@ def test_nothing_is_taken_from_elsewhere(run: Path) -> None:
 
 
 def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
-    config = RunConfig(policy=PolicySettings(model=HOSTILE))
+    config = RunConfig(policy=PolicySettings(model=f"/{HOSTILE}"))
     group = [hostile(trajectory) for trajectory in numberline_group(0, seed=1)]
     run = write_run(tmp_path / "run", [group], config).root
     with (run / "metrics.jsonl").open("a") as log:
