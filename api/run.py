@@ -218,7 +218,7 @@ class Run:
             temperature: Sampling temperature; the greedy success stands beside it.
             version: As in `adapter`.
             engine: What samples; the run's ``sampler.engine`` by default. ``transformers`` starts faster, ``vllm``
-                plays faster.
+                plays faster; it starts processes, so a script calls this under ``if __name__ == "__main__":``.
             exact: Whether to add the exact match to the target R^β / Z and to what training aims at, before
                 (``exact_base_…``) and after (``exact_…``): the fields of `gflowvlm.evaluation.exact_match.ExactMatch`.
                 It takes some seconds an instance.

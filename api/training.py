@@ -85,6 +85,7 @@ def train(
         ...     "numberline-tiny",
         ...     {"learner.steps": 2, "evaluation.instances": 2, "sampler.engine": "transformers"},
         ...     run=folder,
+        ...     progress=False,
         ... )  # doctest: +TRAINS
         >>> len(run.metrics())  # doctest: +TRAINS
         2
