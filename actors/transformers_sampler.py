@@ -18,6 +18,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
 )
+from transformers.utils import logging as transformers_logging
 
 from gflowvlm.actors.sampling import (
     AdapterVersions,
@@ -271,6 +272,8 @@ class _DrawTokens(LogitsProcessor):
 
 
 def _load_model(model: str, dtype: torch.dtype) -> Any:
+    # A bar for reading a local file would stand in the middle of what others show; downloads keep theirs.
+    transformers_logging.disable_progress_bar()
     try:
         return AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).eval()
     except (ImportError, OSError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,8 @@ Source = RunConfig | Mapping[str, Any] | str | Path
 
 Overrides = Mapping[str, Any] | Iterable[str]
 """Settings to change: a mapping with dotted keys, or ``section.key=value`` as on the command line."""
+
+_COLOUR = ("FORCE_COLOR", "CLICOLOR_FORCE")
 
 SAID_LINES = 20
 """Last lines of a failed training that its error shows."""
@@ -109,7 +112,10 @@ def go_on(folder: RunFolder, *, progress: bool) -> Run:
     with tempfile.TemporaryDirectory(prefix="gflowvlm-train-") as scratch:
         log = Path(scratch) / "output"
         said = _Said(log, progress)
-        status = run_command(["train", "--resume", str(folder.root)], stop=said.more, log=log)
+        # A notebook's kernel asks for colour, and what is read here is no terminal.
+        environment = {name: value for name, value in os.environ.items() if name not in _COLOUR}
+        command = ["train", "--resume", str(folder.root)]
+        status = run_command(command, stop=said.more, log=log, environment=environment)
         said.more()
     if status == INTERRUPTED:
         if progress:

@@ -1,5 +1,7 @@
 """The terminal that commands print on: what is printed stands there as it is."""
 
+import sys
+
 from rich.console import Console
 
 
@@ -13,8 +15,17 @@ def terminal(*, stderr: bool = False, quiet: bool = False) -> Console:
         stderr: Whether it prints on stderr instead of stdout.
         quiet: Whether it prints nothing.
     """
-    # Plain text in notebooks too, where every line would be an output of its own.
-    return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, force_jupyter=False)
+    # Plain text in notebooks, where every line would be an output of its own; their kernels force colour, and bars.
+    notebook = "ipykernel" in sys.modules
+    return Console(
+        stderr=stderr,
+        quiet=quiet,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        force_jupyter=False,
+        force_terminal=False if notebook else None,
+    )
 
 
 def printable(text: str) -> str:

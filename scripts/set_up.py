@@ -206,13 +206,13 @@ def install_docs() -> None:
     Raises:
         SetUpError: It cannot be installed, or does not import.
     """
-    say(f"Sphinx, at the versions of {DOCS_LOCK.name}")
+    say(f"Sphinx and what executes a notebook, at the versions of {DOCS_LOCK.name}")
     pip_or_stop("install", "--no-deps", "-r", str(DOCS_LOCK))
     unmet = unmet_requirements()
     if unmet:
         say(f"  this Python or machine needs more than the lock holds ({unmet[0]}); resolving")
         pip_or_stop("install", "-c", str(CONSTRAINTS), "-c", str(DOCS_LOCK), "-e", ".[docs]")
-    found = probe("import furo, myst_parser, sphinx")
+    found = probe("import furo, ipykernel, myst_nb, sphinx")
     if found.returncode != 0:
         raise SetUpError(f"Sphinx is installed, but does not import: {found.stderr.strip().splitlines()[-1]}")
 

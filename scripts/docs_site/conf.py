@@ -6,8 +6,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 project = "GFlowVLM"
-extensions = ["myst_parser"]
+extensions = ["myst_nb"]
 root_doc = "index"
+# Pages with code cells are executed at every build, in a folder of their own; an error there fails the build.
+nb_execution_mode = "force"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600
+nb_merge_streams = True
 # Headings get the anchors that they have on GitHub.
 myst_heading_anchors = 3
 # Commands stay on one line and scroll; what is marked `text` wraps (static/site.css).
@@ -30,10 +36,10 @@ RESULTS = "What it reaches"
 """The README's section that the start page ends with."""
 
 NAVIGATION = {
-    "Start": ("quickstart", "concepts", "tasks"),
+    "Start": ("quickstart", "concepts", "tasks", "python"),
     "Use": ("objectives", "demonstrations", "recipe", "experiments", "alfworld", "report", "serving"),
     "Operate": ("cluster", "watching", "scale", "operations"),
-    "Reference": ("configuration", "commands", "metrics"),
+    "Reference": ("configuration", "commands", "api", "metrics"),
     "Evidence": ("results", "proving", "compare-torchgfn", "benchmarks"),
     "Develop": ("contributing",),
 }

@@ -80,5 +80,10 @@ def _exists(root: Path, parts: tuple[str, ...]) -> bool:
             module, index = place / "__init__.py", index - 1
         attributes = parts[index + 1 :]
         text = module.read_text(encoding="utf-8") if module.is_file() else ""
+        # What a package shows of a module of its own: members of it stand there.
+        first = attributes[0] if attributes else ""
+        shown = re.search(rf"^\s*from ({PACKAGE}\.[\w.]+) import {first}\b", text, re.MULTILINE)
+        if first and shown is not None:
+            return _exists(root, (*shown[1].split("."), *attributes))
         return all(re.search(rf"\b{attribute}\b", text) is not None for attribute in attributes)
     return True

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from docs_site.api import api_page
 from docs_site.commands import commands_page
 from docs_site.configuration import configuration_page
 
@@ -11,6 +12,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES: dict[Path, Callable[[], str]] = {
     DOCS / "configuration.md": configuration_page,
     DOCS / "commands.md": commands_page,
+    DOCS / "api.md": api_page,
 }
 """File -> what makes its text."""
 

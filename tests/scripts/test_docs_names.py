@@ -23,12 +23,14 @@ def test_every_file_that_a_comment_names_exists() -> None:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A project with one room, one module of it, and one function in that."""
+    """A project with one room, one module of it, a function and a class in that."""
     (tmp_path / "envs").mkdir()
     (tmp_path / "envs" / "__init__.py").touch()
-    (tmp_path / "envs" / "base.py").write_text("def made():\n    return 1\n")
+    (tmp_path / "envs" / "base.py").write_text("def made():\n    return 1\n\n\nclass Made:\n    def again(self): ...\n")
     (tmp_path / "gflowvlm").mkdir()
-    (tmp_path / "gflowvlm" / "__init__.py").write_text('__all__ = ["train"]\n')
+    (tmp_path / "gflowvlm" / "__init__.py").write_text(
+        '__all__ = ["train"]\nfrom gflowvlm.envs.base import Made as Made\n'
+    )
     (tmp_path / "gflowvlm" / "envs").symlink_to("../envs")
     return tmp_path
 
@@ -44,9 +46,11 @@ def tree(tmp_path: Path) -> Path:
         ("`gflowvlm.envs.base.gone`", "gflowvlm.envs.base.gone"),
         ("`gflowvlm.envs.base:gone`", "gflowvlm.envs.base.gone"),
         ("`gflowvlm.gone`", "gflowvlm.gone"),
+        ("`gflowvlm.Made.gone`", "gflowvlm.Made.gone"),
         ("```python\nfrom gflowvlm.envs.base import made, gone\n```", "gflowvlm.envs.base.gone"),
         ("`envs/base.py`, `envs/NAME.py`, `envs`, `runs/envs/gone.py`, envs/gone.py, `/envs/gone`", None),
-        ("`gflowvlm.envs.base:made` `gflowvlm.train` `gflowvlm.io/role` `gflowvlm-x.gflowvlm.svc`", None),
+        ("`gflowvlm.envs.base:made` `gflowvlm.train` `gflowvlm.Made.again`", None),
+        ("`gflowvlm.io/role` `gflowvlm-x.gflowvlm.svc`", None),
     ],
 )
 def test_a_name_is_judged_by_what_the_tree_has(tree: Path, text: str, missing: str | None) -> None:

@@ -1,11 +1,14 @@
 """The documentation's site: pages made from the code are in step with it, and no link leads nowhere."""
 
 import importlib.util
+import inspect
 import shutil
 from pathlib import Path
 
 import pytest
 from docs_site.__main__ import build
+from docs_site.api import ORDER, api_page
+from docs_site.api import markdown as api_markdown
 from docs_site.commands import commands_page
 from docs_site.conf import NAVIGATION, RESULTS, navigation, results
 from docs_site.configuration import fields_without_description, settings_table
@@ -14,11 +17,12 @@ from docs_site.links import markdown_problems, site_problems
 from docs_site.references import DOCS, PAGES
 from pydantic import Field
 
+import gflowvlm
 from gflowvlm.shared.settings import Fraction, Settings
 
 ROOT = DOCS.parent
 needs_sphinx = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("sphinx", "myst_parser", "furo")),
+    any(importlib.util.find_spec(name) is None for name in ("sphinx", "myst_nb", "furo")),
     reason="no Sphinx here; `make docs` installs it",
 )
 
@@ -26,6 +30,45 @@ needs_sphinx = pytest.mark.skipif(
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_a_page_made_from_the_code_is_what_the_code_gives(path: Path) -> None:
     assert path.read_text() == PAGES[path](), "run: make reference"
+
+
+def test_the_reference_has_every_public_name_and_what_its_docstring_says() -> None:
+    assert set(ORDER) == set(gflowvlm.__all__)
+    page = api_page()
+    for name in gflowvlm.__all__:
+        assert f"## gflowvlm.{name}\n" in page
+    assert "### Run.trajectories\n" in page
+    assert "Run.metrics(kind='step') -> pd.DataFrame" in page
+    assert "[metrics.md](metrics.md)" in page
+    assert "doctest" not in page
+
+
+def test_a_docstring_is_shown_as_lists_and_blocks() -> None:
+    text = """Does it, see docs/metrics.md.
+
+    It is ``quick``.
+
+    Args:
+        first: What
+            goes | in.
+        second: More.
+
+    Returns:
+        What came out.
+
+    Example:
+        So:
+
+        >>> done(1)  # doctest: +SKIP
+        2
+    """
+    shown = api_markdown(inspect.cleandoc(text))
+    assert shown == (
+        "Does it, see [metrics.md](metrics.md).\n\nIt is `quick`.\n\n"
+        "Arguments:\n\n- `first`: What goes | in.\n- `second`: More.\n\n"
+        "Returns: What came out.\n\n"
+        "So:\n\n```pycon\n>>> done(1)\n2\n```\n"
+    )
 
 
 def test_every_setting_describes_itself() -> None:
