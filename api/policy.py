@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -126,6 +127,7 @@ class Policy:
         self.adapter = adapter
         self._model = resolve_model(config.policy.model)
         self._sampling: tuple[EventLoopThread, TransformersSampler] | None = None
+        self._end_sampling: weakref.finalize[..., Policy] | None = None
 
     def score(self, trajectories: Iterable[Trajectory]) -> list[TrajectoryScore]:
         """Returns how likely this policy finds trajectories, whoever made them.
@@ -253,15 +255,9 @@ class Policy:
         """Frees the loaded model; it is loaded again when it is needed."""
         self.__dict__.pop("_scorer", None)
         self.__dict__.pop("_adapted", None)
-        if self._sampling is not None:
-            loop, sampler = self._sampling
-            self._sampling = None
-
-            async def stop() -> None:
-                sampler.shutdown()
-
-            loop.run(stop(), self.config.sampler.request_timeout_s)
-            loop.close()
+        if self._end_sampling is not None:
+            self._end_sampling()
+        self._sampling = self._end_sampling = None
 
     def __enter__(self) -> Policy:
         return self
@@ -318,7 +314,18 @@ class Policy:
                 loop.close()
                 raise
             self._sampling = loop, sampler
+            # Also when nobody closes it: the sampler's task must not be left behind at the end of the process.
+            limit_s = self.config.sampler.request_timeout_s
+            self._end_sampling = weakref.finalize(self, _shut_down, loop, sampler, limit_s)
         return self._sampling
+
+
+def _shut_down(loop: EventLoopThread, sampler: TransformersSampler, timeout_s: float) -> None:
+    async def stop() -> None:
+        sampler.shutdown()
+
+    loop.run(stop(), timeout_s)
+    loop.close()
 
 
 def _encoded(image: bytes | Image.Image | Path | str) -> bytes:

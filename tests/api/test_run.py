@@ -232,3 +232,13 @@ def test_opening_a_run_and_its_log_needs_no_torch(run: gflowvlm.Run) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "2 16 []", done.stderr
+
+
+def test_a_policy_that_nobody_closes_ends_with_its_process(run: gflowvlm.Run) -> None:
+    code = (
+        f"import gflowvlm; run = gflowvlm.Run({str(run.path)!r}); seen = run.trajectories().newest(1)[0]; "
+        "print(run.policy().respond(seen.steps[0].prompt, seen.images[0]).version)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "2", done.stderr
+    assert "pending" not in done.stderr
