@@ -79,7 +79,7 @@ def fill(path):
 
 def test_a_run_goes_on_when_any_of_its_processes_is_killed(tmp_path):
     # Enough for the run to be still going when the last of its processes is killed.
-    steps = 20
+    steps = 40
     folder, log, port = RunFolder(tmp_path / "run"), tmp_path / "log", free_port()
     run = start("--run", folder.root, *settings(steps), *TWO_WORKERS, f"cluster.metrics_port={port}", log=log)
     try:
