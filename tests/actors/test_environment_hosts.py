@@ -1,6 +1,7 @@
 """Environments in processes of their own: the same episodes, deaths survived, nothing left behind."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -17,10 +19,12 @@ from gflowvlm.actors.environment_hosts import EnvironmentHosts
 from gflowvlm.actors.environments import EnvironmentFailedError, EnvironmentLostError, LocalEnvironment
 from gflowvlm.actors.episode import play_group
 from gflowvlm.actors.groups import GroupRequest, PlaySettings
+from gflowvlm.envs.household.generation import generate, specs
 from gflowvlm.envs.numberline.settings import NumberLineSettings
 from gflowvlm.envs.registry import make_env
 from gflowvlm.learner.tiny_policy import build_processor
 from gflowvlm.shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.task_settings import default_settings
 from tests.actors.misbehaving import GOOD, KILLS, RAISES, SEEDS, MisbehavingSettings
 from tests.actors.scripted import Texts
 
@@ -158,6 +162,32 @@ def test_whatever_an_environment_raises_fails_it_alone_and_the_others_of_its_pro
             await hosts.open(0).start(SEEDS["input"], "id", [0])
         assert (await good.act("+")).task == "numberline"
         assert hosts.pids == pids
+
+    try:
+        asyncio.run(body())
+    finally:
+        hosts.close()
+
+
+def test_a_household_game_that_the_planner_exits_at_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    if find_spec("alfworld") is None:
+        pytest.skip("alfworld is not installed: make alfworld")
+    folders = list(generate(tmp_path, specs({"train": 3, "valid_seen": 0, "valid_unseen": 0}, "small", seed=7), 1))
+    damaged = folders[1] / "game.tw-pddl"
+    game = json.loads(damaged.read_text())
+    # As in some of ALFWorld's own: an object stands there twice.
+    game["pddl_problem"] = game["pddl_problem"].replace("(:objects", "(:objects\nagent1 - agent\n", 1)
+    damaged.write_text(json.dumps(game))
+    hosts = EnvironmentHosts(default_settings("alfworld").model_copy(update={"games": str(tmp_path)}), processes=1)
+
+    async def body() -> None:
+        started = (hosts.open(0).start(seed, "id", [0]) for seed in range(3))
+        outcomes = await asyncio.gather(*started, return_exceptions=True)
+        (failure,) = (outcome for outcome in outcomes if isinstance(outcome, Exception))
+        assert isinstance(failure, EnvironmentFailedError)
+        assert str(damaged) in str(failure)
+        assert "SystemExit: error: duplicate object 'agent1'" in str(failure)
+        assert len(hosts.pids) == 1
 
     try:
         asyncio.run(body())
