@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from gflowvlm.api.training_process import train_to_the_end
 from gflowvlm.api.trajectories import Filters, Trajectories
 from gflowvlm.envs.base import SPLITS
 from gflowvlm.evaluation.playing import best_version
@@ -281,11 +282,10 @@ class Run:
             Traceback (most recent call last):
             gflowvlm.shared.errors.UserError: ...: this run has ended; ...
         """
-        from gflowvlm.api.training import go_on
-
         if self.finished:
             raise UserError(f"{self.path}: this run has ended; look at it with its metrics(), or evaluate() it")
-        return go_on(self._folder, progress=progress)
+        train_to_the_end(self._folder, progress=progress)
+        return Run(self.path)
 
     def __repr__(self) -> str:
         config, rows = self._config, self._rows()

@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gflowvlm.run.folder import RunFolder
-from gflowvlm.run.interruption import INTERRUPTED
+from gflowvlm.api.run import Run
+from gflowvlm.api.training_process import train_to_the_end
 from gflowvlm.run.models import resolve_model
 from gflowvlm.run.paths import check_paths, with_absolute_paths
 from gflowvlm.run.preset_library import DEFAULT_PRESET, PRESETS, load_preset, preset_names
 from gflowvlm.run.setup import new_run, open_run
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.config_io import apply_changes, apply_overrides, load_yaml, parse_config
-from gflowvlm.shared.errors import UserError
-from gflowvlm.studies.child_process import run_command
-
-if TYPE_CHECKING:
-    from gflowvlm.api.run import Run
 
 Source = RunConfig | Mapping[str, Any] | str | Path
 """What a configuration is made from: one, a nested mapping, a preset's name, a YAML file or a run's folder."""
 
 Overrides = Mapping[str, Any] | Iterable[str]
 """Settings to change: a mapping with dotted keys, or ``section.key=value`` as on the command line."""
-
-_COLOUR = ("FORCE_COLOR", "CLICOLOR_FORCE")
-
-SAID_LINES = 20
-"""Last lines of a failed training that its error shows."""
 
 
 def load_config(source: Source = DEFAULT_PRESET, overrides: Overrides = ()) -> RunConfig:
@@ -102,61 +89,8 @@ def train(
     PolicyInputs.load(resolve_model(config.policy.model))
     DemonstrationSet.of_run(config)
     folder = new_run(config, None if run is None else Path(run).expanduser())
-    return go_on(folder, progress=progress)
-
-
-def go_on(folder: RunFolder, *, progress: bool) -> Run:
-    """Trains a run to its last learner step, from where it stands; see `train`."""
-    from gflowvlm.api.run import Run
-
-    with tempfile.TemporaryDirectory(prefix="gflowvlm-train-") as scratch:
-        log = Path(scratch) / "output"
-        said = _Said(log, progress)
-        # A notebook's kernel asks for colour, and what is read here is no terminal.
-        environment = {name: value for name, value in os.environ.items() if name not in _COLOUR}
-        command = ["train", "--resume", str(folder.root)]
-        status = run_command(command, stop=said.more, log=log, environment=environment)
-        said.more()
-    if status == INTERRUPTED:
-        if progress:
-            print(f"interrupted; go on with: gflowvlm.Run({str(folder.root)!r}).resume()")
-        raise KeyboardInterrupt
-    if status != 0:
-        raise UserError(said.reason(status))
+    train_to_the_end(folder, progress=progress)
     return Run(folder.root)
-
-
-class _Said:
-    """What the training process has said, printed as it comes."""
-
-    def __init__(self, log: Path, shown: bool) -> None:
-        self._log, self._shown = log, shown
-        self._offset = 0
-        self._lines: list[str] = []
-
-    def more(self) -> bool:
-        """Takes up what was said since the last call; False, for nothing here stops the training."""
-        if self._log.exists():
-            with self._log.open("rb") as file:
-                file.seek(self._offset)
-                data = file.read()
-            whole = data[: data.rfind(b"\n") + 1]
-            self._offset += len(whole)
-            lines = whole.decode(errors="replace").splitlines()
-            self._lines = [*self._lines, *lines][-SAID_LINES:]
-            if self._shown:
-                for line in lines:
-                    print(line)
-                sys.stdout.flush()
-        return False
-
-    def reason(self, status: int) -> str:
-        """Returns why it failed, as one line where the command says so, else with its last lines."""
-        mark = "gflowvlm: "
-        for line in reversed(self._lines):
-            if line.startswith(mark):
-                return line.removeprefix(mark)
-        return "\n".join([f"gflowvlm train ended with status {status}; it said last:", *self._lines])
 
 
 def _settings(source: Source) -> tuple[dict[str, Any], str]:

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,29 @@ def test_folder_imports_only_what_the_architecture_allows(folder: str) -> None:
         package = ".".join((PACKAGE, *relative.parent.parts))
         found += violations(folder, file.read_text(encoding="utf-8"), package, str(relative))
     assert found == []
+
+
+def imports_of_modules() -> dict[str, set[str]]:
+    """What each of our modules imports of the others, function-level imports included."""
+    files = {file: file.relative_to(ROOT / PACKAGE) for file in (ROOT / PACKAGE).glob("*.py")}
+    files |= {file: file.relative_to(ROOT) for room in OURS for file in (ROOT / room).rglob("*.py")}
+    names = {
+        file: ".".join((PACKAGE, *path.with_suffix("").parts)).removesuffix(".__init__") for file, path in files.items()
+    }
+    found: dict[str, set[str]] = {}
+    for file, name in names.items():
+        package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+        found[name] = set()
+        for _, imported in imported_names(file.read_text(encoding="utf-8"), package):
+            while imported and imported not in names.values():
+                imported = imported.rpartition(".")[0]
+            found[name] |= {imported} - {"", name}
+    return found
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    order = list(TopologicalSorter(imports_of_modules()).static_order())
+    assert order.index(f"{PACKAGE}.shared.config") < order.index(f"{PACKAGE}.cli.main")
 
 
 @pytest.mark.parametrize(

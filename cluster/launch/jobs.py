@@ -17,10 +17,11 @@ import aiohttp
 from ray.job_submission import JobStatus
 
 from gflowvlm.cluster.launch.job_client import connect, explained, job_address
-from gflowvlm.cluster.launch.packing import installation, pack
+from gflowvlm.cluster.launch.packing import pack
 from gflowvlm.shared.config import ClusterSettings, RunConfig
 from gflowvlm.shared.config_io import dump_config
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.installation import installation
 
 DEFAULT_RUNS = "${GFLOWVLM_RUNS:-$HOME/gflowvlm-runs}"
 """Where runs stand on the cluster, as its shell reads it."""

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import gflowvlm
 from gflowvlm.shared.errors import UserError
 
 PACKAGE = "gflowvlm"
@@ -14,11 +13,6 @@ MAX_MIB = 64.0
 
 _MIB = 2**20
 _NAMED_FILES = 3
-
-
-def installation() -> Path:
-    """Returns the folder that holds the package of this process."""
-    return Path(gflowvlm.__file__).parents[1]
 
 
 def travelling_files(root: Path) -> Iterator[Path]:

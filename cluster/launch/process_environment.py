@@ -2,10 +2,9 @@
 
 import os
 import site
-from pathlib import Path
 from types import MappingProxyType
 
-import gflowvlm
+from gflowvlm.shared.installation import installation
 
 PROCESS_ENVIRONMENT = MappingProxyType(
     {
@@ -31,7 +30,7 @@ def prepare_process() -> None:
 
 def package_path() -> str:
     """Returns the ``PYTHONPATH`` of a Python that is to find this package, and what this one was told to find."""
-    root = str(Path(gflowvlm.__file__).parents[1])
+    root = str(installation())
     # An installed package is found by itself, and the rest of its folder must not come before the standard library.
     own = [] if root in {*site.getsitepackages(), site.getusersitepackages()} else [root]
     # Absolute, because the other process may stand elsewhere.
