@@ -101,7 +101,6 @@ class OpenAIServer:
         flat = Namespace(**(vars(frontend) | vars(self._arguments)))
         tasks = await client.get_supported_tasks()
         app = build_app(flat, tasks, client.model_config)
-        app.add_middleware(RulesMiddleware, rules=self._rules, api_key=self._api_key)
         try:
             await init_app_state(client, app.state, flat, tasks)
         except ValueError as error:
@@ -110,7 +109,7 @@ class OpenAIServer:
         # vLLM's launcher puts its HTTP server here, and its error handler asks it to end with the engine. Here Serve
         # replaces the replica.
         app.state.server = SimpleNamespace(should_exit=False)
-        return app
+        return RulesMiddleware(app, self._rules, self._api_key)
 
     def check_health(self) -> None:
         """Raises `SamplerUnavailableError` when a process of the engine is gone."""
