@@ -20,6 +20,7 @@ MOST_PIXELS = 50_000_000
 
 _TOOLS = ("tools", "functions")
 _TOOL_CHOICES = ("tool_choice", "function_call")
+_OTHER_PROMPT = ("chat_template", "mm_processor_kwargs", "media_io_kwargs")
 _OTHER_MEDIA = ("video_url", "audio_url", "input_audio", "input_video", "image_embeds")
 
 
@@ -40,7 +41,7 @@ class RequestRules:
         if not isinstance(request, Mapping):
             # Told by vLLM, which knows what it lacks.
             return None
-        return _of_tools(request) or self._of_tokens(request) or self._of_media(request)
+        return _of_prompt(request) or _of_tools(request) or self._of_tokens(request) or self._of_media(request)
 
     def _of_tokens(self, request: Mapping[str, Any]) -> str | None:
         allowed = request.get("allowed_token_ids")
@@ -120,6 +121,12 @@ class RulesMiddleware:
             return True
         given = dict(scope["headers"]).get(b"authorization", b"")
         return hmac.compare_digest(given, self._authorization)
+
+
+def _of_prompt(request: Mapping[str, Any]) -> str | None:
+    # vLLM names flags of its own server here, which this one has not.
+    named = next((key for key in _OTHER_PROMPT if request.get(key)), None)
+    return None if named is None else f"{named}: prompts and pictures are processed as in training; leave it out"
 
 
 def _of_tools(request: Mapping[str, Any]) -> str | None:
