@@ -6,7 +6,6 @@ The state is what stands in the run's folder, so a restarted or resumed store go
 import asyncio
 import json
 import logging
-import os
 import re
 import shutil
 import time
@@ -24,6 +23,7 @@ from gflowvlm.run.adapters import adapter_versions, missing_version
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.shared.config import ClusterSettings
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.files import sync
 from gflowvlm.shared.trajectory import BASE_VERSION
 
 log = logging.getLogger(__name__)
@@ -137,10 +137,10 @@ class AdapterStore:
             self._clear_leftovers(source)
             (source / PUBLICATION_FILE).write_text(json.dumps(asdict(publication)), encoding="utf-8")
             for name in (CONFIG_FILE, WEIGHTS_FILE, PUBLICATION_FILE):
-                _sync(source / name)
-            _sync(source)
+                sync(source / name)
+            sync(source)
             source.rename(self._folder.adapter(version))
-            _sync(self._folder.adapters)
+            sync(self._folder.adapters)
         except OSError as error:
             raise UserError(f"{self._folder.adapters}: adapter {version} cannot be written ({error})") from None
         self._published[version] = publication
@@ -329,11 +329,3 @@ def _publication(path: Path) -> Publication:
         return Publication(**json.loads((path / PUBLICATION_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return Publication(source="", step=None, keep=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

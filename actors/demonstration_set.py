@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from gflowvlm.actors.trajectory_files import trajectory_files
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.shared.config import RunConfig
-from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.instances import DEMONSTRATION_SEEDS
 from gflowvlm.shared.settings import Fraction, ModelName, Settings
 from gflowvlm.shared.task_settings import AnyTaskSettings, TaskSettings
@@ -201,7 +201,7 @@ class DemonstrationSet:
             for trajectory in found:
                 self._check(trajectory)
         except (ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise UserError(f"{path}: no demonstrations of this set ({reason}); make the set again") from None
         return found
 

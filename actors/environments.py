@@ -16,7 +16,7 @@ import numpy as np
 
 from gflowvlm.envs.base import TaskEnv
 from gflowvlm.envs.registry import make_env
-from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.task_settings import TaskSettings
 from gflowvlm.shared.trajectory import EndReason
 
@@ -85,11 +85,11 @@ class EpisodeEnvironment(Protocol):
         """Lets the environment go; calls that still run are not waited for."""
 
 
-def one_line(error: BaseException) -> str:
+def failure_reason(error: BaseException) -> str:
     """Returns what went wrong as one line; never raises, whatever the error is."""
     name = type(error).__name__
     try:
-        text = " ".join(str(error).split())[:REASON_CHARS]
+        text = one_line(error, REASON_CHARS)
     except BaseException:  # noqa: BLE001 - the text of a stranger's exception is a stranger's code
         return name
     if isinstance(error, UserError):
@@ -112,7 +112,7 @@ def run_environment_code(
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
             raise
-        raise EnvironmentFailedError(one_line(error)) from error
+        raise EnvironmentFailedError(failure_reason(error)) from error
 
 
 def make_environment(settings: TaskSettings) -> TaskEnv:

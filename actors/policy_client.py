@@ -12,6 +12,7 @@ from ray.serve.handle import DeploymentHandle
 
 from gflowvlm.actors.sampling import SampleRequest, SampleResponse, SamplerUnavailableError
 from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.errors import one_line
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 2.0
@@ -88,7 +89,7 @@ class PolicyClient:
                     raise PolicyServerError(
                         f"waited {waited:.0f} s for a response of {self.handle.deployment_name} in application "
                         f"{self.handle.app_name!r} (sampler.request_timeout_s, sampler.start_timeout_s): "
-                        f"{_one_line(error)}"
+                        f"{_cause_of(error)}"
                     ) from None
                 self.retries += 1
                 await asyncio.sleep(pause)
@@ -181,6 +182,6 @@ def _settle(response: "asyncio.Future[SampleResponse]", answer: SampleResponse |
         response.set_exception(answer)
 
 
-def _one_line(error: Exception) -> str:
+def _cause_of(error: Exception) -> str:
     cause = error.cause if isinstance(error, RayTaskError) else error
-    return f"{type(cause).__name__} {' '.join(str(cause).split())[:200]}".strip()
+    return f"{type(cause).__name__} {one_line(cause)}".strip()

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.files import write_whole
 
 
 class SamplingRecord:
@@ -56,11 +57,9 @@ class SamplingRecord:
 
     def _write(self) -> None:
         content = {"owner": self._owner, "closed": self.closed, "batches": self._batches}
-        partial = self._path.with_name(f"{self._path.name}.partial")
         try:
             # Not synced: it has to survive this process, and the machine takes its driver with it.
-            partial.write_text(json.dumps(content), encoding="utf-8")
-            partial.replace(self._path)
+            write_whole(self._path, json.dumps(content))
         except OSError as error:
             reason = error.strerror or str(error)
             raise UserError(f"{self._path}: cannot be written ({reason}); free some space, then resume") from None

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.files import sync
 from gflowvlm.shared.trajectory import read_parquet
 
 _NAME = re.compile(r"(\d{8,})\.parquet")
@@ -68,7 +69,7 @@ class TrajectoryFiles:
             _write_durably(partial, sink.getvalue())
             os.replace(partial, path)
             written.append(path)
-            _sync_directory(self.directory)
+            sync(self.directory)
         except OSError as error:
             for leftover in written:
                 _remove(leftover)
@@ -84,14 +85,6 @@ def _write_durably(path: Path, content: pa.Buffer) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

@@ -29,8 +29,8 @@ from gflowvlm.actors.sampling import (
     new_engine_seed,
 )
 from gflowvlm.shared.config import RunConfig
-from gflowvlm.shared.device import device_name
-from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.device import sampler_device
+from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.trajectory import BASE_VERSION
 
@@ -77,9 +77,7 @@ class TransformersSampler:
         """
         self._inputs = PolicyInputs.load(model_path)
         self._settings = config.sampler
-        self._device = torch.device(
-            device_name(config.sampler.gpus_per_replica, "sampler.gpus_per_replica", torch.cuda.is_available())
-        )
+        self._device = torch.device(sampler_device(config, torch.cuda.is_available()))
         self._dtype: torch.dtype = getattr(torch, config.policy.dtype)
         self._model = _load_model(self._inputs.model, self._dtype).to(self._device)
         self._free_draws = torch.Generator(self._device).manual_seed(new_engine_seed())
@@ -215,7 +213,7 @@ class TransformersSampler:
         try:
             await self._in_thread(self._add_adapter, version, path)
         except (ValueError, RuntimeError, OSError, KeyError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise UserError(f"adapter {path}: the sampler cannot apply it ({reason})") from None
 
     def _add_adapter(self, version: int, path: Path) -> None:
@@ -277,5 +275,5 @@ def _load_model(model: str, dtype: torch.dtype) -> Any:
     try:
         return AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).eval()
     except (ImportError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"model {model!r}: its weights cannot be loaded ({reason})") from None

@@ -19,7 +19,7 @@ from gflowvlm.actors.sampling import (
     new_engine_seed,
 )
 from gflowvlm.shared.config import RunConfig
-from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.trajectory import BASE_VERSION
 
@@ -157,7 +157,7 @@ class VllmSampler:
             await self._engine.client.add_lora(self._lora(version, path))
         except Exception as error:  # noqa: BLE001 - the engine process reports every failure as a bare Exception
             await self.check_health()
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise UserError(f"adapter {path}: the sampler cannot apply it ({reason})") from None
 
     async def _remove(self, version: int) -> None:
@@ -213,7 +213,7 @@ class GuardedEngine:
 
 
 def _why_not_started(error: Exception, output: OutputTail) -> str:
-    said = " ".join(str(error).split())[:400]
+    said = one_line(error, 400)
     if _CAUSE_IS_ABOVE not in said:
         return said
     # The engine's own process has printed it and is gone.

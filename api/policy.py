@@ -23,8 +23,8 @@ from gflowvlm.learner.scoring import LOG_ACT, LOG_COT, LOG_STOP, Scorer
 from gflowvlm.learner.targets import Target, is_malformed, loss_inputs
 from gflowvlm.run.models import resolve_model
 from gflowvlm.shared.config import RunConfig
-from gflowvlm.shared.device import device_name, on_this_machine
-from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.device import on_this_machine, sampler_device
+from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.response import parse_response
 from gflowvlm.shared.trajectory import BASE_VERSION, Trajectory
@@ -273,8 +273,7 @@ class Policy:
 
     @property
     def _device(self) -> torch.device:
-        gpus = self.config.sampler.gpus_per_replica
-        return torch.device(device_name(gpus, "sampler.gpus_per_replica", torch.cuda.is_available()))
+        return torch.device(sampler_device(self.config, torch.cuda.is_available()))
 
     @cached_property
     def _adapted(self) -> Any:
@@ -344,5 +343,5 @@ def _encoded(image: bytes | Image.Image | Path | str) -> bytes:
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
     except (OSError, ValueError) as error:
-        raise UserError(f"image: cannot be read ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"image: cannot be read ({one_line(error)})") from None
     return buffer.getvalue()

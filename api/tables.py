@@ -6,13 +6,11 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from gflowvlm.run.log import Row
+from gflowvlm.run.log import REPORT, Row
 from gflowvlm.shared.metrics import EVALUATION_METRICS, ROLLOUT_METRICS, STEP_METRICS, MetricSpec
 
 PLAN_COLUMNS = ("step", "version", "split", "final", "instances", "samples", "temperature")
 """What an evaluation was of; `final` says whether it is one of those that end a run."""
-
-REPORT = "report"
 
 
 def step_frame(rows: Iterable[Row]) -> pd.DataFrame:

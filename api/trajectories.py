@@ -15,7 +15,7 @@ import pyarrow.dataset as ds
 from gflowvlm.actors.trajectory_files import trajectory_files
 from gflowvlm.envs.base import SPLITS
 from gflowvlm.run.folder import RunFolder
-from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.task_settings import task_names
 from gflowvlm.shared.trajectory import (
     SCHEMA_VERSION,
@@ -244,7 +244,7 @@ class Trajectories:
         try:
             yield
         except (OSError, ValueError, TypeError, pa.ArrowException) as error:
-            raise UserError(f"{self._folder}: its trajectories cannot be read ({_one_line(error)})") from None
+            raise UserError(f"{self._folder}: its trajectories cannot be read ({one_line(error)})") from None
 
 
 def _open(run: Path) -> ds.Dataset:
@@ -259,7 +259,7 @@ def _open(run: Path) -> ds.Dataset:
             schema = fragment.physical_schema
         except (OSError, pa.ArrowException) as error:
             raise UserError(
-                f"{fragment.path}: not a readable trajectory file ({_one_line(error)}); remove or restore it"
+                f"{fragment.path}: not a readable trajectory file ({one_line(error)}); remove or restore it"
             ) from None
         if not is_trajectory_schema(schema):
             raise UserError(
@@ -281,7 +281,3 @@ def _summary(row: dict[str, Any]) -> dict[str, Any]:
         "version": max((step["policy_version"] for step in steps), default=-1),
         "actions": tuple(step["action"] for step in steps),
     }
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+import gflowvlm
 from gflowvlm.cli.commands import (
     alfworld,
     bench,
@@ -32,7 +33,6 @@ from gflowvlm.cluster.launch.process_environment import prepare_process
 from gflowvlm.run.console import printable, terminal
 from gflowvlm.run.interruption import INTERRUPTED, termination_as_interrupt
 from gflowvlm.shared.errors import UserError
-from gflowvlm.shared.version import version
 
 app = typer.Typer(
     name="gflowvlm",
@@ -69,7 +69,7 @@ for command in (
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"gflowvlm {version()}")
+        typer.echo(f"gflowvlm {gflowvlm.__version__}")
         raise typer.Exit
 
 

@@ -27,7 +27,7 @@ from gflowvlm.learner.model import load_adapted
 from gflowvlm.learner.scoring import Scorer
 from gflowvlm.run.models import resolve_model
 from gflowvlm.shared.config import RunConfig
-from gflowvlm.shared.device import device_name, on_this_machine
+from gflowvlm.shared.device import on_this_machine, sampler_device
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.trajectory import BASE_VERSION
 
@@ -89,8 +89,7 @@ class ExactCheck:
     def _probabilities(
         self, adapter: Path | None, left_out: float, name: str
     ) -> list[list[ActionProbabilities | None]]:
-        sampler_gpus = self._config.sampler.gpus_per_replica
-        device = torch.device(device_name(sampler_gpus, "sampler.gpus_per_replica", torch.cuda.is_available()))
+        device = torch.device(sampler_device(self._config, torch.cuda.is_available()))
         policy = load_adapted(self._model, self._config.policy.dtype, adapter, device)
         scorer = Scorer(policy, self._inputs, device, self._config.learner.token_budget)
         with (

@@ -56,7 +56,7 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from gflowvlm.shared.version import version
+        from gflowvlm.version import version
 
         value: Any = version()
     elif name == "losses":

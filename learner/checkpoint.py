@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from torch import Tensor
 from gflowvlm.learner.heads import StateHead
 from gflowvlm.learner.optimization import Counters, Optimization
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.files import sync
 
 FORMAT = 1
 _ADAPTER = "adapter/adapter_model.safetensors"
@@ -139,7 +139,7 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
         partial.chmod(0o755)
         yield partial
         for path in (*partial.rglob("*"), partial):
-            _fsync(path)
+            sync(path)
         if directory.exists():
             # A folder cannot be renamed onto a full one: the old one steps aside first.
             aside = partial.with_suffix(".old")
@@ -148,7 +148,7 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
         else:
             partial.rename(directory)
-        _fsync(directory.parent)
+        sync(directory.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(
@@ -193,14 +193,6 @@ def _write_bytes(path: Path, content: bytes) -> None:
     # Through a plain file: a full disk is then an OSError here, never a fault in a memory map.
     with path.open("wb") as file:
         file.write(content)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from gflowvlm.shared.config import PolicySettings
-from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.policy_inputs import directory_or_hub_name
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def empty_policy(settings: PolicySettings, model_path: str) -> Any:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, dtype=DTYPES[settings.dtype])
     except (ImportError, OSError, ValueError) as error:
-        raise UserError(f"model {model_path!r}: cannot be built ({_one_line(error)})") from None
+        raise UserError(f"model {model_path!r}: cannot be built ({one_line(error)})") from None
     return _adapted(model, settings, seed=0)
 
 
@@ -93,7 +93,7 @@ def load_base_model(model_path: str, dtype: str) -> Any:
     try:
         return AutoModelForImageTextToText.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True)
     except (ImportError, OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"model {model_path!r}: its weights cannot be loaded ({_one_line(error)})") from None
+        raise UserError(f"model {model_path!r}: its weights cannot be loaded ({one_line(error)})") from None
 
 
 def load_adapted(model_path: str, dtype: str, adapter: Path | None, device: torch.device = CPU) -> Any:
@@ -113,7 +113,7 @@ def load_adapted(model_path: str, dtype: str, adapter: Path | None, device: torc
         try:
             model = PeftModel.from_pretrained(model, str(adapter))
         except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{adapter}: the adapter cannot be loaded ({_one_line(error)})") from None
+            raise UserError(f"{adapter}: the adapter cannot be loaded ({one_line(error)})") from None
     return model.eval().to(device)
 
 
@@ -171,10 +171,6 @@ def _enable_checkpointing(policy: Any) -> None:
     for module in policy.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _ends_in(name: str, target: str) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from gflowvlm.shared.config import Precision
-from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.response import DONE_TOKEN
 from gflowvlm.shared.settings import Settings
@@ -113,7 +113,7 @@ def load_for_sft(model: str, settings: SftSettings) -> tuple[Any, PolicyInputs]:
         processor = AutoProcessor.from_pretrained(model)
         network = AutoModelForImageTextToText.from_pretrained(model, dtype=getattr(torch, settings.dtype))
     except (ImportError, OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"model {model!r}: cannot be loaded ({reason})") from None
     inputs = PolicyInputs(model, processor)
     if inputs.done_id is None:
@@ -188,7 +188,7 @@ class SftTrainer:
         try:
             state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
             tensors = load_file(checkpoint / "optimizer.safetensors")
-        except (ImportError, OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{checkpoint}: no readable checkpoint to resume from ({error})") from None
         made_with = state.get("settings")
         changed = [k for k, v in settings.model_dump(mode="json").items() if not made_with or made_with.get(k) != v]

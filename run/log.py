@@ -19,6 +19,9 @@ from gflowvlm.shared.errors import UserError
 
 Row = dict[str, Any]
 
+REPORT = "report"
+"""Kind of the rows of the evaluations that end a run."""
+
 
 def append_row(path: Path, kind: str, content: Mapping[str, Any], *, durable: bool = False) -> None:
     """Appends one row, all of it or nothing. For one process at a time: not every file system keeps two apart.

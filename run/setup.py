@@ -14,28 +14,8 @@ from gflowvlm.run.paths import check_absolute
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.config_io import dump_config, load_config
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.files import write_whole
 from gflowvlm.shared.shell import quoted
-
-
-def write_whole(path: Path, text: str, *, durable: bool = False) -> None:
-    """Writes a text file so that a reader sees all of it or none.
-
-    Args:
-        path: The file; replaced where there is one.
-        text: Its content.
-        durable: Whether it must outlast a loss of power from here on.
-    """
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        if durable:
-            _sync(partial)
-        partial.replace(path)
-        if durable:
-            _sync(path.parent)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def new_run(config: RunConfig, directory: Path | None) -> RunFolder:
@@ -77,14 +57,6 @@ def open_run(directory: Path) -> tuple[RunFolder, RunConfig]:
             f"{directory}: no run there (no config.yaml); `gflowvlm train --run {quoted(directory)}` starts one"
         )
     return folder, load_config(folder.config)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from pydantic import Field, ValidationError
 
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.log import read_rows
-from gflowvlm.run.setup import write_whole
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.files import write_whole
 from gflowvlm.shared.settings import Settings
 
 Count = Annotated[int, Field(ge=0)]

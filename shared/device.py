@@ -25,6 +25,11 @@ def device_name(gpus: float, setting: str, gpu_seen: bool) -> str:
     return "cuda"
 
 
+def sampler_device(config: RunConfig, gpu_seen: bool) -> str:
+    """Returns torch's name of the device that a run's sampler computes on in this process; see `device_name`."""
+    return device_name(config.sampler.gpus_per_replica, "sampler.gpus_per_replica", gpu_seen)
+
+
 def on_this_machine(config: RunConfig, gpu_seen: bool) -> RunConfig:
     """Returns a run's configuration for a sampler in this process, without Ray.
 

@@ -14,3 +14,8 @@ class UserError(Exception):
         ...     print(error)
         no/such/run: no run there (no config.yaml); ...
     """
+
+
+def one_line(error: object, longest: int = 200) -> str:
+    """Returns the text of another library's error as one line to quote, cut to `longest` characters."""
+    return " ".join(str(error).split())[:longest]

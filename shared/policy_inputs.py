@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature
 
-from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.response import DONE_TOKEN
 
 
@@ -41,7 +41,7 @@ class PolicyInputs:
         try:
             processor = AutoProcessor.from_pretrained(path)
         except (ImportError, OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             where = "" if Path(path).is_absolute() else "is no folder here, and at the hub "
             raise UserError(f"model {model!r}: {where}its processor cannot be loaded ({reason})") from None
         inputs = cls(path, processor)

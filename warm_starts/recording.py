@@ -31,8 +31,8 @@ from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.folder_lock import LOCK, folder_lock
 from gflowvlm.run.models import resolve_model
 from gflowvlm.run.paths import check_paths, with_absolute_paths
-from gflowvlm.run.setup import write_whole
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.files import write_whole
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.trajectory import Trajectory, read_parquet, to_record_batch
 

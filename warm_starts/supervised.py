@@ -25,8 +25,8 @@ from gflowvlm.run.interruption import STOPPING, handled_by, termination_as_inter
 from gflowvlm.run.models import resolve_model
 from gflowvlm.run.paths import check_paths, with_absolute_paths
 from gflowvlm.run.plain_progress import PLAIN_INTERVAL_S
-from gflowvlm.run.setup import write_whole
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.files import write_whole
 from gflowvlm.shared.settings import FolderPath, Fraction, ModelName, Settings
 from gflowvlm.shared.shell import quoted
 from gflowvlm.shared.task_settings import AnyTaskSettings, default_settings

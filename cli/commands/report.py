@@ -10,8 +10,9 @@ from gflowvlm.cli.json_file import check_can_be_written
 from gflowvlm.run.console import terminal
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.log import read_rows
-from gflowvlm.run.setup import open_run, write_whole
+from gflowvlm.run.setup import open_run
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.files import write_whole
 
 LIMIT = 1000
 """Trajectories in a page without `--limit`."""

@@ -9,8 +9,8 @@ from gflowvlm.cluster.driver.learner_reports import STARTED, STEP, Report
 from gflowvlm.evaluation.learning_curve import draw_learning_curve
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.log import Row, append_row, read_rows
-from gflowvlm.run.setup import write_whole
 from gflowvlm.run.state import SavedState, load_state, save_state
+from gflowvlm.shared.files import write_whole
 
 
 class RunRecord:

@@ -37,11 +37,11 @@ from gflowvlm.evaluation.metrics import REPORT_SEED_OFFSET, EvaluationPlan, eval
 from gflowvlm.run.checkpoints import latest_checkpoint
 from gflowvlm.run.final_report import measured_on, ordered
 from gflowvlm.run.folder import RunFolder
-from gflowvlm.run.log import Row
+from gflowvlm.run.log import REPORT, Row
 from gflowvlm.run.models import resolve_model
-from gflowvlm.run.setup import write_whole
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.files import write_whole
 from gflowvlm.shared.shell import quoted
 from gflowvlm.shared.trajectory import BASE_VERSION
 
@@ -50,8 +50,6 @@ SNAPSHOT_INTERVAL_S = 5.0
 NEWEST_TRAJECTORIES = 128
 NEWEST_METRICS = ("rollout_success", "rollout_invalid", "rollout_cut", "rollout_length")
 """Means over the newest trajectories, in the order in which they are noted."""
-
-REPORT = "report"
 
 
 class TrainingRun:

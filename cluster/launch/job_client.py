@@ -10,7 +10,7 @@ from typing import Any
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.errors import UserError, one_line
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 10.0, 120.0
@@ -87,7 +87,7 @@ def explained(address: str) -> Iterator[None]:
             "--address, and see that its port can be reached"
         ) from None
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         if _NO_AGENT in reason:
             raise UserError(
                 f"{address}: the head's agent, which starts jobs, does not answer; try again once the head is "

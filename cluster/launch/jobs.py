@@ -16,12 +16,12 @@ from typing import Any
 import aiohttp
 from ray.job_submission import JobStatus
 
+from gflowvlm.cluster.launch.installation import installation
 from gflowvlm.cluster.launch.job_client import connect, explained, job_address
 from gflowvlm.cluster.launch.packing import pack
 from gflowvlm.shared.config import ClusterSettings, RunConfig
 from gflowvlm.shared.config_io import dump_config
-from gflowvlm.shared.errors import UserError
-from gflowvlm.shared.installation import installation
+from gflowvlm.shared.errors import UserError, one_line
 
 DEFAULT_RUNS = "${GFLOWVLM_RUNS:-$HOME/gflowvlm-runs}"
 """Where runs stand on the cluster, as its shell reads it."""
@@ -180,7 +180,7 @@ class Jobs:
             except (aiohttp.ClientError, OSError, RuntimeError, UserError) as error:
                 lost = 1 if log.written > before else lost + 1
                 if lost >= LOST_TRIES:
-                    reason = " ".join(str(error).split())[:200]
+                    reason = one_line(error)
                     raise UserError(
                         f"lost the log of {job.run!r} ({reason}); the run goes on: `gflowvlm logs {job.run}`"
                     ) from None

@@ -4,7 +4,7 @@ import os
 import site
 from types import MappingProxyType
 
-from gflowvlm.shared.installation import installation
+from gflowvlm.cluster.launch.installation import installation
 
 PROCESS_ENVIRONMENT = MappingProxyType(
     {

@@ -21,7 +21,7 @@ from gflowvlm.cluster.launch.process_environment import PROCESS_ENVIRONMENT, pac
 from gflowvlm.cluster.launch.ray_folder import check_ray_folder, ray_folder
 from gflowvlm.run.interruption import termination_as_interrupt
 from gflowvlm.shared.config import RunConfig
-from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.errors import UserError, one_line
 
 # Ray's job supervisor puts the job's own runtime environment here.
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -52,7 +52,7 @@ def ray_cluster(config: RunConfig) -> Iterator[str]:
         raise
     except RayError as error:
         logs = "" if address is not None else f"; its logs are in {ray_folder()}/session_latest/logs"
-        raise UserError(f"Ray has failed ({type(error).__name__}: {_one_line(error)}){logs}") from None
+        raise UserError(f"Ray has failed ({type(error).__name__}: {one_line(error)}){logs}") from None
     finally:
         ray.shutdown()
 
@@ -73,11 +73,7 @@ def _connect(address: str) -> ray.runtime_context.RuntimeContext:
                 runtime_env={"env_vars": connection_environment()},
             )
     except (RayError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"cluster.address = {address!r}: cannot connect ({_one_line(error)})") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+        raise UserError(f"cluster.address = {address!r}: cannot connect ({one_line(error)})") from None
 
 
 def _start_local(config: RunConfig) -> ray.runtime_context.RuntimeContext:

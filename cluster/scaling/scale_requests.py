@@ -19,8 +19,9 @@ from pydantic import Field, StrictInt, ValidationError, model_validator
 from gflowvlm.cluster.scaling.auto_scaling import REPLICAS_KEY, WORKERS_KEY
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.log import Row
-from gflowvlm.run.setup import driver_holds, write_whole
+from gflowvlm.run.setup import driver_holds
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.files import write_whole
 from gflowvlm.shared.settings import Settings
 from gflowvlm.shared.shell import quoted
 

@@ -20,7 +20,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from gflowvlm.actors.vllm_sampler import GuardedEngine, engine_arguments
 from gflowvlm.cluster.serving.request_rules import RequestRules, RulesMiddleware
 from gflowvlm.cluster.serving.served_policy import ServedPolicy
-from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.policy_inputs import PolicyInputs
 
 NO_MEDIA_DOMAIN = "only-data-urls.invalid"
@@ -104,7 +104,7 @@ class OpenAIServer:
         try:
             await init_app_state(client, app.state, flat, tasks)
         except ValueError as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise UserError(f"adapter {policy.adapter}: vLLM cannot apply it ({reason})") from None
         # vLLM's launcher puts its HTTP server here, and its error handler asks it to end with the engine. Here Serve
         # replaces the replica.

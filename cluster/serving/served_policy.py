@@ -16,7 +16,7 @@ from gflowvlm.run.models import resolve_model
 from gflowvlm.run.paths import check_paths, with_absolute_paths
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.config_io import apply_overrides, load_config, parse_config
-from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.settings import Settings
 from gflowvlm.shared.trajectory import BASE_VERSION
 
@@ -177,7 +177,7 @@ def _linear_layers(model: str) -> dict[str, tuple[int, int]]:
         with torch.device("meta"):
             built = AutoModelForImageTextToText.from_config(config)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"model {model!r}: no vision-language model can be built from it ({reason})") from None
     linear = (torch.nn.Linear,)
     return {

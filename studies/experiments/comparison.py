@@ -13,9 +13,9 @@ from rich.console import Console
 
 from gflowvlm.evaluation.metrics import REPORT_SEED_OFFSET
 from gflowvlm.run.adapters import published_adapter
-from gflowvlm.run.setup import write_whole
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.files import write_whole
 from gflowvlm.shared.trajectory import BASE_VERSION
 from gflowvlm.studies.experiments.sweep import (
     PANELS,

@@ -8,7 +8,7 @@ from statistics import mean
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from gflowvlm.run.log import RowTail
+from gflowvlm.run.log import REPORT, RowTail
 from gflowvlm.studies.experiments.description import Scale
 from gflowvlm.studies.experiments.sweep import report_figures
 from gflowvlm.studies.experiments.trials import Trial
@@ -91,7 +91,7 @@ class TrialProgress:
             if row["kind"] in ("step", "learner"):
                 self.step = int(row["step"])
             # The final report has the untrained model's figures too.
-            if row["kind"] != "report":
+            if row["kind"] != REPORT:
                 self.success = row.get("success", row.get("rollout_success", self.success))
 
     def describe(self) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from gflowvlm.run.final_report import measured_on
 from gflowvlm.run.log import Row
-from gflowvlm.run.setup import write_whole
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.files import write_whole
 from gflowvlm.studies.experiments.description import PAPER, PAPER_MODEL, Column, Experiment
 from gflowvlm.studies.experiments.plots import draw_plot
 from gflowvlm.studies.experiments.sweep import (

@@ -8,8 +8,8 @@ from statistics import mean
 
 from gflowvlm.evaluation.learning_curve import headless_pyplot, save_picture
 from gflowvlm.run.log import append_row, read_rows
-from gflowvlm.run.setup import write_whole
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.files import write_whole
 from gflowvlm.studies.proving.experiments import EXPERIMENTS, PROBLEMS, Case
 from gflowvlm.studies.proving.state_graph import StateGraph
 from gflowvlm.studies.proving.training import Measured, train

@@ -15,8 +15,9 @@ from gflowvlm.evaluation.metrics import EvaluationPlan, evaluate_trajectories
 from gflowvlm.learner.learner import Learner
 from gflowvlm.run.log import append_row
 from gflowvlm.run.models import resolve_model
-from gflowvlm.run.setup import new_run, write_whole
+from gflowvlm.run.setup import new_run
 from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.files import write_whole
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.trajectory import Trajectory, to_record_batch
 

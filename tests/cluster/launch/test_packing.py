@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
+from gflowvlm.cluster.launch.installation import installation
 from gflowvlm.cluster.launch.packing import MAX_MIB, PACKAGE, pack, travelling_files
 from gflowvlm.shared.errors import UserError
-from gflowvlm.shared.installation import installation
 
 ROOMS = ("cluster", "envs", "run")
 

@@ -8,14 +8,14 @@ from types import ModuleType
 import pytest
 from typer.testing import CliRunner
 
+from gflowvlm import version as ours
 from gflowvlm.cli.main import app
-from gflowvlm.shared import version as ours
 
 
 @pytest.fixture
 def copied(tmp_path: Path) -> ModuleType:
     """The module as it stands in an installed package: no project beside it."""
-    file = tmp_path / "gflowvlm" / "shared" / "version.py"
+    file = tmp_path / "gflowvlm" / "version.py"
     file.parent.mkdir(parents=True)
     shutil.copy(str(ours.__file__), file)
     spec = importlib.util.spec_from_file_location("copied_version", file)
@@ -33,7 +33,7 @@ def test_the_command_line_says_its_release() -> None:
 
 
 def test_a_checkout_has_its_own_release_and_no_other_projects(copied: ModuleType, tmp_path: Path) -> None:
-    project = tmp_path / "gflowvlm" / "pyproject.toml"
+    project = tmp_path / "pyproject.toml"
     project.write_text('[project]\nname = "gflowvlm"\nversion = "7.8.9"\n')
     assert copied.version() == "7.8.9"
     project.write_text('[project]\nname = "another"\nversion = "7.8.9"\n')
