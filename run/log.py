@@ -5,7 +5,9 @@ learner step), ``rollout`` (a snapshot of the rollouts), ``evaluation``, ``repor
 ``learner`` (the learner started at a step), ``mismatch`` (the check of sampler against learner), ``scale`` (other
 numbers of rollout workers and replicas, or why not), ``set_aside`` (a group that is not played any more, and why),
 ``fatal`` (the learner cannot go on, with the reason).
-A ``learner`` row with step s says that earlier rows of later steps were undone.
+A ``learner`` row with step s says that earlier rows of later steps were undone, and so was a final report: it comes
+after the learner's end. Of two evaluations of one step the later counts: the first one's driver died before it was saved
+as evaluated.
 """
 
 import json
@@ -66,16 +68,23 @@ def _write_all(descriptor: int, data: bytes, size: int) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Returns the run's rows without those that a learner restart has undone; [] when there are none."""
+    """Returns the run's rows without those that were undone or made again; [] when there are none."""
     if not path.exists():
         return []
     tail = RowTail(path)
     rows: list[Row] = []
     for row in tail.new_rows():
-        if row["kind"] == "learner":
-            rows = [r for r in rows if not (r["kind"] == "step" and r["step"] > row["step"])]
+        if row["kind"] in ("learner", "evaluation"):
+            rows = [earlier for earlier in rows if not _is_undone(earlier, row)]
         rows.append(row)
     return rows
+
+
+def _is_undone(earlier: Row, row: Row) -> bool:
+    """Whether a later row says that an earlier one does not count."""
+    if row["kind"] == "learner":
+        return earlier["kind"] == "report" or (earlier["kind"] == "step" and earlier["step"] > row["step"])
+    return earlier["kind"] == "evaluation" and earlier["step"] == row["step"]
 
 
 class RowTail:

@@ -99,3 +99,24 @@ def test_a_short_write_that_can_go_on_is_gone_on_with(tmp_path, monkeypatch):
     append_row(log, "step", {"step": 1})
     append_row(log, "step", {"step": 2})
     assert [r["step"] for r in read_rows(log)] == [1, 2]
+
+
+def test_what_a_resume_plays_again_stands_once_in_what_is_read(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    append_row(log, "learner", {"step": 0})
+    append_row(log, "step", {"step": 1})
+    for success in (0.25, 0.5):
+        # The first one's driver died before it was saved as evaluated.
+        append_row(log, "evaluation", {"step": 0, "success": success})
+    append_row(log, "evaluation", {"step": 1, "success": 0.75})
+    for version in (0, 1):
+        append_row(log, "report", {"step": 1, "split": "id", "version": version})
+    # Killed in the final report, of which only the other split was missing.
+    append_row(log, "learner", {"step": 1})
+    for split in ("id", "ood"):
+        for version in (0, 1):
+            append_row(log, "report", {"step": 1, "split": split, "version": version})
+    rows = read_rows(log)
+    assert [(r["step"], r["success"]) for r in rows if r["kind"] == "evaluation"] == [(0, 0.5), (1, 0.75)]
+    reports = [(r["split"], r["version"]) for r in rows if r["kind"] == "report"]
+    assert reports == [("id", 0), ("id", 1), ("ood", 0), ("ood", 1)]
