@@ -10,6 +10,7 @@ from gflowvlm.evaluation.learning_curve import draw_learning_curve
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.log import Row, append_row, read_rows
 from gflowvlm.run.state import SavedState, load_state, save_state
+from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.files import write_whole
 
 
@@ -21,7 +22,7 @@ class RunRecord:
         is_due: Whether an evaluation is due at a learner step.
 
     Raises:
-        UserError: The run's saved state is damaged, or cannot be written.
+        UserError: The run's saved state or its best evaluation is damaged, or cannot be written.
     """
 
     def __init__(self, folder: RunFolder, is_due: Callable[[int], bool]) -> None:
@@ -30,6 +31,7 @@ class RunRecord:
         self._saved = load_state(folder)
         if not folder.state.exists():
             save_state(folder, self._saved)
+        self._best = self._load_best()
 
     @property
     def saved(self) -> SavedState:
@@ -78,14 +80,27 @@ class RunRecord:
 
     def best(self) -> Row | None:
         """Returns the evaluation of the best adapter so far, None before the first."""
-        if not self._folder.best.exists():
-            return None
-        best: Row = json.loads(self._folder.best.read_text(encoding="utf-8"))
-        return best
+        return self._best
 
     def note_best(self, evaluation: Row) -> None:
         """An evaluation was as good as the best before it, or better."""
-        write_whole(self._folder.best, json.dumps(evaluation, indent=1))
+        write_whole(self._folder.best, json.dumps(evaluation, indent=1), durable=True)
+        self._best = evaluation
+
+    def _load_best(self) -> Row | None:
+        """Returns the best evaluation that is written down; where that is lost, the best of the record's."""
+        path = self._folder.best
+        try:
+            best: Row = json.loads(path.read_text(encoding="utf-8"))
+            return {**best, "version": int(best["version"]), "success": float(best["success"])}
+        except FileNotFoundError:
+            found = [row for row in self.rows() if row["kind"] == "evaluation" and row["step"] in self._saved.evaluated]
+            return max(found, key=lambda row: (row["success"], row["step"]), default=None)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}: damaged ({error}); remove it, and the run goes on with the best evaluation of its "
+                "metrics.jsonl"
+            ) from None
 
     def rows(self) -> list[Row]:
         """Returns what was written, for those who show it; nothing may be decided by it."""

@@ -1,5 +1,6 @@
 """What a driver makes of its learner's reports and of what it finds in a run's folder; its parts are made up."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from gflowvlm.run.log import read_rows
 from gflowvlm.run.preset_library import load_preset
 from gflowvlm.run.setup import new_run
 from gflowvlm.run.state import load_state
+from gflowvlm.shared.errors import UserError
 from tests.actors.made_trajectories import make_trajectory
 from tests.cluster.monitoring.test_telemetry import shown_curve
 
@@ -67,10 +69,12 @@ class Driver(TrainingRun):
     def asked(self):
         return [(job.step, job.version) for job in self.scheduler.asked]
 
-    def finish_evaluation(self, step, success=True):
+    def finish_evaluation(self, step, success=1.0):
         job = next(job for job in self.scheduler.asked if job.step == step)
         self.scheduler.asked.remove(job)
-        job.sampled = [make_trajectory(f"s{step}", "g0", version=job.version)]
+        job.sampled = [
+            make_trajectory(f"s{step}-{i}", "g0", version=job.version, success=i < 4 * success) for i in range(4)
+        ]
         job.greedy = [make_trajectory(f"g{step}", "g0", version=job.version)]
         self._note_evaluation(job)
 
@@ -116,6 +120,31 @@ def test_a_resume_asks_for_the_evaluations_that_are_due_whatever_the_log_says(ru
     second.telemetry.close()
     assert load_state(run.folder).evaluated == {2, 4, 6, 8}
     assert load_state(run.folder).due == {}
+
+
+def test_a_lost_best_json_is_made_good_from_the_log_and_a_damaged_one_is_one_line(run):
+    first = run()
+    first.report(STARTED, 0, 0)
+    first.learn(1, 4, version=1)
+    for step, success in ((2, 0.75), (4, 0.25)):
+        first.finish_evaluation(step, success)
+    first.telemetry.close()
+    best = json.loads(run.folder.best.read_text())
+    assert (best["step"], best["version"]) == (2, 2)
+
+    for damage in ("", "{", "[]", '{"version": null, "success": 1.0}', '{"step": 2}', b"\xff\x00"):
+        run.folder.best.write_bytes(damage if isinstance(damage, bytes) else damage.encode())
+        with pytest.raises(UserError, match=r"best\.json: damaged .*remove it") as error:
+            run(step=4)
+        assert "\n" not in str(error.value)
+    run.folder.best.unlink()
+    second = run(step=4)
+    assert second.record.best()["version"] == 2
+    second.report(STARTED, 4, 5)
+    second.learn(5, 6, version=6)
+    second.finish_evaluation(6, 0.5)
+    second.telemetry.close()
+    assert second.record.best()["version"] == 2
 
 
 def test_what_an_undone_step_had_due_is_due_with_the_version_of_the_step_that_is_done_again(run):
