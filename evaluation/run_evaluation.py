@@ -20,10 +20,12 @@ from gflowvlm.actors.sampling import (
     SampleRequest,
     SampleResponse,
     SamplerUnavailableError,
+    UnknownVersionError,
 )
 from gflowvlm.evaluation.metrics import EvaluationPlan, evaluate_trajectories
 from gflowvlm.evaluation.playing import best_version
 from gflowvlm.run.adapters import published_adapter
+from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.models import resolve_model
 from gflowvlm.run.paths import check_paths
 from gflowvlm.run.setup import open_run
@@ -79,23 +81,27 @@ def evaluate_run(
     """
     folder, config = open_run(directory)
     check_paths(config)
-    version = best_version(folder) if version is None else version
-    adapter = None if version == BASE_VERSION else published_adapter(folder, version)
+    # Looked for before the engine starts: a version that is not there is said at once.
+    _adapter_of(folder, version)
     model = resolve_model(config.policy.model)
     engine = config.sampler.engine if engine is None else engine
 
-    async def play() -> list[list[PlayedGroup]]:
+    async def play() -> tuple[int, list[list[PlayedGroup]]]:
         sampler = make_sampler(on_this_machine(config, torch.cuda.is_available()), model, engine)
         try:
+            # And again: a run that goes on has removed and published others meanwhile.
+            chosen, adapter = _adapter_of(folder, version)
             if adapter is not None:
-                await sampler.load(version, adapter)
-            return await _play(config, model, sampler, plan, version, console)
+                await sampler.load(chosen, adapter)
+            return chosen, await _play(config, model, sampler, plan, chosen, console)
         finally:
             sampler.shutdown()
 
     console.print(f"starting the {engine} sampler")
     try:
-        sampled, greedy = run_to_end(play())
+        chosen, (sampled, greedy) = run_to_end(play())
+    except UnknownVersionError as error:
+        raise UserError(f"{error}; evaluate again, or name an evaluated version, which stays") from None
     except SamplerUnavailableError as error:
         raise UserError(f"{directory}: {error}; what it said stands above. Evaluate again") from None
     if not (sampled and greedy):
@@ -103,10 +109,16 @@ def evaluate_run(
     return evaluate_trajectories(
         config,
         plan,
-        version,
+        chosen,
         [t for group in sampled for t in group.trajectories],
         [t for group in greedy for t in group.trajectories],
     ).as_dict()
+
+
+def _adapter_of(folder: RunFolder, version: int | None) -> tuple[int, Path | None]:
+    """Returns the version that is evaluated, the best where none is named, and its adapter's folder."""
+    chosen = best_version(folder) if version is None else version
+    return chosen, None if chosen == BASE_VERSION else published_adapter(folder, chosen)
 
 
 async def _play(

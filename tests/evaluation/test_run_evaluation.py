@@ -7,7 +7,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from gflowvlm.actors.sampling import SampleResponse, SamplerUnavailableError
+from gflowvlm.actors.sampling import SampleResponse, SamplerUnavailableError, UnknownVersionError
 from gflowvlm.envs.numberline.environment import NumberLineEnv
 from gflowvlm.evaluation import run_evaluation
 from gflowvlm.evaluation.metrics import EvaluationPlan
@@ -135,3 +135,46 @@ def test_a_version_that_is_not_there_is_one_line_that_says_which_there_are(tmp_p
         run_evaluation.evaluate_run(
             folder.root, EvaluationPlan("id", 1, 1, 0, 1.0), version=version, engine=None, console=Console(quiet=True)
         )
+
+
+class LoadingSampler(TalkingSampler):
+    """Loads adapters; one is removed by the run while it is loaded."""
+
+    def __init__(self, inputs, removed=None):
+        super().__init__(inputs)
+        self.removed = removed
+
+    async def load(self, version, path):
+        if version == self.removed:
+            raise UnknownVersionError(f"{path}: adapter version {version} was removed while it was loaded")
+        assert path.is_dir()
+
+
+def run_that_goes_on(tmp_path, monkeypatch, removed_at_load=None):
+    """A run whose store removes versions 1 and 2 and publishes 3 while the engine of an evaluation starts."""
+    model = str(build_tiny_policy(tmp_path / "model", seed=0))
+    folder = new_run(RunConfig(policy={"model": model}), tmp_path / "run")
+    for version in (1, 2):
+        folder.adapter(version).mkdir()
+
+    def start(*arguments):
+        for version in (1, 2):
+            folder.adapter(version).rmdir()
+        folder.adapter(3).mkdir()
+        return LoadingSampler(PolicyInputs.load(model), removed_at_load)
+
+    monkeypatch.setattr(run_evaluation, "make_sampler", start)
+    return folder.root
+
+
+def test_the_newest_adapter_of_a_run_that_goes_on_is_chosen_once_the_engine_has_started(tmp_path, monkeypatch):
+    run, plan = run_that_goes_on(tmp_path, monkeypatch), EvaluationPlan("id", 1, 1, 0, 1.0)
+    figures = run_evaluation.evaluate_run(run, plan, version=None, engine=None, console=Console(quiet=True))
+    assert figures["version"] == 3
+
+
+@pytest.mark.parametrize(("version", "removed_at_load"), [(2, None), (None, 3)])
+def test_a_version_that_a_run_removes_before_it_is_loaded_is_one_line(tmp_path, monkeypatch, version, removed_at_load):
+    run, plan = run_that_goes_on(tmp_path, monkeypatch, removed_at_load), EvaluationPlan("id", 1, 1, 0, 1.0)
+    with pytest.raises(UserError, match=r"adapter version \d was removed"):
+        run_evaluation.evaluate_run(run, plan, version=version, engine=None, console=Console(quiet=True))
