@@ -5,9 +5,9 @@ learner step), ``rollout`` (a snapshot of the rollouts), ``evaluation``, ``repor
 ``learner`` (the learner started at a step), ``mismatch`` (the check of sampler against learner), ``scale`` (other
 numbers of rollout workers and replicas, or why not), ``set_aside`` (a group that is not played any more, and why),
 ``fatal`` (the learner cannot go on, with the reason).
-A ``learner`` row with step s says that earlier rows of later steps were undone, and so was a final report: it comes
-after the learner's end. Of two evaluations of one step the later counts: the first one's driver died before it was saved
-as evaluated.
+A ``learner`` row with step s says that earlier rows of later steps were undone, and so was a final report, which comes
+after the learner's end. Of two evaluations of one step the later counts: the driver of the first one died before the
+step was saved as evaluated.
 """
 
 import json
