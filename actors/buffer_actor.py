@@ -178,8 +178,11 @@ class ReplayBufferActor:
     async def close(self) -> None:
         """Ends all waiting: learners get None instead of a new batch, now and later."""
         async with self._changed:
-            self._record.close()
-            self._changed.notify_all()
+            try:
+                self._record.close()
+            finally:
+                # Also where the disk is full: the one that is closed is this one, and learners must not wait for it.
+                self._changed.notify_all()
 
     async def stats(self) -> dict[str, Any]:
         """Returns `ReplayBuffer.stats` and the actor's own figures.
