@@ -6,6 +6,8 @@ from pathlib import Path
 
 _NAME = re.compile(r"step-(\d{8})")
 
+_LEFTOVER = re.compile(r"\.step-\d{8}\..+\.(partial|old)")
+
 
 def checkpoint_steps(directory: Path) -> dict[int, Path]:
     """Returns the whole checkpoints by step, in order; a half-written one has another name."""
@@ -24,6 +26,12 @@ def latest_checkpoint(directory: Path, step: int | None = None) -> Path | None:
 
 
 def prune_checkpoints(directory: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints."""
+    """Removes all but the newest `keep` checkpoints, and what learners that were killed have left half-written.
+
+    For the one learner that writes here, between two of its checkpoints.
+    """
     for path in list(checkpoint_steps(directory).values())[:-keep]:
         shutil.rmtree(path)
+    for path in directory.iterdir():
+        if _LEFTOVER.fullmatch(path.name) is not None:
+            shutil.rmtree(path, ignore_errors=True)

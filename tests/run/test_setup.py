@@ -36,4 +36,6 @@ def test_half_written_checkpoints_are_not_seen_and_old_ones_go(tmp_path):
     assert latest_checkpoint(tmp_path, step=3) is None
     prune_checkpoints(tmp_path, keep=2)
     assert list(checkpoint_steps(tmp_path)) == [2, 10]
+    # A learner that is killed again and again while it writes must not fill the disk.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "step-00000002", "step-00000010"]
     assert latest_checkpoint(tmp_path / "missing") is None
