@@ -198,7 +198,8 @@ class TrainingRun:
             self._evaluate_if_new(step=0, version=BASE_VERSION)
         for step, version in sorted(self.record.saved.due.items()):
             due = step <= self.state.step and self.config.evaluation_is_due(step)
-            if due and self.folder.adapter(version).is_dir():
+            # The base model has no folder: it is what plays until the first adapter is published.
+            if due and (version == BASE_VERSION or self.folder.adapter(version).is_dir()):
                 self._evaluate_if_new(step, version)
 
     def _evaluate_if_new(self, step: int, version: int) -> None:

@@ -122,6 +122,19 @@ def test_a_resume_asks_for_the_evaluations_that_are_due_whatever_the_log_says(ru
     assert load_state(run.folder).due == {}
 
 
+def test_a_resume_asks_for_an_evaluation_that_was_due_before_the_first_adapter_was_published(run):
+    first = run()
+    first.report(STARTED, 0, 0)
+    first.report(STEP, 1, 0)
+    first.report(STEP, 2, 0)
+    first._follow_learner()
+    assert first.asked() == [(2, 0)]
+    first.telemetry.close()
+    second = run(step=2)
+    second.telemetry.close()
+    assert second.asked() == [(2, 0)]
+
+
 def test_a_lost_best_json_is_made_good_from_the_log_and_a_damaged_one_is_one_line(run):
     first = run()
     first.report(STARTED, 0, 0)
