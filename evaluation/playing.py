@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from gflowvlm.actors.sampling import PolicySampler, SampleRequest
+from gflowvlm.actors.sampling import PolicySampler, SampleRequest, UnknownVersionError
 from gflowvlm.envs.base import SPLITS, TaskEnv
 from gflowvlm.envs.registry import make_env
 from gflowvlm.run.adapters import adapter_versions, published_adapter
@@ -219,7 +219,10 @@ def policy_player(policy: RunPolicy) -> Iterator[PolicyPlayer]:
     try:
         with asyncio.Runner() as loop:
             if policy.adapter is not None:
-                loop.run(sampler.load(policy.version, policy.adapter))
+                try:
+                    loop.run(sampler.load(policy.version, policy.adapter))
+                except UnknownVersionError as error:
+                    raise UserError(f"{error}; its run goes on: play again") from None
             yield PolicyPlayer(sampler, policy.config, policy.version, loop)
     finally:
         sampler.shutdown()

@@ -20,7 +20,16 @@ from gflowvlm.cli.commands import play
 from gflowvlm.envs.base import TaskEnv
 from gflowvlm.envs.numberline.environment import NumberLineEnv
 from gflowvlm.envs.numberline.settings import NumberLineSettings
-from gflowvlm.evaluation.playing import Episode, ExpertPlayer, Move, RandomPlayer, named_policy, play_episodes
+from gflowvlm.evaluation.playing import (
+    Episode,
+    ExpertPlayer,
+    Move,
+    RandomPlayer,
+    RunPolicy,
+    named_policy,
+    play_episodes,
+    policy_player,
+)
 from gflowvlm.learner.tiny_policy import build_tiny_policy
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.models import shipped_models
@@ -321,3 +330,11 @@ def test_terminal_picture_has_the_colours_of_the_png() -> None:
     picture = Image.open(io.BytesIO(env.image_png()))
     red, green, blue = picture.getpixel((0, 0))
     assert f"#{red:02x}{green:02x}{blue:02x}" in str(text.spans[0].style)
+
+
+def test_an_adapter_that_its_run_removes_before_it_is_loaded_is_one_line(tmp_path):
+    model = str(build_tiny_policy(tmp_path / "model", seed=0))
+    policy = RunPolicy(RunConfig(policy={"model": model}), 2, tmp_path / "run" / "adapters" / "v00000002")
+    problem = r"adapter version 2 was removed while it was loaded.*play again"
+    with pytest.raises(UserError, match=problem), policy_player(policy):
+        pass
