@@ -37,7 +37,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PUBLICATION_FILE = "publication.json"
 """In each published folder: the learner's step, and whether the version is kept for ever."""
 
-CLAIM_S = 300.0
+LEASE_S = 300.0
 """How long a version stays for a reader that has not been heard of since it was given it or named it."""
 
 RESTARTED_S = 60.0
@@ -214,14 +214,14 @@ class _AdapterStoreActor:
     """`AdapterStore` as a Ray actor; waiting for a newer version costs nothing.
 
     Readers (policy server replicas) name themselves: what one was given, or says that it has loaded, stays until it
-    says otherwise or has not been heard of for `CLAIM_S`.
+    says otherwise or has not been heard of for `LEASE_S`.
     """
 
     def __init__(self, run_folder: str, keep_newest: int | None = None) -> None:
         self._store = AdapterStore(Path(run_folder), keep_newest)
         self._changing = asyncio.Lock()
         self._published = asyncio.Condition()
-        self._claims: dict[str, _Claim] = {}
+        self._leases: dict[str, _Lease] = {}
         self._removes_from = time.monotonic() + (RESTARTED_S if self._store.versions() else 0.0)
 
     async def publish(self, source: str | Path, step: int | None = None, *, keep: bool = False) -> int:
@@ -231,13 +231,13 @@ class _AdapterStoreActor:
             async with self._published:
                 self._published.notify_all()
             if time.monotonic() >= self._removes_from:
-                await asyncio.to_thread(self._store.remove_unneeded, self._claimed())
+                await asyncio.to_thread(self._store.remove_unneeded, self._leased())
         return version
 
     async def newest(self, reader: str | None = None) -> tuple[int, Path | None]:
         """Returns the newest version and its folder."""
         newest = self._store.newest()
-        self._claim(reader, [newest[0]])
+        self._renew_lease(reader, [newest[0]])
         return newest
 
     async def path(self, version: int, reader: str | None = None) -> Path:
@@ -245,7 +245,7 @@ class _AdapterStoreActor:
         # Not in the middle of a removal.
         async with self._changing:
             path = self._store.path(version)
-            self._claim(reader, [version])
+            self._renew_lease(reader, [version])
         return path
 
     async def wait_newer(
@@ -260,7 +260,7 @@ class _AdapterStoreActor:
             loaded: All versions that the reader has: those that its requests in flight name.
         """
         if reader is not None:
-            self._claims[reader] = _Claim(set(loaded), time.monotonic() + timeout_s + CLAIM_S)
+            self._leases[reader] = _Lease(set(loaded), time.monotonic() + timeout_s + LEASE_S)
         try:
             async with asyncio.timeout(timeout_s), self._published:
                 await self._published.wait_for(lambda: self._store.newest()[0] > version)
@@ -269,20 +269,20 @@ class _AdapterStoreActor:
         newest, path = await self.newest(reader)
         return None if path is None else (newest, path)
 
-    def _claim(self, reader: str | None, versions: Sequence[int]) -> None:
+    def _renew_lease(self, reader: str | None, versions: Sequence[int]) -> None:
         if reader is not None:
-            claim = self._claims.setdefault(reader, _Claim(set(), 0.0))
-            claim.versions.update(versions)
-            claim.until = max(claim.until, time.monotonic() + CLAIM_S)
+            lease = self._leases.setdefault(reader, _Lease(set(), 0.0))
+            lease.versions.update(versions)
+            lease.until = max(lease.until, time.monotonic() + LEASE_S)
 
-    def _claimed(self) -> set[int]:
+    def _leased(self) -> set[int]:
         now = time.monotonic()
-        self._claims = {reader: claim for reader, claim in self._claims.items() if claim.until > now}
-        return {version for claim in self._claims.values() for version in claim.versions}
+        self._leases = {reader: lease for reader, lease in self._leases.items() if lease.until > now}
+        return {version for lease in self._leases.values() for version in lease.versions}
 
 
 @dataclass
-class _Claim:
+class _Lease:
     """Versions that a reader needs, and until when that is believed of one that is silent (monotonic seconds)."""
 
     versions: set[int]

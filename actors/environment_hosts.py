@@ -90,7 +90,7 @@ class HostedEnvironment:
     def close(self) -> None:
         """Lets the environment go; calls that still run are not waited for."""
         if self._process is not None:
-            self._process.send(environment_process.leave, self._number)
+            self._process.send(environment_process.close, self._number)
 
     async def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         if self._process is None:

@@ -86,7 +86,7 @@ class EnvironmentProcess:
         self.pid = self._child.pid
         self.over = False
         self._timeout_s = timeout_s
-        self._output = _Output(reader)
+        self._output = _OutputTail(reader)
         self._guard = ProcessGuard([self.pid])
         self._turn = asyncio.Lock()
         self._calls: set[asyncio.Task[CallOutcome]] = set()
@@ -125,7 +125,7 @@ class EnvironmentProcess:
         async with self._turn:
             if self.over:
                 return self._lost()
-            self._output.forget()
+            self._output.clear()
             try:
                 if wait([self._child.sentinel], timeout=0):
                     # Before the pool has noticed: its error would look like that of this call.
@@ -138,21 +138,21 @@ class EnvironmentProcess:
             try:
                 outcome = await asyncio.wait_for(future, self._timeout_s)
             except BrokenProcessPool:
-                return await self._blamed(f"its process {self.pid} {self._death()}")
+                return await self._failed(f"its process {self.pid} {self._death()}")
             except asyncio.CancelledError:
                 # `end` takes back what the pool has not begun.
                 if self.over:
                     return self._lost()
                 raise
             except TimeoutError:
-                return await self._blamed(
+                return await self._failed(
                     f"did not return in {self._timeout_s:g} s (rollout.environment_timeout_s); its process was ended"
                 )
             if outcome.failure is not None:
                 return CallOutcome(failure=await self._with_output(outcome.failure))
             return outcome
 
-    async def _blamed(self, failure: str) -> CallOutcome:
+    async def _failed(self, failure: str) -> CallOutcome:
         ended_by_others = self._why if self.over else None
         self.end("another environment in it failed")
         if ended_by_others is not None:
@@ -164,8 +164,8 @@ class EnvironmentProcess:
 
     async def _with_output(self, failure: str) -> str:
         await asyncio.sleep(OUTPUT_SETTLES_S)
-        said = self._output.last_line()
-        return f"{failure} (it said: {said})" if said else failure
+        line = self._output.last_line()
+        return f"{failure} (it said: {line})" if line else failure
 
     def _death(self) -> str:
         """Returns how the process ended."""
@@ -176,7 +176,7 @@ class EnvironmentProcess:
         return f"was killed by {signal.Signals(-code).name}"
 
 
-class _Output:
+class _OutputTail:
     """What a process writes: its end is kept, and so much of it is passed on.
 
     Args:
@@ -186,10 +186,10 @@ class _Output:
     def __init__(self, reader: Connection) -> None:
         self._reader = reader
         self._tail = b""
-        self._room = OUTPUT_PASSED_ON
+        self._left = OUTPUT_PASSED_ON
         threading.Thread(target=self._read, name="environment output", daemon=True).start()
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Forgets what was written so far."""
         self._tail = b""
 
@@ -205,13 +205,13 @@ class _Output:
                 self._pass_on(chunk)
 
     def _pass_on(self, chunk: bytes) -> None:
-        if self._room <= 0:
+        if self._left <= 0:
             return
-        passed, self._room = chunk[: self._room], self._room - len(chunk)
+        passed, self._left = chunk[: self._left], self._left - len(chunk)
         text = passed.decode(errors="replace")
         # A terminal that is gone, or a full disk: who writes must not stand still for it.
         with suppress(OSError, ValueError):
-            sys.stderr.write(text if self._room > 0 else f"{text}\n(more output of this environment is not shown)\n")
+            sys.stderr.write(text if self._left > 0 else f"{text}\n(more output of this environment is not shown)\n")
             sys.stderr.flush()
 
 
@@ -268,7 +268,7 @@ def demonstration(number: int) -> str:
     return _slots[number].demonstration()
 
 
-def leave(number: int) -> None:
+def close(number: int) -> None:
     """Closes an environment."""
     slot = _slots.pop(number, None)
     if slot is not None:

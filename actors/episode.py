@@ -183,7 +183,7 @@ class _Rollout:
             response = _Response(sampled.token_ids, sampled.log_probs, sampled.version)
             if self._settings.epsilon > 0 and self._rng.random() < self._settings.epsilon:
                 response = self._explored(response, view.admissible_actions)
-            view = await self._take(response, view)
+            view = await self._step(response, view)
         return self._finished(view, expert=False)
 
     async def demonstrate(self) -> Trajectory:
@@ -196,7 +196,7 @@ class _Rollout:
             if self._settings.expert_noise > 0 and rng.random() < self._settings.expert_noise:
                 text = _with_action(text, view.admissible_actions[int(rng.integers(len(view.admissible_actions)))])
             token_ids = self._inputs.encode_response(text)
-            view = await self._take(_Response(token_ids, [math.nan] * len(token_ids), EXPERT_VERSION), view)
+            view = await self._step(_Response(token_ids, [math.nan] * len(token_ids), EXPERT_VERSION), view)
         return self._finished(view, expert=True)
 
     async def _start(self) -> View:
@@ -237,7 +237,7 @@ class _Rollout:
         forced = [math.nan] * (len(token_ids) - kept)
         return _Response(token_ids, response.log_probs[:kept] + forced, response.version)
 
-    async def _take(self, response: _Response, before: View) -> View:
+    async def _step(self, response: _Response, before: View) -> View:
         """Steps the environment with a response, records both, and returns what comes after."""
         text = self._inputs.decode(response.token_ids)
         parsed = parse_response(text)

@@ -49,8 +49,8 @@ class OutputTail:
         last = max((number for number, line in enumerate(lines) if _ERROR.fullmatch(line)), default=None)
         if last is None:
             return None
-        told = " ".join(" ".join(lines[last : last + _REASON_LINES]).split())
-        return told[:_REASON_CHARACTERS]
+        error = " ".join(" ".join(lines[last : last + _REASON_LINES]).split())
+        return error[:_REASON_CHARACTERS]
 
 
 @contextmanager

@@ -213,12 +213,12 @@ class GuardedEngine:
 
 
 def _why_not_started(error: Exception, output: OutputTail) -> str:
-    said = one_line(error, 400)
-    if _CAUSE_IS_ABOVE not in said:
-        return said
+    message = one_line(error, 400)
+    if _CAUSE_IS_ABOVE not in message:
+        return message
     # The engine's own process has printed it and is gone.
     cause = output.last_error()
-    return said if cause is None else cause
+    return message if cause is None else cause
 
 
 def engine_arguments(config: RunConfig, model: str, forbidden: int) -> Any:

@@ -96,8 +96,8 @@ def main() -> None:
         with termination_as_interrupt():
             app()
     except UserError as error:
-        said = Text.assemble(("gflowvlm:", "red"), " ", printable(str(error)).replace("\n", "\\n"))
-        terminal(stderr=True).print(said, soft_wrap=True)
+        message = Text.assemble(("gflowvlm:", "red"), " ", printable(str(error)).replace("\n", "\\n"))
+        terminal(stderr=True).print(message, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

@@ -17,8 +17,8 @@ class BeforeAfter(NamedTuple):
 
 def measured_on(tasks: Collection[str]) -> str:
     """Returns what the final reports of runs of some tasks are measured on, as the end of "... on"."""
-    said = [task_settings_class(name).measured_on for name in task_names() if name in tasks]
-    return " and on ".join(dict.fromkeys(said)) or TaskSettings.measured_on
+    places = [task_settings_class(name).measured_on for name in task_names() if name in tasks]
+    return " and on ".join(dict.fromkeys(places)) or TaskSettings.measured_on
 
 
 def before_and_after(report: Iterable[Row], best: int | None) -> dict[str, BeforeAfter]:

@@ -34,7 +34,7 @@ def handled_by(handler: Callable[[int, FrameType | None], None], *numbers: signa
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
-        _leave_closed_outputs()
+        _replace_closed_outputs()
         handler(number, frame)
 
     taken = [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
@@ -64,7 +64,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _leave_closed_outputs() -> None:
+def _replace_closed_outputs() -> None:
     """Lets go of a terminal or pipe that is gone: what is printed during an orderly end would fail and cut it short."""
     for descriptor in _STANDARD_OUTPUTS:
         watch = select.poll()

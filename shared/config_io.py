@@ -112,13 +112,13 @@ def _known(settings: dict[str, Any]) -> dict[str, Any]:
     return RunConfig.model_validate(chosen).model_dump()
 
 
-def _set(settings: dict[str, Any], dotted: str, value: Any, said: str) -> None:
+def _set(settings: dict[str, Any], dotted: str, value: Any, where: str) -> None:
     *sections, key = dotted.split(".")
     target = settings
     for section in sections:
         target = target.setdefault(section, {})
         if not isinstance(target, dict):
-            raise UserError(f"{said}: {section!r} is a value, not a section")
+            raise UserError(f"{where}: {section!r} is a value, not a section")
     target[key] = value
 
 

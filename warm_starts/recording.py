@@ -39,13 +39,13 @@ from gflowvlm.shared.trajectory import Trajectory, read_parquet, to_record_batch
 CHUNK = 64
 """Episodes that are played for one file."""
 
-UNPLAYABLE = 8
+MAX_FAILED_AT_START = 8
 """Episodes that their environments' code makes fail, before any that can be played, after which no more are tried."""
 
 LOST_TRIES = 5
 """Times that one episode may lose its process to others."""
 
-HOPELESS = 1024
+MAX_WITHOUT_SUCCESS = 1024
 """Episodes without any success after which no more are played."""
 
 
@@ -92,11 +92,11 @@ def _make(
     there = trajectory_files(directory)
     chunk = min(CHUNK, request.trajectories)
     first, kept = len(there) * chunk, sum(read_parquet(path, ["instance_seed"]).num_rows for path in there)
-    in_vain = failed = 0
+    without_success = failed = 0
     with _expert(request, inputs) as play:
         while kept < request.trajectories:
             on_progress(kept)
-            if in_vain >= HOPELESS or first + chunk > INSTANCES:
+            if without_success >= MAX_WITHOUT_SUCCESS or first + chunk > INSTANCES:
                 raise UserError(
                     f"{folder}: the expert succeeded in {kept} of {first} episodes, and {request.trajectories} "
                     "successes are asked for; lower --noise, or keep what fails with --failures"
@@ -106,12 +106,12 @@ def _make(
             for failure in (outcome for outcome in outcomes if not isinstance(outcome, Trajectory)):
                 on_failure(str(failure))
                 failed += 1
-                if failed >= UNPLAYABLE and first == 0 and not played:
+                if failed >= MAX_FAILED_AT_START and first == 0 and not played:
                     raise failure
             chosen = [t for t in played if request.failures or t.success][: request.trajectories - kept]
             files.append(to_record_batch(chosen))
             first, kept = first + chunk, kept + len(chosen)
-            in_vain = 0 if len(chosen) > 0 else in_vain + chunk
+            without_success = 0 if len(chosen) > 0 else without_success + chunk
     on_progress(kept)
     _write_manifest(folder, DemonstrationManifest(request=request, figures=_figures(request, directory)))
 

@@ -193,8 +193,8 @@ def _train(trainer: SftTrainer, source: ExampleSource, request: SftRequest, out:
     if figures is None:
         if finished:
             trainer.save_checkpoint(out / _CHECKPOINT)
-        said = f"Stopped at step {trainer.step}. Go on: gflowvlm sft --resume --out {quoted(out)}"
-        console.print(said, markup=False, soft_wrap=True)
+        message = f"Stopped at step {trainer.step}. Go on: gflowvlm sft --resume --out {quoted(out)}"
+        console.print(message, markup=False, soft_wrap=True)
         return False
     trainer.save_model(out)
     report["parameters"], report["torch"] = size, torch.__version__
@@ -203,8 +203,8 @@ def _train(trainer: SftTrainer, source: ExampleSource, request: SftRequest, out:
     report["wall_seconds"] = round(took + time.monotonic() - started, 1)
     _write_report(out, report)
     trainer.drop_checkpoint(out / _CHECKPOINT)
-    said = f"Model and figures: {out}. Train on: gflowvlm train {quoted(f'policy.model={out}')}"
-    console.print(said, markup=False, soft_wrap=True)
+    message = f"Model and figures: {out}. Train on: gflowvlm train {quoted(f'policy.model={out}')}"
+    console.print(message, markup=False, soft_wrap=True)
     return True
 
 

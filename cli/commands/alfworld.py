@@ -76,8 +76,8 @@ def register(app: typer.Typer) -> None:
                 "same command goes on"
             ) from None
         except KeyboardInterrupt:
-            told = f"interrupted; finished games stay in {folder}, the same command goes on"
-            console.print(told, soft_wrap=True)
+            message = f"interrupted; finished games stay in {folder}, the same command goes on"
+            console.print(message, soft_wrap=True)
             raise typer.Exit(INTERRUPTED) from None
         console.print(_table(folder))
 
@@ -98,8 +98,8 @@ def register(app: typer.Typer) -> None:
             raise UserError(
                 f"{root}: no {VERSION_FOLDER} in it; `gflowvlm alfworld generate {quoted(root)}` makes games"
             )
-        told = f"games in {root} (another folder: {DATA_VARIABLE}=FOLDER)"
-        console.print(told, soft_wrap=True)
+        message = f"games in {root} (another folder: {DATA_VARIABLE}=FOLDER)"
+        console.print(message, soft_wrap=True)
         console.print(_table(root))
 
 

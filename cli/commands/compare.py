@@ -104,5 +104,5 @@ def _compare(console: Console, configs: list[RunConfig], out: Path, exact_instan
         write_comparison(runs, out)
     console.rule("comparison")
     console.print(write_comparison(runs, out), soft_wrap=True)
-    told = f"written: {out / TABLE}, {out / RAW}, {out / CURVES}"
-    console.print(told, soft_wrap=True)
+    message = f"written: {out / TABLE}, {out / RAW}, {out / CURVES}"
+    console.print(message, soft_wrap=True)

@@ -72,8 +72,8 @@ def register(app: typer.Typer) -> None:
         try:
             made = _make(console, request, out)
         except KeyboardInterrupt:
-            told = f"interrupted; what is written stays in {out}, the same command goes on"
-            console.print(told, soft_wrap=True)
+            message = f"interrupted; what is written stays in {out}, the same command goes on"
+            console.print(message, soft_wrap=True)
             raise typer.Exit(INTERRUPTED) from None
         _say(console, made, time.monotonic() - started)
 

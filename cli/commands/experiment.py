@@ -124,5 +124,5 @@ def _show_trials(console: Console, selection: "Selection", concurrent: int) -> N
     longest = max((trial.run.config.learner.steps for trial in todo), default=0)
     per_run = expected_minutes(list(selection.finished()), selection.scale, longest)
     left = minutes_text(minutes_left([0.0] * len(todo), per_run, concurrent))
-    said = f"runs to do: {len(todo)}, in {selection.out}; time: {left}"
-    console.print(said, soft_wrap=True)
+    message = f"runs to do: {len(todo)}, in {selection.out}; time: {left}"
+    console.print(message, soft_wrap=True)

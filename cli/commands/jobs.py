@@ -20,9 +20,9 @@ def register(app: typer.Typer) -> None:
         """List the runs that `gflowvlm submit` sent to a cluster, the newest first."""
         from gflowvlm.cluster.launch.jobs import Jobs
 
-        console, board = terminal(), Jobs(address)
+        console, cluster_jobs = terminal(), Jobs(address)
         table = Table("run", "job", "status", "sent", "minutes", "folder")
-        for job in board.list():
+        for job in cluster_jobs.list():
             sent = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started))
             minutes = ((time.time() if job.ended is None else job.ended) - job.started) / 60
             table.add_row(job.run, job.id, job.status, sent, f"{minutes:.1f}", job.folder or f"(runs)/{job.run}")
@@ -33,21 +33,21 @@ def register(app: typer.Typer) -> None:
         """Follow the log of a run on a cluster to its end; Ctrl-C ends only the following."""
         from gflowvlm.cluster.launch.jobs import Jobs
 
-        board = Jobs(address)
-        follow(terminal(), board, board.newest(name))
+        cluster_jobs = Jobs(address)
+        follow(terminal(), cluster_jobs, cluster_jobs.newest(name))
 
     @app.command()
     def stop(name: _Name, address: Address = None) -> None:
         """End a run on a cluster: it writes a checkpoint, and `gflowvlm submit --resume NAME` goes on with it."""
         from gflowvlm.cluster.launch.jobs import STOP_WAIT_S, Jobs
 
-        console, board = terminal(), Jobs(address)
-        job = board.newest(name)
+        console, cluster_jobs = terminal(), Jobs(address)
+        job = cluster_jobs.newest(name)
         if job.over:
             console.print(f"{job.run} has ended already ({job.status})")
             return
         console.print(f"stopping {job.run}: it writes a checkpoint, at most {STOP_WAIT_S} s")
-        job = board.stop(job)
+        job = cluster_jobs.stop(job)
         if job.status == "STOPPED":
             console.print(f"stopped; go on with: gflowvlm submit --resume {job.run}")
         else:

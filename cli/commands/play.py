@@ -202,8 +202,8 @@ def _summary(episodes: list[Episode]) -> Table | Text:
         return Text("No episode was finished.")
     table = Table("instance", "success", "end", "steps", "reward", "actions")
     for episode in episodes[:LISTED_EPISODES]:
-        told = ["(malformed)" if action is None else printable(action) for action in episode.actions]
-        actions = (", " if any(" " in action for action in told) else " ").join(told)
+        shown = ["(malformed)" if action is None else printable(action) for action in episode.actions]
+        actions = (", " if any(" " in action for action in shown) else " ").join(shown)
         table.add_row(
             episode.instance,
             "yes" if episode.success else "no",

@@ -93,8 +93,8 @@ def _prove(console: Console, names: Sequence[str], seeds: int, quick: bool, out:
         console.print(f"interrupted; finished cells are kept in {out}, the same command goes on", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     console.print(folder.write(cells), soft_wrap=True)
-    told = f"written: {out / TABLE}, {out / RAW}, {out / CURVES}"
-    console.print(told, soft_wrap=True)
+    message = f"written: {out / TABLE}, {out / RAW}, {out / CURVES}"
+    console.print(message, soft_wrap=True)
 
 
 def _train(console: Console, folder: "ProvingFolder", cells: Sequence["Cell"]) -> None:

@@ -56,8 +56,8 @@ def register(app: typer.Typer) -> None:
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); name another file with --out") from None
         size = path.stat().st_size / 1e6
-        told = f"{path} ({size:.1f} MB); open it in a browser"
-        terminal().print(told, soft_wrap=True)
+        message = f"{path} ({size:.1f} MB); open it in a browser"
+        terminal().print(message, soft_wrap=True)
 
 
 def run_page(run: Path, limit: int, instance: str | None) -> str:

@@ -86,7 +86,7 @@ def _train(console: Console, folder: RunFolder | None, config: RunConfig, direct
     # Imported here so that --help and wrong arguments answer at once.
     from gflowvlm.actors.demonstration_set import DemonstrationSet
     from gflowvlm.cluster.driver.training_run import TrainingRun
-    from gflowvlm.cluster.launch.ray_runtime import check_local_ray, dashboard_line, ray_cluster, wait_for_room
+    from gflowvlm.cluster.launch.ray_runtime import check_local_ray, dashboard_line, ray_cluster, wait_for_resources
     from gflowvlm.run.models import resolve_model
     from gflowvlm.run.paths import check_paths
     from gflowvlm.run.setup import new_run, run_lock
@@ -106,7 +106,7 @@ def _train(console: Console, folder: RunFolder | None, config: RunConfig, direct
     try:
         with run_lock(folder), ray_cluster(config) as dashboard:
             if config.cluster.address is not None:
-                wait_for_room(config, lambda line: console.print(line, soft_wrap=True))
+                wait_for_resources(config, lambda line: console.print(line, soft_wrap=True))
             if config.cluster.dashboard:
                 console.print(dashboard_line(dashboard))
             report = TrainingRun(folder, config, console).run()

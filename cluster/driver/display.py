@@ -10,8 +10,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from gflowvlm.run.log import Row
 from gflowvlm.run.plain_progress import PLAIN_INTERVAL_S
 
-MALFORMED_SAID, MALFORMED_WARNED = 0.01, 0.2
-"""Shares of malformed and of cut-off responses in an evaluation from which they are said, and warned of."""
+NOTED_SHARE, WARNED_SHARE = 0.01, 0.2
+"""Shares of malformed and of cut-off responses in an evaluation from which on they are noted, and warned of."""
 
 
 def evaluation_lines(row: Row) -> Iterator[str]:
@@ -21,15 +21,15 @@ def evaluation_lines(row: Row) -> Iterator[str]:
     yield (
         f"evaluation at step {row['step']}: success {row['success']:.2f}{bound}, greedy {row['success_greedy']:.2f}, "
         f"Div@{row['samples']} {row['div_at_n']:.2f}"
-        + (f", malformed responses {malformed:.0%}" if malformed >= MALFORMED_SAID else "")
-        + (f", cut off by a limit of tokens {cut:.0%}" if cut >= MALFORMED_SAID else "")
+        + (f", malformed responses {malformed:.0%}" if malformed >= NOTED_SHARE else "")
+        + (f", cut off by a limit of tokens {cut:.0%}" if cut >= NOTED_SHARE else "")
     )
-    if cut >= MALFORMED_WARNED:
+    if cut >= WARNED_SHARE:
         yield (
             "limits of tokens cut many trajectories off, and how they would have gone on is not learned from: raise "
             "policy.max_response_tokens or sampler.max_model_len"
         )
-    if malformed >= MALFORMED_WARNED:
+    if malformed >= WARNED_SHARE:
         yield (
             "the policy loses the form of its answers, and may not find it again: stop, and begin anew with a lower "
             "learner.learning_rate, or as docs/operations.md says under Malformed responses"

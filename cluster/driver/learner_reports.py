@@ -199,11 +199,11 @@ class ReportReceiver:
 
     Args:
         mailbox: Where they come from.
-        write_down: Writes one down; a `UserError` of it is the learner's answer, and `take` raises it.
+        append_report: Writes one down; a `UserError` of it is the learner's answer, and `new_reports` raises it.
     """
 
-    def __init__(self, mailbox: Mailbox, write_down: Callable[[Report], None]) -> None:
-        self._mailbox, self._write_down = mailbox, write_down
+    def __init__(self, mailbox: Mailbox, append_report: Callable[[Report], None]) -> None:
+        self._mailbox, self._append_report = mailbox, append_report
         self._written: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self._last: dict[str, int] = {}
         self._learning: str | None = None
@@ -222,7 +222,7 @@ class ReportReceiver:
         if self._thread.is_alive():
             self._thread.join(timeout=EXCHANGE_S + ACTOR_TIMEOUT_S)
 
-    def take(self) -> list[Report]:
+    def new_reports(self) -> list[Report]:
         """Returns the reports that were written down since, in order.
 
         Raises:
@@ -256,7 +256,7 @@ class ReportReceiver:
         if report.number <= self._last.get(report.learner, -1):
             return None
         try:
-            self._write_down(report)
+            self._append_report(report)
         except UserError as refusal:
             self._refusal = refusal
             return str(refusal)

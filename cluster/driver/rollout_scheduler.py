@@ -195,7 +195,7 @@ class RolloutScheduler:
         # Where none of its instances is left to be played.
         self._finish_evaluation(job)
 
-    def pump(self, *, train: bool = True, wait_s: float = 0.0) -> None:
+    def poll(self, *, train: bool = True, wait_s: float = 0.0) -> None:
         """Collects what is ready, looks after the workers, and hands out new work.
 
         Args:
@@ -215,7 +215,7 @@ class RolloutScheduler:
             else:
                 errors[result.actor_id] = last_line(str(result.get()))
         self._recover_lost_calls(errors)
-        self._dismiss_idle_leavers()
+        self._end_drained()
         self._dispatch(train)
 
     def _collect(self, actor_id: int, tag: str, result: Any) -> None:
@@ -226,9 +226,9 @@ class RolloutScheduler:
         if call is None:
             return
         running.remove(call)
-        hopeless = next((s.failure for s in summaries if s.permanent), None)
-        if hopeless is not None:
-            raise UserError(hopeless)
+        refused = next((s.failure for s in summaries if s.permanent), None)
+        if refused is not None:
+            raise UserError(refused)
         finished = [s for s in summaries if s.failure is None]
         for summary in finished:
             self._failures.note_finished((tag, summary.request))
@@ -286,11 +286,11 @@ class RolloutScheduler:
                 if call.job is not None:
                     self._finish_evaluation(call.job)
 
-    def _dismiss_idle_leavers(self) -> None:
-        for actor_id in self._workers.leaving:
+    def _end_drained(self) -> None:
+        for actor_id in self._workers.draining:
             if not self._running.get(actor_id):
                 self._running.pop(actor_id, None)
-                self._workers.dismiss(actor_id)
+                self._workers.end(actor_id)
 
     def _dispatch(self, train: bool) -> None:
         if train:

@@ -37,7 +37,7 @@ class RunActors:
         config: The run's configuration.
         model_path: Model directory or hub name.
         say: Called with a line about what is being done.
-        write_down: Writes a learner's report down, before the learner goes on.
+        append_report: Writes a learner's report down, before the learner goes on.
 
     Attributes:
         engine: Name of the samplers' engine.
@@ -55,10 +55,10 @@ class RunActors:
         config: RunConfig,
         model_path: str,
         say: Callable[[str], None],
-        write_down: Callable[[Report], None],
+        append_report: Callable[[Report], None],
     ) -> None:
         self._folder, self._config, self._model_path, self._say = folder, config, model_path, say
-        self._write_down = write_down
+        self._append_report = append_report
         self._name = f"gflowvlm-{uuid.uuid4().hex[:8]}"
         self.engine: str = config.sampler.engine
         self._learner: threading.Thread | None = None
@@ -72,7 +72,7 @@ class RunActors:
         )
         self.buffer = create_buffer_actor(self._config, self._folder.root, f"{self._name}-buffer")
         self._mailbox = start_mailbox(f"{self._name}-mailbox")
-        self.reports = ReportReceiver(RemoteMailbox(self._mailbox), self._write_down)
+        self.reports = ReportReceiver(RemoteMailbox(self._mailbox), self._append_report)
         started = time.monotonic()
         try:
             handle = self._deploy_policy_server()

@@ -43,7 +43,7 @@ class RunRecord:
         with self._lock:
             append_row(self._folder.metrics, kind, content, durable=durable)
 
-    def write_down(self, report: Report) -> None:
+    def append_report(self, report: Report) -> None:
         """Writes a learner's report down, for good: once this returns, a checkpoint may be built on it.
 
         Raises:

@@ -45,7 +45,7 @@ from gflowvlm.shared.files import write_whole
 from gflowvlm.shared.shell import quoted
 from gflowvlm.shared.trajectory import BASE_VERSION
 
-PUMP_WAIT_S = 0.1
+POLL_WAIT_S = 0.1
 SNAPSHOT_INTERVAL_S = 5.0
 NEWEST_TRAJECTORIES = 128
 NEWEST_METRICS = ("rollout_success", "rollout_invalid", "rollout_cut", "rollout_length")
@@ -101,13 +101,13 @@ class TrainingRun:
             self.telemetry.close()
 
     def _make_actors(self) -> RunActors:
-        return RunActors(self.folder, self.config, self.model_path, self.display.say, self.record.write_down)
+        return RunActors(self.folder, self.config, self.model_path, self.display.say, self.record.append_report)
 
     def _restore_curves(self) -> None:
         """Gives TensorBoard what the log has; its own files lack what a killed driver had not written to disk."""
         rows = self.record.rows()
         if rows:
-            self.telemetry.go_back(-1, [r for r in rows if r["kind"] != STEP or r["step"] <= self.state.step])
+            self.telemetry.rewrite_after(-1, [r for r in rows if r["kind"] != STEP or r["step"] <= self.state.step])
 
     def _make_scheduler(self) -> None:
         config, stats = self.config, self._actors.buffer_stats()
@@ -141,7 +141,7 @@ class TrainingRun:
         self._actors.start_learner()
         self._started = time.monotonic()
         while not (self._actors.learner_finished and not self.scheduler.evaluating):
-            self.scheduler.pump(train=self._rollouts_wanted(), wait_s=PUMP_WAIT_S)
+            self.scheduler.poll(train=self._rollouts_wanted(), wait_s=POLL_WAIT_S)
             self._follow_learner()
             self.scaling.answer_requests(self.state.step)
             if time.monotonic() - self._snapshot_at >= SNAPSHOT_INTERVAL_S:
@@ -166,7 +166,7 @@ class TrainingRun:
         return ready and not self._actors.learner_finished
 
     def _follow_learner(self) -> None:
-        for report in self._actors.reports.take():
+        for report in self._actors.reports.new_reports():
             content = report.content
             if report.kind == FATAL:
                 raise UserError(content["error"])
@@ -180,7 +180,7 @@ class TrainingRun:
     def _note_started(self, report: Mapping[str, Any]) -> None:
         if self.state.note_started(report):
             # The steps that are done again come as reports.
-            self.telemetry.go_back(self.state.step, [row for row in self.record.rows() if row["kind"] != STEP])
+            self.telemetry.rewrite_after(self.state.step, [row for row in self.record.rows() if row["kind"] != STEP])
         self.display.say(f"learner started at step {report['step']}")
 
     def _note_step(self, report: Mapping[str, Any]) -> None:
@@ -307,9 +307,9 @@ class TrainingRun:
             learner_waiting=sum(waited for waited, _ in steps) / sum(whole for _, whole in steps),
             sampler_idle=samplers.idle_share,
             requests=samplers.requests,
-            requests_room=samplers.replicas * self.config.sampler.max_num_seqs,
+            requests_capacity=samplers.replicas * self.config.sampler.max_num_seqs,
             groups=self.scheduler.groups_running,
-            groups_room=workers * self.config.rollout.groups_per_worker,
+            groups_capacity=workers * self.config.rollout.groups_per_worker,
             serving=Size(workers, samplers.replicas),
         )
         self.scaling.observe(load, self.state.step)
@@ -326,7 +326,7 @@ class TrainingRun:
             for version in (BASE_VERSION, best):
                 self.scheduler.evaluate(EvaluationJob(plan, version, self.state.step, label=REPORT))
         while self.scheduler.evaluating:
-            self.scheduler.pump(train=False, wait_s=PUMP_WAIT_S)
+            self.scheduler.poll(train=False, wait_s=POLL_WAIT_S)
             self.scaling.answer_requests(self.state.step)
         report = ordered(self._report_rows, best)
         summary = {

@@ -1,4 +1,4 @@
-"""The rollout workers of a run: starting, in service, leaving, dead and coming back."""
+"""The rollout workers of a run: starting, in service, draining, dead and coming back."""
 
 import time
 from collections import Counter
@@ -64,7 +64,7 @@ class WorkerPool:
         self._start, self._say = start, say
         self._manager = FaultTolerantActorManager(max_remote_requests_in_flight_per_actor=calls)
         self._candidates: list[_Candidate] = []
-        self._leaving: set[int] = set()
+        self._draining: set[int] = set()
         self._calls: Counter[int] = Counter()
         self._pings: dict[int, _Ping] = {}
         self._started = 0
@@ -74,20 +74,20 @@ class WorkerPool:
     @property
     def serving(self) -> list[int]:
         """Ids of the workers that may be given work."""
-        return [i for i in self._manager.healthy_actor_ids() if i not in self._leaving]
+        return [i for i in self._manager.healthy_actor_ids() if i not in self._draining]
 
     @property
-    def leaving(self) -> list[int]:
-        """Ids of the workers that are to be dismissed when their calls have returned."""
-        return sorted(self._leaving)
+    def draining(self) -> list[int]:
+        """Ids of the workers that are to be ended when their calls have returned."""
+        return sorted(self._draining)
 
     def resize(self, wanted: int) -> None:
         """Starts workers, or chooses some to leave: first those that are not in service, then the youngest."""
         self.wanted = wanted
-        staying = [i for i in self._manager.actor_ids() if i not in self._leaving]
+        staying = [i for i in self._manager.actor_ids() if i not in self._draining]
         missing = wanted - len(staying) - len(self._candidates)
-        for back in self.leaving[: max(0, missing)]:
-            self._leaving.discard(back)
+        for back in self.draining[: max(0, missing)]:
+            self._draining.discard(back)
             missing -= 1
         for _ in range(missing):
             self._candidates.append(_Candidate(self._start(self._started)))
@@ -96,7 +96,7 @@ class WorkerPool:
             ray.kill(self._candidates.pop().worker)
             missing += 1
         for _ in range(-missing):
-            self._leaving.add(staying.pop())
+            self._draining.add(staying.pop())
 
     def call(self, worker: int, method: str, tag: str, kwargs: Mapping[str, Any]) -> bool:
         """Calls a worker's method without waiting; returns whether the call was made."""
@@ -121,16 +121,16 @@ class WorkerPool:
         dead = [i for i in self._manager.actor_ids() if not self._manager.is_actor_healthy(i)]
         self.deaths += len(dead)
         for i in dead:
-            if i in self._leaving:
-                self.dismiss(i)
+            if i in self._draining:
+                self.end(i)
             else:
                 self._candidates.append(_Candidate(self._remove(i)))
         self._admit_candidates()
         return dead
 
-    def dismiss(self, worker: int) -> None:
+    def end(self, worker: int) -> None:
         """Ends a worker."""
-        self._leaving.discard(worker)
+        self._draining.discard(worker)
         ray.kill(self._remove(worker))
 
     def close(self) -> None:
@@ -138,7 +138,7 @@ class WorkerPool:
         for candidate in self._candidates:
             ray.kill(candidate.worker)
         self._candidates.clear()
-        self._leaving.clear()
+        self._draining.clear()
         self._calls.clear()
         self._pings.clear()
         self._manager.clear()

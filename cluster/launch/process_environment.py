@@ -34,5 +34,5 @@ def package_path() -> str:
     # An installed package is found by itself, and the rest of its folder must not come before the standard library.
     own = [] if root in {*site.getsitepackages(), site.getusersitepackages()} else [root]
     # Absolute, because the other process may stand elsewhere.
-    told = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    return os.pathsep.join(dict.fromkeys([*own, *told]))
+    given = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    return os.pathsep.join(dict.fromkeys([*own, *given]))

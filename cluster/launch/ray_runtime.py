@@ -14,8 +14,8 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from gflowvlm.cluster.launch.local_capacity import LocalCapacity
 from gflowvlm.cluster.launch.local_ray import start_local_ray, working_folder
-from gflowvlm.cluster.launch.local_room import LocalRoom
 from gflowvlm.cluster.launch.placement import Node, ResourcePlan, amounts, lacking, largest, resource_plan, selectors
 from gflowvlm.cluster.launch.process_environment import PROCESS_ENVIRONMENT, package_path
 from gflowvlm.cluster.launch.ray_folder import check_ray_folder, ray_folder
@@ -27,7 +27,7 @@ from gflowvlm.shared.errors import UserError, one_line
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 # Room that is there is given at once; only longer waits are worth a line.
 _QUIET_WAIT_S = 2.0
-_LOOK_S = 1.0
+_POLL_S = 1.0
 
 
 @contextmanager
@@ -120,7 +120,7 @@ def check_local_ray(config: RunConfig) -> str | None:
         if port is not None and not _is_free(port):
             raise UserError(f"cluster.{key} = {port}: the port is in use; choose another or leave it null")
     check_ray_folder()
-    return LocalRoom.now().check_workers(config.rollout.workers)
+    return LocalCapacity.now().check_workers(config.rollout.workers)
 
 
 def cluster_nodes() -> list[Node]:
@@ -128,7 +128,7 @@ def cluster_nodes() -> list[Node]:
     return [Node.from_ray(entry) for entry in ray.nodes()]
 
 
-def wait_for_room(config: RunConfig, say: Callable[[str], None]) -> None:
+def wait_for_resources(config: RunConfig, say: Callable[[str], None]) -> None:
     """Waits until the connected cluster can hold all that the run cannot start without, at the same time.
 
     A placement group asks for it, so that an autoscaler sees what is wanted, and what others use counts. It is given
@@ -145,24 +145,24 @@ def wait_for_room(config: RunConfig, say: Callable[[str], None]) -> None:
     asking = [part for part in plan.parts for _ in range(part.needed) if part.bundle]
     if not asking:
         return
-    room = placement_group([p.bundle for p in asking], bundle_label_selector=[dict(p.labels) for p in asking])
+    group = placement_group([p.bundle for p in asking], bundle_label_selector=[dict(p.labels) for p in asking])
     try:
-        if _granted(room, _QUIET_WAIT_S):
+        if _is_placed(group, _QUIET_WAIT_S):
             return
         say(f"waiting for room on the cluster, at most {limit:g} s (cluster.wait_for_resources_s): {_lacks(plan)}")
-        if not _granted(room, limit - _QUIET_WAIT_S):
+        if not _is_placed(group, limit - _QUIET_WAIT_S):
             raise UserError(
                 f"no room on the cluster within {limit:g} s (cluster.wait_for_resources_s): {_lacks(plan)}; "
                 "add nodes, ask for less, or wait longer"
             )
     finally:
-        remove_placement_group(room)
+        remove_placement_group(group)
 
 
-def _granted(room: PlacementGroup, timeout_s: float) -> bool:
+def _is_placed(group: PlacementGroup, timeout_s: float) -> bool:
     deadline = time.monotonic() + timeout_s
     # Short looks, because signals are only handled between them.
-    while not room.wait(_LOOK_S):
+    while not group.wait(_POLL_S):
         if time.monotonic() > deadline:
             return False
     return True

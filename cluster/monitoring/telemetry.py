@@ -56,7 +56,7 @@ class Telemetry:
             self._latest[name, split] = value
             self._set(name, split)
 
-    def go_back(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    def rewrite_after(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Takes back what TensorBoard has of later steps, and gives it what the run's log has of them.
 
         Args:

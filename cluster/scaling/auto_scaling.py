@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from gflowvlm.shared.config import ScalingSettings
 
 FULL = 0.9
-"""Share of the room in use from which on a part counts as full."""
+"""Share of the capacity in use from which on a part counts as full."""
 
 FITS = 0.8
-"""Share of the room that may be in use once some have gone. Less than `FULL`, so that nothing swings."""
+"""Share of the capacity that may be in use once some have gone. Less than `FULL`, so that nothing swings."""
 
 
 WORKERS_KEY, REPLICAS_KEY = "rollout.workers", "sampler.replicas"
@@ -39,18 +39,18 @@ class Load:
         learner_waiting: Share of the newest learner steps' time spent waiting for a batch.
         sampler_idle: Share of the last seconds without a request in flight, mean over replicas.
         requests: Requests at the replicas, waiting ones included.
-        requests_room: Requests that the replicas in service decode at once.
+        requests_capacity: Requests that the replicas in service decode at once.
         groups: Training groups being played.
-        groups_room: Training groups that the workers in service may play at once.
+        groups_capacity: Training groups that the workers in service may play at once.
         serving: Workers and replicas in service; fewer than the run is set to while some start or find no room.
     """
 
     learner_waiting: float
     sampler_idle: float
     requests: int
-    requests_room: int
+    requests_capacity: int
     groups: int
-    groups_room: int
+    groups_capacity: int
     serving: Size
 
 
@@ -121,8 +121,8 @@ class AutoScaling:
 
     def _more(self, load: Load, size: Size) -> Size:
         most_workers, most_replicas = self._settings.max_workers, self._settings.max_replicas
-        replicas_full = load.requests >= FULL * load.requests_room
-        workers_full = load.groups >= FULL * load.groups_room
+        replicas_full = load.requests >= FULL * load.requests_capacity
+        workers_full = load.groups >= FULL * load.groups_capacity
         # A small batch may keep an engine busy too: once no more workers are allowed, replicas are what is left.
         busy = workers_full and size.workers >= most_workers and load.sampler_idle <= 1 - FULL
         if replicas_full or busy:
@@ -135,11 +135,15 @@ class AutoScaling:
     def _fewer(self, load: Load, size: Size) -> Size:
         replicas = _shrunk(size.replicas, self._settings.min_replicas)
         fits = FITS * min(1.0, replicas / max(1, load.serving.replicas))
-        if replicas < size.replicas and 1 - load.sampler_idle <= fits and load.requests <= fits * load.requests_room:
+        if (
+            replicas < size.replicas
+            and 1 - load.sampler_idle <= fits
+            and load.requests <= fits * load.requests_capacity
+        ):
             return replace(size, replicas=replicas)
         workers = _shrunk(size.workers, self._settings.min_workers)
         fits = FITS * min(1.0, workers / max(1, load.serving.workers))
-        if load.groups <= fits * load.groups_room:
+        if load.groups <= fits * load.groups_capacity:
             return replace(size, workers=workers)
         return size
 
@@ -158,6 +162,6 @@ def _sign(wished: int, present: int) -> int:
 
 def _described(load: Load) -> str:
     return (
-        f"the learner waits {load.learner_waiting:.0%} of its time, {load.groups} of {load.groups_room} groups play, "
-        f"{load.requests} requests for {load.requests_room} places, samplers idle {load.sampler_idle:.0%}"
+        f"the learner waits {load.learner_waiting:.0%} of its time, {load.groups} of {load.groups_capacity} groups "
+        f"play, {load.requests} requests for {load.requests_capacity} places, samplers idle {load.sampler_idle:.0%}"
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from gflowvlm.cluster.launch.local_room import LocalRoom
+from gflowvlm.cluster.launch.local_capacity import LocalCapacity
 from gflowvlm.cluster.launch.placement import (
     ROLLOUT,
     SAMPLER,
@@ -23,7 +23,7 @@ from gflowvlm.run.log import Row
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
 
-LOOK_INTERVAL_S = 1.0
+POLL_INTERVAL_S = 1.0
 """How often the run's folder is looked at for requests."""
 
 ON_REQUEST, AUTOMATIC = "request", "automatic"
@@ -55,7 +55,7 @@ class RunScaling:
         nodes: Returns the cluster's nodes.
         say: Called with a line about each change.
         write_row: Appends a row of a kind to the run's log.
-        room: Measures what this machine has left, for a run on a Ray of its own.
+        capacity: Measures what this machine has left, for a run on a Ray of its own.
 
     Attributes:
         size: What the run is set to.
@@ -69,12 +69,12 @@ class RunScaling:
         nodes: Callable[[], Sequence[Node]],
         say: Callable[[str], None],
         write_row: Callable[[str, Mapping[str, Any]], None],
-        room: Callable[[], LocalRoom] = LocalRoom.now,
+        capacity: Callable[[], LocalCapacity] = LocalCapacity.now,
     ) -> None:
         self._folder, self._config, self._actors = folder, config, actors
-        self._nodes, self._say, self._write_row, self._room = nodes, say, write_row, room
+        self._nodes, self._say, self._write_row, self._capacity = nodes, say, write_row, capacity
         self._auto = AutoScaling(config.scaling) if config.scaling.automatic else None
-        self._looked_at = 0.0
+        self._polled_at = 0.0
         self.size = Size(config.rollout.workers, config.sampler.replicas)
         # Left by a command that was killed, for a driver that is gone.
         take_requests(folder)
@@ -86,9 +86,9 @@ class RunScaling:
         Args:
             step: The learner's step, for the log.
         """
-        if time.monotonic() - self._looked_at < LOOK_INTERVAL_S:
+        if time.monotonic() - self._polled_at < POLL_INTERVAL_S:
             return
-        self._looked_at = time.monotonic()
+        self._polled_at = time.monotonic()
         self._answers.remove_old()
         for number, request in take_requests(self._folder):
             if isinstance(request, str):
@@ -163,7 +163,7 @@ class RunScaling:
         """
         if self._config.cluster.address is not None:
             return None
-        return self._room().check_workers(size.workers, self.size.workers)
+        return self._capacity().check_workers(size.workers, self.size.workers)
 
     def _plan(self, size: Size) -> ResourcePlan:
         """Returns what the run asks for at another size; what it runs with has its place before what is new."""

@@ -70,7 +70,7 @@ def parse_request(changes: Iterable[str]) -> ScaleRequest:
     for change in changes:
         key, _, text = change.partition("=")
         if key not in _FIELDS:
-            raise UserError(f"{change!r}: {_meant(key, text) or _USAGE}")
+            raise UserError(f"{change!r}: {_suggestion(key, text) or _USAGE}")
         if _FIELDS[key] in numbers:
             raise UserError(f"{change!r}: {_USAGE}")
         if re.fullmatch(r"-?\d{1,9}", text) is None:
@@ -191,7 +191,7 @@ def _check_running(folder: RunFolder) -> None:
         )
 
 
-def _meant(key: str, text: str) -> str | None:
+def _suggestion(key: str, text: str) -> str | None:
     """Returns a question that names the key nearest to another word: ``rollouts``, ``workers``, ``sampler.replica``."""
     words = {word: name for name in _FIELDS for word in (name, *name.split("."))}
     close = difflib.get_close_matches(key, words, n=1)

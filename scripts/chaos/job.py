@@ -15,7 +15,7 @@ from rich.console import Console
 
 from gflowvlm.actors.groups import GroupSummary
 from gflowvlm.cluster.driver.training_run import TrainingRun
-from gflowvlm.cluster.launch.ray_runtime import ray_cluster, wait_for_room
+from gflowvlm.cluster.launch.ray_runtime import ray_cluster, wait_for_resources
 from gflowvlm.run.console import terminal
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.interruption import INTERRUPTED, termination_as_interrupt
@@ -49,7 +49,7 @@ def main(run: str, ledger: str, node: str) -> int:
     try:
         folder, config = open_run(Path(run))
         with termination_as_interrupt(), run_lock(folder), patch.object(ray, "init", connect), ray_cluster(config):
-            wait_for_room(config, lambda line: console.print(line, highlight=False, soft_wrap=True))
+            wait_for_resources(config, lambda line: console.print(line, highlight=False, soft_wrap=True))
             RecordedRun(folder, config, console, Path(ledger)).run()
     except KeyboardInterrupt:
         return INTERRUPTED

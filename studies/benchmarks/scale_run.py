@@ -286,7 +286,7 @@ class SimulatedRun(TrainingRun):
 
     def _make_actors(self) -> RunActors:
         return SimulatedActors(
-            self.folder, self.config, self.model_path, self.display.say, self.record.write_down, self._simulation
+            self.folder, self.config, self.model_path, self.display.say, self.record.append_report, self._simulation
         )
 
     def _rollouts_wanted(self) -> bool:
@@ -325,10 +325,10 @@ class SimulatedActors(RunActors):
         config: RunConfig,
         model_path: str,
         say: Callable[[str], None],
-        write_down: Callable[[Report], None],
+        append_report: Callable[[Report], None],
         simulation: Simulation,
     ) -> None:
-        super().__init__(folder, config, model_path, say, write_down)
+        super().__init__(folder, config, model_path, say, append_report)
         self.engine = "SIMULATED engines"
         self._simulation = simulation
 

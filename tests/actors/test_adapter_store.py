@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from gflowvlm.actors import adapter_store
 from gflowvlm.actors.adapter_store import (
-    CLAIM_S,
+    LEASE_S,
     RESTARTED_S,
     AdapterStore,
     _AdapterStoreActor,
@@ -187,7 +187,7 @@ def test_what_a_reader_was_given_or_has_loaded_is_not_removed_under_it(
         with pytest.raises(UnknownVersionError, match="was removed"):
             await actor.path(8, "a")
         # Readers that have died hold nothing for ever.
-        now[0] += 2 * CLAIM_S
+        now[0] += 2 * LEASE_S
         await more(1)
         assert adapter_versions(RunFolder(tmp_path)) == [10, 11]
 

@@ -154,7 +154,7 @@ def test_a_set_that_is_being_made_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_an_expert_that_never_succeeds_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recording, "HOPELESS", 64)
+    monkeypatch.setattr(recording, "MAX_WITHOUT_SUCCESS", 64)
     hopeless = default_settings("numberline").model_copy(update={"max_steps": 1, "ood_max_distance": 40, "n_max": 99})
     with pytest.raises(UserError, match="lower --noise, or keep what fails with --failures"):
         make_set(tmp_path, task=hopeless, trajectories=60)
@@ -203,4 +203,4 @@ def test_a_task_of_which_nothing_can_be_played_is_given_up_with_the_reason(
     request = DemonstrationRequest(task=default_settings("numberline"))
     with pytest.raises(UserError, match=r"^numberline/id/\d+: SystemExit: no planner$"):
         make_demonstrations(request, tmp_path, lambda _: None, failures.append)
-    assert len(failures) == recording.UNPLAYABLE
+    assert len(failures) == recording.MAX_FAILED_AT_START

@@ -83,7 +83,7 @@ def run(tmp_path, monkeypatch):
 def mailbox(run):
     """A mailbox whose reports a driver writes down."""
     made = LocalMailbox()
-    receiver = ReportReceiver(made, RunRecord(run, lambda step: step % 2 == 0).write_down)
+    receiver = ReportReceiver(made, RunRecord(run, lambda step: step % 2 == 0).append_report)
     receiver.start()
     yield made
     receiver.close()

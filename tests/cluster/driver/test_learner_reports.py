@@ -34,11 +34,11 @@ def receiver(mailbox, written):
 def test_a_report_is_answered_once_it_is_written_down_and_not_before(mailbox):
     written, may_write = [], threading.Event()
 
-    def write_down(report):
+    def append_report(report):
         assert may_write.wait(timeout=30)
         written.append(report)
 
-    receiver = ReportReceiver(mailbox, write_down)
+    receiver = ReportReceiver(mailbox, append_report)
     receiver.start()
     sender = threading.Thread(target=Reporter(mailbox).send, args=(STEP, {"step": 1}))
     sender.start()
@@ -70,8 +70,8 @@ def test_reports_come_in_order_and_once_while_mailbox_and_answers_are_lost(mailb
         ends.set()
         disturbing.join()
     assert [report.content["step"] for report in written] == list(range(101))
-    assert [report.content["step"] for report in receiver.take()] == list(range(101))
-    assert receiver.take() == []
+    assert [report.content["step"] for report in receiver.new_reports()] == list(range(101))
+    assert receiver.new_reports() == []
 
 
 def test_a_learner_that_another_has_taken_over_from_is_not_heard_any_more(mailbox, receiver):
@@ -83,26 +83,31 @@ def test_a_learner_that_another_has_taken_over_from_is_not_heard_any_more(mailbo
         with pytest.raises(UserError, match=SUPERSEDED):
             cut_off.send(kind, {"step": 2})
     new.send(STEP, {"step": 2})
-    assert [(r.kind, r.content["step"]) for r in receiver.take()] == [(STARTED, 0), (STEP, 1), (STARTED, 1), (STEP, 2)]
+    assert [(r.kind, r.content["step"]) for r in receiver.new_reports()] == [
+        (STARTED, 0),
+        (STEP, 1),
+        (STARTED, 1),
+        (STEP, 2),
+    ]
 
 
 def test_a_second_rank_is_heard_beside_the_first(mailbox, receiver):
     first, second = Reporter(mailbox), Reporter(mailbox)
     first.send(STARTED, {"step": 0})
     second.send(FATAL, {"error": "no room on this GPU"})
-    assert [report.kind for report in receiver.take()] == [STARTED, FATAL]
+    assert [report.kind for report in receiver.new_reports()] == [STARTED, FATAL]
 
 
 def test_what_cannot_be_written_down_is_told_to_the_learner_and_ends_the_drivers_loop(mailbox):
-    def write_down(report):
+    def append_report(report):
         raise UserError("metrics.jsonl: cannot be written (No space left on device)")
 
-    receiver = ReportReceiver(mailbox, write_down)
+    receiver = ReportReceiver(mailbox, append_report)
     receiver.start()
     with pytest.raises(UserError, match="No space left"):
         Reporter(mailbox).send(STEP, {"step": 1})
     with pytest.raises(UserError, match="No space left"):
-        receiver.take()
+        receiver.new_reports()
     receiver.close()
 
 
@@ -129,7 +134,7 @@ def test_a_defect_in_the_receiving_thread_does_not_stay_unseen(mailbox, monkeypa
     while not seen and time.monotonic() < deadline:
         time.sleep(0.01)
     with pytest.raises(RuntimeError, match="has ended"):
-        receiver.take()
+        receiver.new_reports()
     next_one = ReportReceiver(mailbox, [].append)
     next_one.start()
     sender.join(timeout=30)

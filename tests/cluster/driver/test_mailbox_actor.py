@@ -44,10 +44,10 @@ def test_reports_come_in_order_and_once_while_the_mailbox_is_killed_again_and_ag
 
 
 def test_a_refusal_is_a_users_error_on_the_learners_side_too():
-    def write_down(report):
+    def append_report(report):
         raise UserError("metrics.jsonl: cannot be written (No space left on device)")
 
-    receiver = ReportReceiver(RemoteMailbox(start_mailbox("full-mailbox")), write_down)
+    receiver = ReportReceiver(RemoteMailbox(start_mailbox("full-mailbox")), append_report)
     receiver.start()
     with pytest.raises(UserError, match="No space left on device"):
         Reporter(RemoteMailbox.find("full-mailbox")).send(STEP, {"step": 1})

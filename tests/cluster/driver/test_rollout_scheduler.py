@@ -51,7 +51,7 @@ def test_a_worker_without_training_groups_runs_more_than_fill_it_and_a_full_one_
 class FullWorkers:
     """Workers that take every call and end none."""
 
-    leaving = ()
+    draining = ()
 
     def __init__(self, count):
         self.serving = list(range(count))
@@ -91,7 +91,7 @@ def scheduler_of(workers, admission, groups_per_worker, on_evaluation=print, on_
 def test_the_groups_that_the_capacity_rule_leaves_are_spread_over_the_workers():
     workers = FullWorkers(3)
     scheduler = scheduler_of(workers, admission_of(batch=32), groups_per_worker=2)
-    scheduler.pump()
+    scheduler.poll()
     assert workers.calls == [0, 1, 2, 0]
 
 
@@ -99,10 +99,10 @@ def test_the_driver_looks_through_thousands_of_running_groups_in_no_time():
     groups = 4000
     workers = FullWorkers(1)
     scheduler = scheduler_of(workers, admission_of(batch=8 * groups), groups)
-    scheduler.pump()
+    scheduler.poll()
     assert len(workers.calls) == groups
     started = time.monotonic()
-    scheduler.pump()
+    scheduler.poll()
     assert time.monotonic() - started < 0.1
 
 
@@ -110,7 +110,7 @@ def test_the_driver_rests_while_no_call_is_in_flight():
     admission = admission_of(batch=8)
     scheduler = scheduler_of(WorkerPool(start=lambda number: None, calls=1, say=print), admission, groups_per_worker=1)
     started = time.monotonic()
-    scheduler.pump(wait_s=0.2)
+    scheduler.poll(wait_s=0.2)
     assert time.monotonic() - started >= 0.2
 
 
@@ -149,7 +149,7 @@ def test_evaluations_of_the_same_instances_that_overtake_each_other_keep_their_o
         scheduler.evaluate(EvaluationJob(plan, version, step=version))
     assert scheduler.evaluates(7)
     while scheduler.evaluating:
-        scheduler.pump(train=False)
+        scheduler.poll(train=False)
     assert [job.version for job in finished] == [7, 0]
     assert not scheduler.evaluates(7)
     for job in finished:
@@ -230,9 +230,9 @@ class Played:
             on_set_aside=self.set_aside.append,
         )
 
-    def pump(self, times, then=lambda: None):
+    def poll(self, times, then=lambda: None):
         for _ in range(times):
-            self.scheduler.pump()
+            self.scheduler.poll()
             then()
 
 
@@ -240,15 +240,15 @@ class Played:
 def test_a_lost_node_is_one_failure_and_what_was_in_flight_is_played_again(times):
     workers = MortalWorkers(13, GroupSummary)
     run = Played(workers, groups_per_worker=4)
-    run.scheduler.pump()
+    run.scheduler.poll()
     assert run.scheduler.groups_running == 52
     for _ in range(times):
         workers.dying = set(range(13))
-        run.scheduler.pump()
+        run.scheduler.poll()
         assert run.scheduler.groups_running == 52
     assert run.scheduler.groups_failed == times * 52
-    run.scheduler.pump()
-    run.scheduler.pump()
+    run.scheduler.poll()
+    run.scheduler.poll()
     assert run.groups == Counter(range(52))
     assert (run.set_aside, run.admission.running) == ([], 0)
 
@@ -259,14 +259,14 @@ def test_workers_that_die_with_all_they_are_given_end_the_run_soon():
     with pytest.raises(
         UserError, match=r"rollouts failed 10 times in a row, last: a rollout worker was lost \(no reason given\); look"
     ):
-        run.pump(20, lambda: setattr(workers, "dying", set(range(13))))
+        run.poll(20, lambda: setattr(workers, "dying", set(range(13))))
 
 
 def test_a_group_whose_instance_fails_is_set_aside_and_named_and_the_others_go_on():
     workers = MortalWorkers(2, lambda r: failed(r) if r.group_index % 6 == 5 else GroupSummary(r))
     run = Played(workers, groups_per_worker=2)
     for _ in range(60):
-        run.scheduler.pump()
+        run.scheduler.poll()
         # The learner takes what there is.
         run.admission.note_learned(run.admission.accepted // (8 * 52))
     assert run.groups.keys() >= {index for index in range(30) if index % 6 != 5}
@@ -288,7 +288,7 @@ def test_a_group_whose_instance_fails_before_any_other_is_through_ends_no_run():
 
     run = Played(slow, groups_per_worker=4)
     for _ in range(20):
-        run.scheduler.pump()
+        run.scheduler.poll()
     assert [aside.request.group_index for aside in run.set_aside] == [0, 1]
     assert run.scheduler.groups_running == 8
 
@@ -306,7 +306,7 @@ def test_a_group_whose_instance_fails_before_any_other_is_through_ends_no_run():
 def test_a_run_in_which_everything_fails_ends_soon_with_the_reason(cause, said):
     run = Played(MortalWorkers(2, lambda request: failed(request, cause)), groups_per_worker=4)
     with pytest.raises(UserError, match=said):
-        run.pump(30)
+        run.poll(30)
     assert run.groups.total() == 0
 
 
@@ -315,7 +315,7 @@ def test_an_evaluation_goes_without_an_instance_that_cannot_be_played():
     run = Played(workers, groups_per_worker=1, batch=8)
     run.scheduler.evaluate(EvaluationJob(EvaluationPlan("id", instances=5, samples=2, seed=100), version=3, step=20))
     for _ in range(60):
-        run.scheduler.pump(train=False)
+        run.scheduler.poll(train=False)
     assert not run.scheduler.evaluating
     (evaluation,) = run.evaluations
     assert (len(evaluation.sampled), len(evaluation.greedy)) == (8, 4)
@@ -335,7 +335,7 @@ def test_an_instance_that_was_set_aside_is_left_out_of_later_evaluations():
     for step in (20, 40):
         run.scheduler.evaluate(EvaluationJob(plan, version=step, step=step))
         while run.scheduler.evaluating:
-            run.scheduler.pump(train=False)
+            run.scheduler.poll(train=False)
     assert [(len(e.sampled), len(e.greedy)) for e in run.evaluations] == [(8, 4), (8, 4)]
     # Three tries, and one of the greedy half that was handed out before.
     assert asked == {100: 4, 101: 4, 102: 4, 103: 4, 104: 4}
@@ -347,7 +347,7 @@ def test_an_evaluation_of_which_no_instance_is_left_is_over_at_once():
     plan = EvaluationPlan("id", instances=2, samples=2, seed=100)
     run.scheduler.evaluate(EvaluationJob(plan, version=1, step=20))
     while run.scheduler.evaluating:
-        run.scheduler.pump(train=False)
+        run.scheduler.poll(train=False)
     run.scheduler.evaluate(EvaluationJob(plan, version=2, step=40))
     assert not run.scheduler.evaluating
     assert [(e.step, e.sampled, e.greedy) for e in run.evaluations] == [(20, [], []), (40, [], [])]
@@ -373,6 +373,6 @@ def test_a_demonstrated_instance_that_was_set_aside_does_not_come_again():
         on_set_aside=print,
     )
     for _ in range(30):
-        scheduler.pump()
+        scheduler.poll()
     assert asked[3] == 3
     assert min(asked[seed] for seed in range(3)) >= 8

@@ -45,7 +45,7 @@ class Driver(TrainingRun):
         super().__init__(folder, config, console)
         self.scheduler, self.number = Scheduler(), 0
         self.waiting = []
-        taken = SimpleNamespace(take=lambda: [self.waiting.pop(0) for _ in list(self.waiting)])
+        taken = SimpleNamespace(new_reports=lambda: [self.waiting.pop(0) for _ in list(self.waiting)])
         self._actors = SimpleNamespace(reports=taken)
         self.record.draw_curve = lambda: None
         self._restore_curves()
@@ -55,7 +55,7 @@ class Driver(TrainingRun):
         figures = {"loss": 1.0 * version, "wait_s": 0.1, "step_s": 1.0, "staleness_mean": 0.0, "batch_success": 0.5}
         report = Report("a learner", self.number, kind, {"step": step, "version": version, **figures, **content})
         self.number += 1
-        self.record.write_down(report)
+        self.record.append_report(report)
         self.waiting.append(report)
 
     def learn(self, first, last, version):

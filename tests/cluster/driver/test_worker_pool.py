@@ -84,12 +84,12 @@ class Run:
         deadline = time.monotonic() + WAIT_S
         while not condition():
             assert time.monotonic() < deadline, f"waited {WAIT_S} s for {what}"
-            self.scheduler.pump(wait_s=0.05)
+            self.scheduler.poll(wait_s=0.05)
             running = sum(len(calls) for calls in self.scheduler._running.values())
             assert self.admission.running == running + len(self.scheduler._again)
 
     def serving(self, count):
-        return lambda: len(self.pool.serving) == count and not self.pool.leaving
+        return lambda: len(self.pool.serving) == count and not self.pool.draining
 
     def play(self, more):
         wanted = self.played.total() + more
@@ -97,7 +97,7 @@ class Run:
 
     def end(self):
         while self.scheduler.groups_running > 0:
-            self.scheduler.pump(train=False, wait_s=0.05)
+            self.scheduler.poll(train=False, wait_s=0.05)
         assert self.admission.running == 0
         assert self.admission.accepted == self.played.total()
         assert self.played == Counter(range(self.played.total()))
@@ -141,10 +141,10 @@ def test_one_that_was_to_leave_stays_when_more_are_wanted_again(runs):
     run.pool.resize(2)
     run.until(lambda: run.scheduler.groups_running == 2 * GROUPS_EACH, "groups")
     run.pool.resize(1)
-    run.scheduler.pump()
-    assert (len(run.pool.serving), len(run.pool.leaving)) == (1, 1)
+    run.scheduler.poll()
+    assert (len(run.pool.serving), len(run.pool.draining)) == (1, 1)
     run.pool.resize(2)
-    assert (len(run.pool.serving), len(run.pool.leaving)) == (2, 0)
+    assert (len(run.pool.serving), len(run.pool.draining)) == (2, 0)
     run.play(4)
     assert set(run.players) == {0, 1}
 

@@ -8,7 +8,7 @@ import pytest
 
 import gflowvlm
 from gflowvlm.cluster.launch import process_environment
-from gflowvlm.cluster.launch.local_room import LocalRoom
+from gflowvlm.cluster.launch.local_capacity import LocalCapacity
 from gflowvlm.cluster.launch.process_environment import PROCESS_ENVIRONMENT
 from gflowvlm.cluster.launch.ray_runtime import (
     check_local_ray,
@@ -44,7 +44,7 @@ def test_a_python_that_is_started_finds_this_package_first_and_then_what_it_was_
 
 
 def test_more_workers_than_a_machine_has_memory_for_are_refused_before_ray_starts(monkeypatch):
-    monkeypatch.setattr(LocalRoom, "now", lambda: LocalRoom(cores=2, free_gib=4.0))
+    monkeypatch.setattr(LocalCapacity, "now", lambda: LocalCapacity(cores=2, free_gib=4.0))
     assert check_local_ray(load_preset("numberline-tiny", ["rollout.workers=8"])) is None
     with pytest.raises(UserError, match=r"rollout\.workers=100: this machine has room for 8 "):
         check_local_ray(load_preset("numberline-tiny", ["rollout.workers=100"]))

@@ -89,7 +89,7 @@ def test_what_a_resume_undid_is_undone_in_tensorboard_and_what_a_killed_driver_h
     kept += [row("evaluation", 8, success=0.5, split="id"), {"kind": "learner", "time": 1.0, "step": 5, "pid": 1}]
     time.sleep(1.1)  # TensorBoard orders its files by the second.
     resumed = Telemetry(tmp_path, "run")
-    resumed.go_back(-1, kept)
+    resumed.rewrite_after(-1, kept)
     for step in range(6, 10):
         resumed.send("train", {"loss": 100.0 * step}, step)
     resumed.close()
@@ -105,7 +105,7 @@ def test_steps_that_a_restarted_learner_does_again_are_shown_once(tmp_path):
         telemetry.send("train", {"loss": float(step)}, step)
     telemetry.send("evaluation", {"success": 0.25, "split": "id"}, 4)
     time.sleep(1.1)
-    telemetry.go_back(
+    telemetry.rewrite_after(
         2, [row("evaluation", 0, success=0.0, split="id"), row("evaluation", 4, success=0.25, split="id")]
     )
     for step in range(3, 6):

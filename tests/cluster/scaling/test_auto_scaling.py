@@ -16,9 +16,9 @@ LOAD = Load(
     learner_waiting=0.1,
     sampler_idle=0.0,
     requests=64,
-    requests_room=128,
+    requests_capacity=128,
     groups=16,
-    groups_room=16,
+    groups_capacity=16,
     serving=SIZE,
 )
 
@@ -98,11 +98,11 @@ def test_after_any_change_there_is_quiet_for_a_while():
 
 
 def test_what_was_asked_for_and_has_not_come_is_not_asked_for_again_but_may_be_given_up():
-    waiting = load(learner_waiting=0.5, serving=Size(3, 2), groups=12, groups_room=12)
+    waiting = load(learner_waiting=0.5, serving=Size(3, 2), groups=12, groups_capacity=12)
     assert decided(waiting) is None
-    waiting = load(learner_waiting=0.5, serving=Size(4, 1), requests=64, requests_room=64)
+    waiting = load(learner_waiting=0.5, serving=Size(4, 1), requests=64, requests_capacity=64)
     assert decided(waiting) is None
-    given_up = load(learner_waiting=0.0, serving=Size(4, 1), sampler_idle=0.5, requests=20, requests_room=64)
+    given_up = load(learner_waiting=0.0, serving=Size(4, 1), sampler_idle=0.5, requests=20, requests_capacity=64)
     assert decided(given_up) == Size(4, 1)
 
 
@@ -135,9 +135,9 @@ class Plant:
             learner_waiting=1 - used / self.learner,
             sampler_idle=max(0.0, 1 - used / (size.replicas * self.replica)),
             requests=groups * self.group_size,
-            requests_room=self.sequences * size.replicas,
+            requests_capacity=self.sequences * size.replicas,
             groups=groups,
-            groups_room=room,
+            groups_capacity=room,
             serving=size,
         )
 
@@ -161,5 +161,5 @@ def test_on_a_run_of_fixed_rates_it_settles_and_leaves_no_learner_waiting_that_i
     end = plant.load(size)
     assert all(change is None for change in (auto.decide(end, size, now) for now in (5000.0, 5010.0, 5020.0)))
     largest = Size(SETTINGS.max_workers, SETTINGS.max_replicas)
-    if plant.load(largest).learner_waiting < SETTINGS.more_above and end.requests < end.requests_room:
+    if plant.load(largest).learner_waiting < SETTINGS.more_above and end.requests < end.requests_capacity:
         assert end.learner_waiting < SETTINGS.more_above, (sizes, end)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from gflowvlm.cluster.launch.local_room import LocalRoom
+from gflowvlm.cluster.launch.local_capacity import LocalCapacity
 from gflowvlm.cluster.launch.placement import Node
 from gflowvlm.cluster.scaling.auto_scaling import Load, Size
 from gflowvlm.cluster.scaling.run_scaling import RunScaling, describe
@@ -19,7 +19,7 @@ from gflowvlm.run.preset_library import load_preset
 from gflowvlm.run.setup import driver_holds, new_run, run_lock
 from gflowvlm.shared.errors import UserError
 
-ROOM = LocalRoom(cores=16, free_gib=64.0)
+CAPACITY = LocalCapacity(cores=16, free_gib=64.0)
 BIG = [Node("n", True, {"CPU": 64.0}, {})]
 
 
@@ -41,7 +41,7 @@ class Parts:
 class Driver:
     """A driver's loop, as far as scaling goes, in a thread; holds the run as a driver does."""
 
-    def __init__(self, folder, config, nodes=BIG, room=ROOM):
+    def __init__(self, folder, config, nodes=BIG, capacity=CAPACITY):
         self.folder, self.parts, self.said = folder, Parts(), []
         self.scaling = RunScaling(
             folder,
@@ -50,7 +50,7 @@ class Driver:
             lambda: nodes,
             self.said.append,
             lambda kind, row: append_row(folder.metrics, kind, row),
-            lambda: room,
+            lambda: capacity,
         )
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._turn)
@@ -259,7 +259,7 @@ def test_a_run_on_its_own_cluster_refuses_what_it_has_no_room_for_and_one_on_a_c
 
 def test_a_run_on_its_own_cluster_says_how_many_workers_its_machine_has_room_for(tmp_path):
     folder, config = run_of(tmp_path)
-    with Driver(folder, config, room=LocalRoom(cores=2, free_gib=10.2)) as driver:
+    with Driver(folder, config, capacity=LocalCapacity(cores=2, free_gib=10.2)) as driver:
         with pytest.raises(
             UserError, match=r"rollout\.workers=100: this machine has room for 22 \(10\.2 GiB of memory"
         ):
@@ -271,10 +271,10 @@ def test_a_run_on_its_own_cluster_says_how_many_workers_its_machine_has_room_for
         )
         assert many.endswith("their start takes about 1 minutes")
         # What runs already is not counted again, and fewer always fit.
-        driver.scaling._room = lambda: LocalRoom(cores=2, free_gib=0.1)
+        driver.scaling._capacity = lambda: LocalCapacity(cores=2, free_gib=0.1)
         assert describe(ask(folder, ScaleRequest(workers=19))) == "rollout.workers 20 -> 19, sampler.replicas 1"
     far, config = run_of(tmp_path / "far", "cluster.address=auto")
-    with Driver(far, config, room=LocalRoom(cores=1, free_gib=0.0)) as driver:
+    with Driver(far, config, capacity=LocalCapacity(cores=1, free_gib=0.0)) as driver:
         ask(far, ScaleRequest(workers=100))
         assert driver.parts.set_to == [("rollouts", 100)]
 

@@ -18,7 +18,7 @@ WORKERS_PER_CORE = 8
 
 
 @dataclass(frozen=True)
-class LocalRoom:
+class LocalCapacity:
     """What a machine has left.
 
     Attributes:
@@ -30,7 +30,7 @@ class LocalRoom:
     free_gib: float
 
     @classmethod
-    def now(cls) -> "LocalRoom":
+    def now(cls) -> "LocalCapacity":
         """Measures this machine."""
         free = min(psutil.virtual_memory().available, memory_limit())
         return cls(int(machine()["cores"] or 1), free / GIB)
