@@ -13,7 +13,7 @@ from gflowvlm.run.paths import check_paths, with_absolute_paths
 from gflowvlm.run.preset_library import DEFAULT_PRESET, PRESETS, load_preset, preset_names
 from gflowvlm.run.setup import new_run, open_run
 from gflowvlm.shared.config import RunConfig
-from gflowvlm.shared.config_io import apply_changes, apply_overrides, load_yaml, parse_config
+from gflowvlm.shared.config_io import apply_changes, apply_overrides, load_yaml, overridden_keys, parse_config
 
 Source = RunConfig | Mapping[str, Any] | str | Path
 """What a configuration is made from: one, a nested mapping, a preset's name, a YAML file or a run's folder."""
@@ -42,7 +42,11 @@ def load_config(source: Source = DEFAULT_PRESET, overrides: Overrides = ()) -> R
         'blackjack'
     """
     settings, where = _settings(source)
-    return parse_config(_changed(settings, overrides), where)
+    if isinstance(overrides, Mapping):
+        paths_as_text = {k: str(v) if isinstance(v, Path) else v for k, v in overrides.items()}
+        return parse_config(apply_changes(settings, paths_as_text), where, overrides)
+    written = [overrides] if isinstance(overrides, str) else list(overrides)
+    return parse_config(apply_overrides(settings, written), where, overridden_keys(written))
 
 
 def train(
@@ -112,10 +116,3 @@ def _settings(source: Source) -> tuple[dict[str, Any], str]:
         return load_yaml(path), str(path)
     # Says what there is instead.
     return load_preset(source).model_dump(mode="json"), source
-
-
-def _changed(settings: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
-    if isinstance(overrides, Mapping):
-        paths_as_text = {k: str(v) if isinstance(v, Path) else v for k, v in overrides.items()}
-        return apply_changes(settings, paths_as_text)
-    return apply_overrides(settings, [overrides] if isinstance(overrides, str) else overrides)

@@ -1,5 +1,6 @@
 """Making, locking and reopening run folders."""
 
+import difflib
 import fcntl
 import os
 import socket
@@ -53,10 +54,32 @@ def open_run(directory: Path) -> tuple[RunFolder, RunConfig]:
     """
     folder = RunFolder(directory.resolve())
     if not folder.config.exists():
+        meant = _run_meant(directory)
+        if meant is not None:
+            raise UserError(f"{directory}: no run there (no config.yaml); did you mean {quoted(meant)}?")
         raise UserError(
             f"{directory}: no run there (no config.yaml); `gflowvlm train --run {quoted(directory)}` starts one"
         )
     return folder, load_config(folder.config)
+
+
+def _run_meant(directory: Path) -> Path | None:
+    """Returns the run that was probably meant: the newest in the folder, that of the name in ``runs``, or one beside it
+    that is called nearly so; None where there is none.
+    """
+    inside = _runs_in(directory)
+    if inside:
+        return max(inside, key=lambda run: os.path.getmtime(RunFolder(run).config))
+    named = Path("runs") / directory
+    if os.path.isfile(RunFolder(named).config):
+        return named
+    beside = {run.name: run for folder in (directory.parent, Path("runs")) for run in _runs_in(folder)}
+    close = difflib.get_close_matches(directory.name, beside, n=1)
+    return beside[close[0]] if close else None
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    return [config.parent for config in folder.glob(f"*/{RunFolder(folder).config.name}")]
 
 
 @contextmanager

@@ -65,12 +65,13 @@ def apply_changes(settings: dict[str, Any], changes: Mapping[str, Any]) -> dict[
     return result
 
 
-def parse_config(settings: dict[str, Any], where: str) -> RunConfig:
+def parse_config(settings: dict[str, Any], where: str, changed: Iterable[str] = ()) -> RunConfig:
     """Validates settings.
 
     Args:
         settings: Nested mapping of settings.
         where: What to name in an error: a file, a preset.
+        changed: Dotted keys whose values are not from there but from overrides; an error in one does not name it.
 
     Raises:
         UserError: One line that names the first wrong setting, its value, and what is allowed.
@@ -78,12 +79,21 @@ def parse_config(settings: dict[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(settings)
     except ValidationError as error:
-        raise UserError(f"{where}: {_first_problem(error, _known(settings))}") from None
+        wrong = _dotted(error)
+        overridden = any(wrong == key or wrong.startswith(f"{key}.") for key in changed)
+        problem = _first_problem(error, _known(settings))
+        raise UserError(problem if overridden else f"{where}: {problem}") from None
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Returns the configuration in a YAML file, with overrides applied."""
-    return parse_config(apply_overrides(load_yaml(path), overrides), str(path))
+    overrides = list(overrides)
+    return parse_config(apply_overrides(load_yaml(path), overrides), str(path), overridden_keys(overrides))
+
+
+def overridden_keys(overrides: Iterable[str]) -> list[str]:
+    """Returns the dotted keys of ``section.key=value`` overrides."""
+    return [override.partition("=")[0].strip() for override in overrides]
 
 
 def override_task(settings: Settings, overrides: Iterable[str]) -> Settings:
@@ -136,9 +146,13 @@ def _number_or(value: Any) -> Any:
     return value
 
 
+def _dotted(error: ValidationError) -> str:
+    return ".".join(str(part) for part in error.errors()[0]["loc"])
+
+
 def _first_problem(error: ValidationError, known: dict[str, Any]) -> str:
     problem = error.errors()[0]
-    dotted = ".".join(str(part) for part in problem["loc"])
+    dotted = _dotted(error)
     if problem["type"] == "extra_forbidden":
         return f"unknown key {dotted!r}{_suggestion(dotted, known)}"
     message = problem["msg"].removeprefix("Value error, ")

@@ -12,6 +12,7 @@ from gflowvlm.envs.base import SPLITS
 from gflowvlm.run.console import terminal
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.instances import EVALUATION_SEEDS
+from gflowvlm.shared.trajectory import BASE_VERSION
 
 
 def register(app: typer.Typer) -> None:
@@ -69,7 +70,9 @@ def register(app: typer.Typer) -> None:
         console = terminal()
         plan = EvaluationPlan(split, instances, samples, seed, temperature)
         figures = evaluate_run(run, plan, version=version, engine=engine, console=console)
-        table = Table("figure", "value", title=f"{run}, adapter version {figures['version']}, {split}")
+        policy = "base model" if figures["version"] == BASE_VERSION else f"adapter version {figures['version']}"
+        console.print(f"{run}, {policy}, {split}:", soft_wrap=True)
+        table = Table("figure", "value")
         for name, value in _flat(figures).items():
             if name not in ("version", "split"):
                 table.add_row(name, "-" if value is None else f"{value:.4g}")
@@ -90,7 +93,6 @@ def _exact_figures(
     from gflowvlm.evaluation.exact_check import ExactCheck
     from gflowvlm.run.adapters import published_adapter
     from gflowvlm.run.setup import open_run
-    from gflowvlm.shared.trajectory import BASE_VERSION
 
     folder, config = open_run(run)
     check = ExactCheck(config, split=split, seed=seed, instances=instances, console=console)
@@ -117,9 +119,8 @@ def _show_exact(console: Console, figures: dict[str, Any], instances: int) -> No
         )
         console.print(f"the tree of action sequences is too large to be expanded; {estimate}", soft_wrap=True)
         return
-    table = Table(
-        "exact", "base", f"version {figures['version']}", title=f"every action sequence, {instances} instances"
-    )
+    console.print(f"every action sequence, {instances} instances:")
+    table = Table("exact", "base", f"version {figures['version']}")
     for name, before in figures["exact"]["base"].items():
         after = figures["exact"]["version"][name]
         table.add_row(name, *("-" if value is None else f"{value:.4g}" for value in (before, after)))

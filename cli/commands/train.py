@@ -16,6 +16,7 @@ from gflowvlm.run.preset_library import DEFAULT_PRESET, resolve_config
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.shell import quoted
+from gflowvlm.shared.trajectory import BASE_VERSION
 
 LACKING = 1
 """Exit status of `--dry-run` when the run could not start on the cluster as it is."""
@@ -121,17 +122,27 @@ def _train(console: Console, folder: RunFolder | None, config: RunConfig, direct
         raise UserError(
             f"{path}: {error.strerror}; free some space, then `gflowvlm train --resume {quoted(path)}`"
         ) from None
-    _show_report(console, folder, config.task.name, report, time.monotonic() - started)
+    show_report(console, folder, config.task.name, report, time.monotonic() - started)
 
 
-def _show_report(
+def show_report(
     console: Console, folder: RunFolder, task: str, report: list[dict[str, object]], seconds: float
 ) -> None:
+    """Prints what a run reached and what to type next.
+
+    Args:
+        console: Where.
+        folder: The run's folder.
+        task: Its task.
+        report: The rows of its final report, in the order in which they are shown.
+        seconds: How long it took.
+    """
     from gflowvlm.run.final_report import measured_on
 
-    table = Table("", title=f"before and after, on {measured_on([task])}")
+    console.print(f"before and after, on {measured_on([task])}:", soft_wrap=True)
+    table = Table("")
     for row in report:
-        policy = "base" if row["version"] == 0 else f"version {row['version']}"
+        policy = "base" if row["version"] == BASE_VERSION else f"version {row['version']}"
         table.add_column(f"{row['split']}\n{policy}")
     for key in (
         "success",
@@ -149,16 +160,23 @@ def _show_report(
     console.print(table)
     path = _shown(folder)
     run = quoted(path)
-    for line in (
-        f"done in {seconds / 60:.1f} minutes; learning curve: {path}/learning_curve.png",
-        "what next:",
-        f"  gflowvlm play {task} --player {run}     watch the policy play",
-        f"  gflowvlm report {run}                  a page with curves and trajectories",
-        f"  gflowvlm replay {run} --limit 5             look at what it learned from",
-        f"  gflowvlm eval {run} --split ood             evaluate it again",
-        f"  tensorboard --logdir {quoted(f'{path}/tensorboard')}",
+    if all(row["version"] == BASE_VERSION for row in report):
+        console.print(
+            "no adapter evaluated better than the base model, so after is the base model too, sampled once more; "
+            f"train longer (learner.steps), or look at an adapter: gflowvlm eval {run} --version N",
+            soft_wrap=True,
+        )
+    console.print(f"done in {seconds / 60:.1f} minutes; learning curve: {path}/learning_curve.png", soft_wrap=True)
+    console.print("what next:")
+    for purpose, command in (
+        ("watch the policy play", f"gflowvlm play {task} --player {run}"),
+        ("a page with curves and trajectories", f"gflowvlm report {run}"),
+        ("look at what it learned from", f"gflowvlm replay {run} --limit 5"),
+        ("evaluate it again", f"gflowvlm eval {run} --split ood"),
+        ("all curves", f"tensorboard --logdir {quoted(f'{path}/tensorboard')}"),
     ):
-        console.print(line, soft_wrap=True)
+        # A line of its own, to be copied: beside its purpose it would not fit into 80 columns.
+        console.print(f"  {purpose}:\n    {command}", soft_wrap=True)
 
 
 def _shown(folder: RunFolder) -> Path:

@@ -1,11 +1,12 @@
 """The live display of a run: a progress bar on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from gflowvlm.run.log import Row
 from gflowvlm.run.plain_progress import PLAIN_INTERVAL_S
@@ -60,15 +61,30 @@ class ProgressState:
     env_steps: int = 0
     note: str = ""
 
-    def describe(self) -> str:
-        """Returns the figures as one line."""
+    def figures(self) -> str:
+        """Returns the figures as one line, which fits into 80 columns."""
         loss = "-" if self.loss is None else f"{self.loss:.2f}"
         success = "-" if self.success is None else f"{self.success:.2f}"
-        line = (
+        return (
             f"success {success}  loss {loss}  version {self.version}  staleness {self.staleness:.1f}  "
-            f"{self.tokens_per_s:.0f} tokens/s  {self.env_steps} env steps"
+            f"{self.tokens_per_s:.0f} tokens/s"
         )
-        return f"{line}  {self.note}" if self.note else line
+
+    def played(self) -> str:
+        """Returns how much has been played, and what else is going on."""
+        steps = f"{self.env_steps} env steps"
+        return f"{steps}  {self.note}" if self.note else steps
+
+
+class _TwoLines(Progress):
+    """A progress bar with a line of figures under it: beside it they would crowd out the step and the time left."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.figures:
+            yield Text(self.figures, no_wrap=True, overflow="ellipsis")
 
 
 class RunDisplay:
@@ -86,16 +102,16 @@ class RunDisplay:
         self._printed_step = -1
         self._started_at: float | None = None
         self._first_step = 0
-        self._progress: Progress | None = None
+        self._progress: _TwoLines | None = None
         self._task: TaskID | None = None
 
     def __enter__(self) -> "RunDisplay":
         if self._console.is_terminal:
-            self._progress = Progress(
+            self._progress = _TwoLines(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=20),
                 TimeRemainingColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("left  {task.description}"),
                 console=self._console,
             )
             self._task = self._progress.add_task("starting", total=self._total)
@@ -116,12 +132,14 @@ class RunDisplay:
         if self._started_at is None and self.state.step > 0:
             self._started_at, self._first_step = time.monotonic(), self.state.step
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=self.state.step, description=self.state.describe())
+            self._progress.figures = self.state.figures()
+            self._progress.update(self._task, completed=self.state.step, description=self.state.played())
             return
         now = time.monotonic()
         if self.state.step != self._printed_step and now - self._printed_at >= PLAIN_INTERVAL_S:
             self._printed_at, self._printed_step = now, self.state.step
-            self.say(f"step {self.state.step}/{self._total}  {self.state.describe()}  {self._time_left()}")
+            described = f"{self.state.figures()}  {self.state.played()}"
+            self.say(f"step {self.state.step}/{self._total}  {described}  {self._time_left()}")
 
     def _time_left(self) -> str:
         if self._started_at is None or self.state.step <= self._first_step:

@@ -318,9 +318,8 @@ class TrainingRun:
         best_row = self.record.best()
         best = self.state.version if best_row is None else int(best_row["version"])
         settings = self.config.evaluation
-        self.display.say(
-            f"final report: base model and adapter version {best} on {measured_on([self.config.task.name])}"
-        )
+        after = "no adapter (none was better)" if best == BASE_VERSION else f"adapter version {best}"
+        self.display.say(f"final report: base model and {after} on {measured_on([self.config.task.name])}")
         for split in ("id", "ood"):
             plan = EvaluationPlan(split, settings.instances, settings.samples, settings.seed + REPORT_SEED_OFFSET)
             for version in (BASE_VERSION, best):

@@ -246,7 +246,7 @@ def check_model(name: str) -> Check:
         return Check("model", Status.BROKEN, f"{name}: {result.error}", advice)
     parameters = result.values["parameters"] / 1e6
     return Check(
-        "model", Status.OK, f"{name} loads: {parameters:.1f} M parameters, [DONE] is token {result.values['done_id']}"
+        "model", Status.OK, f"{name} loads: {parameters:.2f} M parameters, [DONE] is token {result.values['done_id']}"
     )
 
 

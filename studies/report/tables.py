@@ -65,10 +65,11 @@ def final_report(summary: Mapping[str, Any] | None, task: str) -> str:
         if any(cell is not None for cell in cells):
             lines.append([_described(metric.name, metric.description, metric.unit), *map(_shown, cells)])
     first = reports[0]
+    best = summary.get("version", _MISSING)
+    after = "the base model too, as no adapter evaluated better" if best == BASE_VERSION else f"adapter version {best}"
     said = (
         f"{first['instances']} instances, {first['samples']} trajectories each at temperature 1, "
-        f"on {measured_on([task])}; before: version {BASE_VERSION}, "
-        f"after: version {summary.get('version', _MISSING)}."
+        f"on {measured_on([task])}; before: the base model, after: {after}."
     )
     return _table(["figure", *heads], lines, numbers_from=1) + f'<p class="note">{escape(said)}</p>'
 

@@ -40,7 +40,7 @@ def assert_one_line(result, *parts):
     ("arguments", "parts"),
     [
         (["train", "--preset", "numberline-tny"], ["numberline-tny", "did you mean 'numberline-tiny'"]),
-        (["train", "learner.stps=3"], ["learner.stps", "did you mean 'learner.steps'"]),
+        (["train", "learner.stps=3"], ["gflowvlm: unknown key 'learner.stps'", "did you mean 'learner.steps'"]),
         (["train", "learner.steps=0"], ["learner.steps = 0", "greater than or equal to 1"]),
         (["train", "--config", "none.yaml"], ["none.yaml"]),
         (["train", "--resume", "none"], ["none", "no run there"]),

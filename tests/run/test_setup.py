@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import pytest
 
 from gflowvlm.run.checkpoints import checkpoint_steps, latest_checkpoint, prune_checkpoints
@@ -12,6 +15,27 @@ def test_a_new_run_is_reopened_with_the_same_configuration(tmp_path):
     folder, reopened = open_run(tmp_path / "r")
     assert reopened == config
     assert folder.root == (tmp_path / "r").resolve()
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("first", "did you mean runs/first?"),
+        ("runs/frist", "did you mean runs/first?"),
+        ("frist", "did you mean runs/first?"),
+        ("runs", "did you mean 'runs/my run'?"),
+        ("runs/first/adapters", "`gflowvlm train --run runs/first/adapters` starts one"),
+        ("chess", "`gflowvlm train --run chess` starts one"),
+    ],
+)
+def test_a_folder_without_a_run_is_answered_with_the_run_that_was_meant(asked, meant, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    new_run(RunConfig(), Path("runs/first"))
+    os.utime("runs/first/config.yaml", (1, 1))
+    new_run(RunConfig(), Path("runs/my run"))
+    with pytest.raises(UserError) as raised:
+        open_run(Path(asked))
+    assert str(raised.value) == f"{asked}: no run there (no config.yaml); {meant}"
 
 
 def test_only_one_driver_holds_a_run(tmp_path):

@@ -26,6 +26,26 @@ def test_on_a_terminal_there_is_a_bar():
     assert "step 3/5" in out.getvalue()
 
 
+def test_80_columns_hold_the_step_the_bar_the_time_left_and_all_figures():
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=True, color_system=None)
+    with RunDisplay(console, total=1000) as display:
+        display.update(
+            step=999,
+            version=999,
+            loss=12.25,
+            success=0.5,
+            staleness=1.8,
+            tokens_per_s=1130.0,
+            env_steps=123456,
+            note="evaluating",
+        )
+    *_, bar, figures = out.getvalue().replace("\x1b[?25h", "").rstrip().splitlines()
+    assert "step 999/1000 ━" in bar
+    assert bar.rstrip().endswith("-:--:-- left  123456 env steps  evaluating")
+    assert figures == "success 0.50  loss 12.25  version 999  staleness 1.8  1130 tokens/s"
+
+
 @pytest.mark.parametrize(
     ("malformed", "cut", "end", "warnings"),
     [

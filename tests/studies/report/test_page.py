@@ -121,7 +121,9 @@ def test_a_run_whose_start_stayed_best_has_figures_after_training(run: Path) -> 
     before, after = summary["report"]
     summary |= {"version": 0, "report": [before, {**after, "version": 0}]}
     (run / "summary.json").write_text(json.dumps(summary))
-    assert "0.875" in " ".join(read(run_page(run, 1000, None))[0].text)
+    text = " ".join(read(run_page(run, 1000, None))[0].text)
+    assert "0.875" in text
+    assert "before: the base model, after: the base model too, as no adapter evaluated better" in text
 
 
 @pytest.mark.parametrize(("losses", "logarithmic"), [((100.0, 1.0), True), ((0.5, -0.01), False)])
