@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from gflowvlm.actors.sampling import UnknownVersionError
 from gflowvlm.run.adapters import adapter_versions, missing_version
 from gflowvlm.run.folder import RunFolder
-from gflowvlm.shared.config import ClusterSettings
+from gflowvlm.shared.cluster_settings import ClusterSettings
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.files import sync
 from gflowvlm.shared.trajectory import BASE_VERSION

@@ -4,13 +4,14 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from gflowvlm.shared.cluster_settings import ClusterSettings, ScalingSettings
 from gflowvlm.shared.instances import EVALUATION_SEEDS
+from gflowvlm.shared.objective_settings import ObjectiveSettings, TargetSettings
 from gflowvlm.shared.settings import CustomResources, Fraction, ModelName, NodeLabels, PathMarker, Settings
 from gflowvlm.shared.task_settings import AnyTaskSettings, default_settings
 
 Precision = Literal["float32", "bfloat16"]
 _DEMONSTRATIONS = PathMarker(advice="`gflowvlm demonstrate TASK --out DIR` makes a set")
-LossName = Literal["tb", "var_tb", "db", "subtb", "flow_db", "flow_subtb", "fl_db", "fl_subtb", "sft", "ppo", "grpo"]
 
 
 class MismatchLimits(NamedTuple):
@@ -45,23 +46,6 @@ class PolicySettings(Settings):
     cot_weight: Fraction = Field(0.4, description="Weight of log P_CoT in log P_F (GFlowVLM eq. 5).")
     max_response_tokens: int = Field(64, ge=4, le=4096, description="A response is cut off after so many tokens.")
     gradient_checkpointing: bool = Field(False, description="Less memory and more time in the learner.")
-
-
-class TargetSettings(Settings):
-    """The target distribution R(x)^beta P_ref(c)^alpha."""
-
-    reward_exponent: float = Field(8.0, ge=0.0, le=100.0, description="Beta.")
-    log_reward_floor: float = Field(
-        -1000.0,
-        ge=-1e6,
-        le=1e6,
-        description="Smallest log R^beta, nats. Near the worst valid outcome's it keeps a few invalid ones "
-        "from outweighing a group.",
-    )
-    reference_weight: Fraction = Field(0.4, description="Alpha: weight of the reference policy's log P_CoT.")
-    truncation: Literal["terminal", "incomplete"] = Field(
-        "terminal", description="A cut at the step limit is a forced stop, or an incomplete trajectory."
-    )
 
 
 class SamplerSettings(Settings):
@@ -161,41 +145,6 @@ class BufferSettings(Settings):
         return max(1, round(groups * self.newest_share)) if self.newest_share > 0 else 0
 
 
-class PolicyGradientSettings(Settings):
-    """The baselines ppo and grpo. Epochs, discount, lambda and the value's weight are RL4VLM's."""
-
-    learning_rate: float = Field(
-        2e-4,
-        gt=0,
-        le=1,
-        description="Peak rate of the adapter instead of learner.learning_rate; the schedule has the same shape.",
-    )
-    epochs: int = Field(4, ge=1, le=64, description="Updates from one batch.")
-    ratio_clip: float = Field(0.2, gt=0, lt=1, description="How far the probability ratio counts, up and down.")
-    discount: Fraction = Field(0.9, description="Gamma of ppo's advantages.")
-    gae_lambda: Fraction = Field(0.95, description="Lambda of ppo's advantages.")
-    value_weight: float = Field(0.5, ge=0, le=100, description="Weight of ppo's value loss.")
-    reward: Literal["original", "revised"] = Field(
-        "original",
-        description="The task's own rewards, or the GFlowNet reward R(x) at the episode's end. "
-        "Ppo's value is learned in units of the task's largest reward, or of 100.",
-    )
-
-
-class ObjectiveSettings(Settings):
-    """What the learner minimises: a GFlowNet loss, or a baseline (sft, ppo, grpo)."""
-
-    loss: LossName = Field(
-        "var_tb",
-        description="With ppo and grpo rollouts are strictly on-policy and a batch is its new groups alone; "
-        "with sft the expert plays.",
-    )
-    policy_gradient: PolicyGradientSettings = PolicyGradientSettings()
-    sft_done: bool = Field(True, description="Whether sft imitates the expert's stop action [DONE] too.")
-    subtb_lambda: float = Field(0.9, gt=0, le=2.0, description="Lambda of subtb, flow_subtb and fl_subtb.")
-    residual_clip: float | None = Field(10.0, gt=0, description="Residual beyond which the penalty is linear, nats.")
-
-
 class LearnerSettings(Settings):
     """The learner's optimisation."""
 
@@ -249,52 +198,6 @@ class EvaluationSettings(Settings):
     samples: int = Field(8, ge=1, le=1024, description="N of Div@N: trajectories per instance.")
     seed: int = Field(10_000_019, ge=0, lt=EVALUATION_SEEDS.stop // 2, description="Seed of the evaluation instances.")
     at_start: bool = Field(True, description="Evaluate the base model before the first learner step.")
-
-
-class ClusterSettings(Settings):
-    """The Ray cluster of the run."""
-
-    address: str | None = Field(None, description="Address of a running cluster; null starts a local one.")
-    wait_for_resources_s: float = Field(
-        600.0, ge=0, le=86_400, description="Longest wait for room on a running cluster before the parts are started."
-    )
-    control_resources: CustomResources = Field(
-        {}, description="Custom resources of the adapter store, the replay buffer and a submitted driver, each."
-    )
-    control_node_labels: NodeLabels = Field(
-        {}, description="Labels of the nodes for them; the replay buffer is always on the driver's node."
-    )
-    dashboard: bool = Field(True, description="Start the Ray dashboard with a local cluster.")
-    dashboard_port: int | None = Field(None, ge=1024, le=65535, description="null takes the first free from 8265.")
-    metrics_port: int | None = Field(None, ge=1024, le=65535, description="Prometheus port; null takes a free one.")
-    object_store_mib: int = Field(256, ge=80, le=1_048_576, description="Object store of a local cluster, MiB.")
-
-
-class ScalingSettings(Settings):
-    """Changing the numbers of rollout workers and policy server replicas by load, while the run runs."""
-
-    automatic: bool = Field(False, description="Change the numbers by load, within these bounds.")
-    min_workers: int = Field(1, ge=1, le=4096, description="Fewest rollout workers.")
-    max_workers: int = Field(8, ge=1, le=4096, description="Most rollout workers.")
-    min_replicas: int = Field(1, ge=1, le=256, description="Fewest policy server replicas.")
-    max_replicas: int = Field(2, ge=1, le=256, description="Most policy server replicas.")
-    more_above: Fraction = Field(
-        0.2, description="Share of its time that the learner waits for batches, from which on more are started."
-    )
-    fewer_below: Fraction = Field(0.05, description="The share up to which those that are not needed are ended.")
-    patience: int = Field(
-        3, ge=1, le=1000, description="Looks in a row that must agree; one after learner steps, at most every 5 s."
-    )
-    cooldown_s: float = Field(60.0, ge=0, le=86_400, description="Least time from one change to the next.")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "ScalingSettings":
-        for few, many in (("min_workers", "max_workers"), ("min_replicas", "max_replicas")):
-            if getattr(self, few) > getattr(self, many):
-                raise ValueError(f"scaling.{few} must not exceed scaling.{many}")
-        if self.fewer_below >= self.more_above:
-            raise ValueError("scaling.fewer_below must be below scaling.more_above, or the numbers would swing")
-        return self
 
 
 class RunConfig(Settings):

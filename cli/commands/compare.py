@@ -11,8 +11,9 @@ from gflowvlm.run.console import terminal
 from gflowvlm.run.interruption import INTERRUPTED
 from gflowvlm.run.paths import check_paths
 from gflowvlm.run.preset_library import DEFAULT_PRESET, resolve_config
-from gflowvlm.shared.config import LossName, RunConfig
+from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.objective_settings import LossName
 from gflowvlm.studies.child_process import run_command
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from gflowvlm.shared.config import ScalingSettings
+from gflowvlm.shared.cluster_settings import ScalingSettings
 
 FULL = 0.9
 """Share of the capacity in use from which on a part counts as full."""

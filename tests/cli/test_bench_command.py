@@ -18,7 +18,8 @@ from gflowvlm.cli.commands import bench, presets
 from gflowvlm.learner.tiny_policy import build_tiny_policy
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.log import append_row
-from gflowvlm.shared.config import ClusterSettings, PolicySettings, RunConfig, SamplerSettings
+from gflowvlm.shared.cluster_settings import ClusterSettings
+from gflowvlm.shared.config import PolicySettings, RunConfig, SamplerSettings
 from gflowvlm.shared.config_io import dump_config
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import PolicyInputs

@@ -16,7 +16,8 @@ import pytest
 
 from gflowvlm.actors.sampling import SampleRequest
 from gflowvlm.learner.tiny_policy import build_processor
-from gflowvlm.shared.config import ClusterSettings, PolicySettings, RunConfig
+from gflowvlm.shared.cluster_settings import ClusterSettings
+from gflowvlm.shared.config import PolicySettings, RunConfig
 from gflowvlm.shared.errors import UserError
 from gflowvlm.studies.benchmarks.measurement import PARTS, USUAL_PARTS
 from gflowvlm.studies.benchmarks.scale import SimulatedRuns, expected_responses, recorded_responses, scale_measurements

@@ -26,7 +26,8 @@ from gflowvlm.envs.base import TaskEnv
 from gflowvlm.envs.registry import make_env
 from gflowvlm.run.models import resolve_model
 from gflowvlm.run.setup import new_run
-from gflowvlm.shared.config import ClusterSettings, RunConfig, SamplerSettings
+from gflowvlm.shared.cluster_settings import ClusterSettings
+from gflowvlm.shared.config import RunConfig, SamplerSettings
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.response import parse_response
 from gflowvlm.shared.trajectory import EndReason

@@ -20,7 +20,8 @@ from gflowvlm.cluster.launch.doctor import (
     probe,
 )
 from gflowvlm.learner.tiny_policy import TinyShape, build_tiny_policy
-from gflowvlm.shared.config import ClusterSettings, RunConfig
+from gflowvlm.shared.cluster_settings import ClusterSettings
+from gflowvlm.shared.config import RunConfig
 
 
 @pytest.fixture

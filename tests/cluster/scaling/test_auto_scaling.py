@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gflowvlm.cluster.scaling.auto_scaling import AutoScaling, Load, Size
-from gflowvlm.shared.config import ScalingSettings
+from gflowvlm.shared.cluster_settings import ScalingSettings
 
 SETTINGS = ScalingSettings(automatic=True, max_workers=16, max_replicas=4, patience=2, cooldown_s=30)
 SIZE = Size(workers=4, replicas=2)

@@ -11,7 +11,7 @@ from gflowvlm.learner.distributed import Ranks
 from gflowvlm.learner.learner import Learner
 from gflowvlm.learner.objectives import OBJECTIVES, ScoredBatch, make_objective
 from gflowvlm.learner.scoring import LOG_ACT, LOG_COT
-from gflowvlm.shared.config import LossName
+from gflowvlm.shared.objective_settings import LossName
 from gflowvlm.shared.trajectory import EndReason
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
