@@ -178,7 +178,7 @@ class LearnerSettings(Settings):
         16_384, ge=64, description="Padded tokens in one forward pass; a prompt that responses share counts once."
     )
     publish_every: int = Field(1, ge=1, description="Learner steps per published adapter version.")
-    checkpoint_every: int = Field(1, ge=1, description="Learner steps per checkpoint.")
+    checkpoint_every: int = Field(1, ge=1, description="Learner steps per checkpoint; `ppo` and `grpo` write each.")
     keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints that stay on disk.")
     keep_adapters: int = Field(
         8,
@@ -267,6 +267,15 @@ class RunConfig(Settings):
         peak = self.objective.policy_gradient.learning_rate
         final = self.learner.final_learning_rate * peak / self.learner.learning_rate
         return self.learner.model_copy(update={"learning_rate": peak, "final_learning_rate": final})
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Learner steps per checkpoint, as the objective lets them be.
+
+        A learner takes the steps since its checkpoint again, on-policy with what was played for them: that is of its
+        own policy for one step, and of policies that are undone for more.
+        """
+        return 1 if self.on_policy else self.learner.checkpoint_every
 
     @property
     def environment_processes(self) -> int:

@@ -196,7 +196,7 @@ class LearnerLoop:
                 "step_s": ended - started,
             }
             self.reporter.send(STEP, row)
-        if self.rank == 0 and done % settings.checkpoint_every == 0:
+        if self.rank == 0 and done % self.config.checkpoint_every == 0:
             # Last, because a learner that goes on from it must find the step reported and its adapter published.
             self._checkpoint(done)
         # No `ray.train.report`: it waits until Ray Train's controller looks again, every two seconds.

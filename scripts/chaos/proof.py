@@ -118,7 +118,7 @@ def steps_without_gap(records: Records) -> Check:
             restarts += 1
             if now > step:
                 problems.append(f"the learner started at step {now}, the log ends at step {step}")
-            elif step - now > records.config.learner.checkpoint_every:
+            elif step - now > records.config.checkpoint_every:
                 problems.append(f"the learner started at step {now} after step {step}: older than a checkpoint")
             undone += max(0, step - now)
         step = now

@@ -145,6 +145,15 @@ def test_what_a_checkpoint_takes_counts_as_time_of_the_next_step(run, learn, mon
     assert times == [0.0, 5.0, 5.0, 5.0]
 
 
+@pytest.mark.parametrize(("loss", "dies_at", "kept"), [("var_tb", 4, []), ("ppo", 3, [1, 2]), ("grpo", 3, [1, 2])])
+def test_on_policy_no_more_than_one_step_is_ever_undone(run, learn, loss, dies_at, kept):
+    # More would be learned again from one and the same batch, which policies have played that are undone.
+    alone = ["rollout.epsilon=0", "rollout.expert_on_failure=false"]
+    with pytest.raises(Killed):
+        learn(dies_at, settings=[f"objective.loss={loss}", "learner.checkpoint_every=4", *alone])
+    assert list(checkpoint_steps(run.checkpoints)) == kept
+
+
 def test_the_last_steps_are_published_too_where_they_are_no_multiple(run, learn):
     learn(settings=["learner.publish_every=3"])
     versions = {row["step"]: row["version"] for row in read_rows(run.metrics) if row["kind"] == "step"}
