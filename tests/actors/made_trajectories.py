@@ -1,8 +1,11 @@
 """Trajectories made by hand."""
 
 import math
+from pathlib import Path
 
-from gflowvlm.shared.trajectory import EndReason, Step, Trajectory, Validity
+from gflowvlm.actors.replay_buffer import ReplayBuffer
+from gflowvlm.shared.config import BufferSettings
+from gflowvlm.shared.trajectory import EndReason, Step, Trajectory, Validity, to_record_batch
 
 
 def make_trajectory(
@@ -58,3 +61,14 @@ def make_group(index: int, size: int = 2, *, expert: bool = False, **settings: o
     if expert:
         members.append(make_trajectory(f"{group_id}/expert", group_id, expert=True, log_reward=4.0, success=True))
     return members
+
+
+def write_groups(run: Path) -> Path:
+    """Writes groups 0..4, made by version 0..4, of two; solved from 3 on; an expert in 2; out of distribution in 4."""
+    buffer = ReplayBuffer(BufferSettings(), 0, run / "trajectories")
+    for index in range(5):
+        made = make_group(
+            index, expert=index == 2, version=index, success=index > 2, split="ood" if index == 4 else "id"
+        )
+        buffer.append(to_record_batch(made))
+    return run

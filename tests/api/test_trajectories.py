@@ -12,19 +12,12 @@ from gflowvlm.api.trajectories import Filters, Trajectories
 from gflowvlm.shared.config import BufferSettings
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.trajectory import TRAJECTORY_SCHEMA, Validity, from_arrow, to_record_batch
-from tests.actors.made_trajectories import make_group, make_trajectory
+from tests.actors.made_trajectories import make_group, make_trajectory, write_groups
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Groups 0..4, made by version 0..4, of two; solved from 3 on; an expert in 2; out of distribution in 4."""
-    buffer = ReplayBuffer(BufferSettings(), 0, tmp_path / "trajectories")
-    for index in range(5):
-        made = make_group(
-            index, expert=index == 2, version=index, success=index > 2, split="ood" if index == 4 else "id"
-        )
-        buffer.append(to_record_batch(made))
-    return tmp_path
+    return write_groups(tmp_path)
 
 
 def found(run: Path, limit: int | None = None, **filters: object) -> list[str]:
