@@ -1,12 +1,16 @@
-"""Response sources whose answers a test decides."""
+"""Response sources whose answers a test decides, and groups played with them."""
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 
+from gflowvlm.actors.environments import LocalEnvironment
+from gflowvlm.actors.episode import PlayedGroup, play_group
+from gflowvlm.actors.groups import GroupRequest, PlaySettings
 from gflowvlm.actors.sampling import SampleRequest, SampleResponse
 from gflowvlm.envs.base import TaskEnv
 from gflowvlm.envs.numberline.settings import NumberLineSettings
@@ -104,3 +108,19 @@ class Fixed:
 @cache
 def _inputs(model_path: str) -> PolicyInputs:
     return PolicyInputs.load(model_path)
+
+
+PLAY = PlaySettings(group_size=4, temperature=1.0, max_tokens=64)
+REQUEST = GroupRequest(group_index=5, instance_seed=11)
+
+
+def play(
+    source: Any,
+    inputs: PolicyInputs,
+    request: GroupRequest = REQUEST,
+    task: NumberLineSettings | None = None,
+    **changed: Any,
+) -> PlayedGroup:
+    """Plays a group of `PLAY`, changed, in environments of this process."""
+    make = source.make_env if isinstance(source, Player) else lambda: make_env(task or NumberLineSettings())
+    return asyncio.run(play_group(lambda: LocalEnvironment(make()), source, inputs, request, replace(PLAY, **changed)))
