@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -83,11 +84,28 @@ def options(
     """Holds the options that stand before a command."""
 
 
+def quiet_libraries() -> None:
+    """Keeps remarks of libraries that are not for the user off the terminal; what goes wrong is a `UserError`.
+
+    Called before the libraries are imported; processes that are started inherit it. What the user has set stays.
+    """
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        # That there is no Triton (vLLM's CPU build needs none), and how memory is bound to NUMA nodes.
+        "TORCH_LOGS": "-torch._library.triton",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        # Between vLLM and torch.
+        "PYTHONWARNINGS": "ignore::FutureWarning:vllm.triton_utils.dispatcher",
+    }.items():
+        os.environ.setdefault(name, value)
+    # This process has read the variable already.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.triton_utils\.dispatcher")
+
+
 def main() -> None:
     """Runs the command line: a `UserError` is one line on stderr and exit status 2; SIGTERM and SIGHUP are Ctrl-C."""
     prepare_process()
-    # Remarks on model configurations are not for the user; what goes wrong is said as a UserError.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    quiet_libraries()
     for stream in (sys.stdout, sys.stderr):
         # Names may hold letters that a terminal has none for, or bytes that are no text at all.
         if isinstance(stream, io.TextIOWrapper):

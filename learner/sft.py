@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as transformers_logging
 
 from gflowvlm.shared.config import Precision
 from gflowvlm.shared.errors import UserError, one_line
@@ -109,6 +110,8 @@ def load_for_sft(model: str, settings: SftSettings) -> tuple[Any, PolicyInputs]:
     Raises:
         UserError: The model or its processor cannot be loaded.
     """
+    # Bars for reading and writing local files would stand in the middle of our own; downloads keep theirs.
+    transformers_logging.disable_progress_bar()
     try:
         processor = AutoProcessor.from_pretrained(model)
         network = AutoModelForImageTextToText.from_pretrained(model, dtype=getattr(torch, settings.dtype))

@@ -19,6 +19,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
 from gflowvlm.shared.lexicon import Lexicon
 from gflowvlm.shared.response import DONE_TOKEN
@@ -124,6 +125,8 @@ def build_tiny_policy(
         model = Idefics3ForConditionalGeneration(config)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    # A bar for one small file says nothing.
+    transformers_logging.disable_progress_bar()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

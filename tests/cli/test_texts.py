@@ -91,3 +91,30 @@ def test_a_file_that_is_there_is_not_touched_before_there_is_a_result(tmp_path, 
     assert result.exit_code == 0, result.output
     assert json.loads(Path("x.json").read_text())[0]["success"] is True
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_remarks_of_libraries_do_not_reach_the_terminal(tmp_path):
+    remarks = (
+        "import logging, warnings; import torch; "
+        "logging.getLogger('torch._library.triton').warning('Triton not available'); "
+        "warnings.warn_explicit('old', FutureWarning, 'f.py', 1, module='vllm.triton_utils.dispatcher')"
+    )
+    quiet = ("TORCH_LOGS", "TORCH_CPP_LOG_LEVEL", "TRANSFORMERS_VERBOSITY", "PYTHONWARNINGS")
+    environment = {name: value for name, value in os.environ.items() if name not in quiet}
+
+    def said(code: str) -> str:
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**environment, "PYTHONPATH": str(Path(__file__).parents[2])},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stderr
+
+    loud = said(remarks)
+    assert "Triton not available" in loud
+    assert "FutureWarning: old" in loud
+    assert said(f"from gflowvlm.cli.main import quiet_libraries; quiet_libraries(); {remarks}") == ""

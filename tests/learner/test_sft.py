@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from gflowvlm.learner.sft import (
     SftExample,
@@ -212,3 +213,12 @@ def test_a_head_that_is_the_embedding_is_not_scaled(tiny: Path) -> None:
     network.get_output_embeddings().weight = network.get_input_embeddings().weight
     with pytest.raises(UserError, match="head-scale"):
         scale_head(network, 2.0)
+
+
+def test_no_bars_for_local_files_stand_between_the_steps(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    transformers_logging.enable_progress_bar()
+    model = build_tiny_policy(tmp_path / "model", seed=0)
+    transformers_logging.enable_progress_bar()
+    network, inputs = load_for_sft(str(model), SftSettings())
+    SftTrainer(network, inputs, SftSettings()).save_model(tmp_path / "saved")
+    assert capfd.readouterr().err == ""
