@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 
 from gflowvlm.run.folder import RunFolder
-from gflowvlm.run.log import read_rows
+from gflowvlm.run.log import Row, read_rows
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.files import write_whole
 from gflowvlm.shared.settings import Settings
@@ -26,12 +26,14 @@ class SavedState(Settings):
         response_tokens: Response tokens sampled for training.
         due: Adapter version by learner step, of evaluations that are due and not finished.
         evaluated: Learner steps whose evaluation is finished.
+        best: The evaluation of the best adapter, for the case that `best.json` is lost; None before the first.
     """
 
     env_steps: Count = 0
     response_tokens: Count = 0
     due: dict[Count, Count] = Field(default_factory=dict)
     evaluated: frozenset[Count] = frozenset()
+    best: Row | None = None
 
 
 def load_state(folder: RunFolder) -> SavedState:

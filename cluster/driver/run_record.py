@@ -86,20 +86,20 @@ class RunRecord:
         """An evaluation was as good as the best before it, or better."""
         write_whole(self._folder.best, json.dumps(evaluation, indent=1), durable=True)
         self._best = evaluation
+        self._save(lambda _: {"best": evaluation})
 
     def _load_best(self) -> Row | None:
-        """Returns the best evaluation that is written down; where that is lost, the best of the record's."""
+        """Returns the best evaluation that is written down; where that is lost, the saved state has it."""
         path = self._folder.best
         try:
             best: Row = json.loads(path.read_text(encoding="utf-8"))
             return {**best, "version": int(best["version"]), "success": float(best["success"])}
         except FileNotFoundError:
-            found = [row for row in self.rows() if row["kind"] == "evaluation" and row["step"] in self._saved.evaluated]
-            return max(found, key=lambda row: (row["success"], row["step"]), default=None)
+            return self._saved.best
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path}: damaged ({error}); remove it, and the run goes on with the best evaluation of its "
-                "metrics.jsonl"
+                f"{path}: damaged ({error}); remove it, and the run goes on with the best evaluation that its "
+                "state.json has"
             ) from None
 
     def rows(self) -> list[Row]:

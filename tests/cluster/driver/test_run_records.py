@@ -135,7 +135,7 @@ def test_a_resume_asks_for_an_evaluation_that_was_due_before_the_first_adapter_w
     assert second.asked() == [(2, 0)]
 
 
-def test_a_lost_best_json_is_made_good_from_the_log_and_a_damaged_one_is_one_line(run):
+def test_a_lost_best_json_is_made_good_without_the_log_and_a_damaged_one_is_one_line(run):
     first = run()
     first.report(STARTED, 0, 0)
     first.learn(1, 4, version=1)
@@ -151,6 +151,7 @@ def test_a_lost_best_json_is_made_good_from_the_log_and_a_damaged_one_is_one_lin
             run(step=4)
         assert "\n" not in str(error.value)
     run.folder.best.unlink()
+    run.folder.metrics.unlink()
     second = run(step=4)
     assert second.record.best()["version"] == 2
     second.report(STARTED, 4, 5)
