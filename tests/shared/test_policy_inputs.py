@@ -15,3 +15,9 @@ def test_a_package_that_a_models_processor_needs_is_named_in_one_line(monkeypatc
     monkeypatch.setattr(AutoProcessor, "from_pretrained", from_pretrained)
     with pytest.raises(UserError, match=r"cannot be loaded \(Package `num2words` is required .* pip\.\)"):
         PolicyInputs.load(resolve_model("numberline-tiny"))
+
+
+def test_the_folder_of_a_stopped_warm_start_says_how_to_go_on(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    with pytest.raises(UserError, match=r"no config\.json.*gflowvlm sft.*--resume"):
+        PolicyInputs.load(str(tmp_path))
