@@ -304,10 +304,17 @@ class RunConfig(Settings):
         """Whether the policy after a learner step is evaluated."""
         return step % self.evaluation.every == 0 or step == self.learner.steps
 
-    def is_evaluated(self, step: int) -> bool:
-        """Whether an adapter published at a learner step is evaluated, then or before the next one is published."""
+    def is_evaluated(self, step: int, *, at_start: bool = False) -> bool:
+        """Whether an adapter published at a learner step is evaluated, then or before the next one is published.
+
+        Args:
+            step: The learner's step.
+            at_start: Whether a learner that goes on from this step publishes it again: the step's own evaluation is
+                of the adapter that was published when it was done.
+        """
         every = self.learner.publish_every
-        return any(self.evaluation_is_due(later) for later in range(step, (step // every + 1) * every))
+        first = step + 1 if at_start else step
+        return any(self.evaluation_is_due(later) for later in range(first, (step // every + 1) * every))
 
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":

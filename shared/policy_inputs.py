@@ -38,14 +38,14 @@ class PolicyInputs:
             UserError: No such model, no processor in it, or its tokenizer has no `[DONE]` token.
         """
         path = directory_or_hub_name(model)
-        if Path(path).is_dir() and not (Path(path) / "config.json").exists():
-            raise UserError(
-                f"model {model!r}: no model in that folder (no config.json); if `gflowvlm sft` was stopped there, "
-                "go on with its --resume"
-            )
         try:
             processor = AutoProcessor.from_pretrained(path)
         except (ImportError, OSError, ValueError) as error:
+            if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+                raise UserError(
+                    f"model {model!r}: no model in that folder (no config.json); if `gflowvlm sft` was stopped there, "
+                    "go on with its --resume"
+                ) from None
             reason = one_line(error)
             where = "" if Path(path).is_absolute() else "is no folder here, and at the hub "
             raise UserError(f"model {model!r}: {where}its processor cannot be loaded ({reason})") from None

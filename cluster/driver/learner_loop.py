@@ -128,7 +128,7 @@ class LearnerLoop:
         first = self.learner.steps_taken
         if first > 0 or self._newest_version() > BASE_VERSION:
             # The samplers must not go on with what a step has left that was undone.
-            self._publish()
+            self._publish(at_start=True)
         if self.rank == 0:
             self.reporter.send(STARTED, {"step": first, "version": self.version, "pid": os.getpid()})
         if first == 0:
@@ -210,17 +210,17 @@ class LearnerLoop:
         version, _ = answer_of(lambda: self.store.newest.remote(), "the adapter store's newest version")
         return int(version)
 
-    def _publish(self) -> None:
+    def _publish(self, *, at_start: bool = False) -> None:
         """Publishes the adapter, from one rank; all of them learn its version, with which they ask for batches."""
         if self.rank == 0:
-            self._publish_from_here()
+            self._publish_from_here(at_start)
         if ray.train.get_context().get_world_size() > 1:
             self.version = broadcast_from_rank_zero(self.version)
 
-    def _publish_from_here(self) -> None:
+    def _publish_from_here(self, at_start: bool) -> None:
         staging, step = staging_folder(self.folder.root), self.learner.steps_taken
         self.learner.save_adapter(staging)
-        keep = self.config.is_evaluated(step)
+        keep = self.config.is_evaluated(step, at_start=at_start)
         self.version = answer_of(
             lambda: self.store.publish.remote(str(staging), step, keep=keep), "the adapter store to publish"
         )

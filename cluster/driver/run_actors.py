@@ -17,7 +17,7 @@ from gflowvlm.actors.event_loop import EventLoopThread
 from gflowvlm.actors.policy_client import PolicyClient
 from gflowvlm.actors.policy_server import deploy_policy_server, scale_policy_server, shutdown_policy_server
 from gflowvlm.actors.rollout_worker import RolloutWorker
-from gflowvlm.cluster.driver.actor_calls import ACTOR_TIMEOUT_S
+from gflowvlm.cluster.driver.actor_calls import answer_of
 from gflowvlm.cluster.driver.learner_loop import LearnerJob, learner_loop
 from gflowvlm.cluster.driver.learner_reports import RemoteMailbox, Report, ReportReceiver, start_mailbox
 from gflowvlm.cluster.driver.worker_pool import WorkerPool
@@ -97,13 +97,19 @@ class RunActors:
 
     def buffer_stats(self) -> dict[str, Any]:
         """Returns the replay buffer's counts."""
-        stats: dict[str, Any] = ray.get(self.buffer.stats.remote(), timeout=ACTOR_TIMEOUT_S)
+        stats: dict[str, Any] = answer_of(lambda: self.buffer.stats.remote(), "the replay buffer's counts")
         return stats
 
     def buffer_counts(self) -> dict[str, int]:
-        """Returns ``accepted`` and ``buffer_size`` (trajectories); nothing while the buffer is away or busy."""
+        """Returns ``accepted`` and ``buffer_size`` (trajectories); nothing while the buffer is away or busy.
+
+        Raises:
+            UserError: It came back to a damaged folder.
+        """
         try:
             stats = ray.get(self.buffer.stats.remote(), timeout=SNAPSHOT_TIMEOUT_S)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             return {}
         return {"accepted": stats["accepted"], "buffer_size": stats["size"]}

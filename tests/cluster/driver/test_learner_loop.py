@@ -250,8 +250,8 @@ def test_versions_that_are_evaluated_say_so_also_between_two_publications():
     )
     # Evaluated after the steps 3, 6, 9 and 10, by what was published at 2, 6, 8 and 10.
     assert [step for step in range(1, 11) if step % 2 == 0 and config.is_evaluated(step)] == [2, 6, 8, 10]
-    # A learner that starts again at a step between two publications publishes there.
-    assert [step for step in (1, 3, 5, 7, 9) if config.is_evaluated(step)] == [3, 9]
+    # A learner that starts again at a step publishes there; what it evaluates later is of that adapter.
+    assert [step for step in range(1, 11) if config.is_evaluated(step, at_start=True)] == [2, 8]
 
 
 def test_a_learner_publishes_its_step_and_leaves_nothing_beside_its_versions(run, learn):
@@ -260,6 +260,14 @@ def test_a_learner_publishes_its_step_and_leaves_nothing_beside_its_versions(run
     assert [publication["step"] for publication in published] == list(range(1, STEPS + 1))
     assert [publication["keep"] for publication in published] == [False] * (STEPS - 1) + [True]
     assert not list(run.root.glob("adapter-*"))
+
+
+def test_starting_again_at_an_evaluated_step_keeps_no_second_adapter_of_it_for_ever(run, learn):
+    learn()
+    for _ in range(2):
+        learn()
+    published = [json.loads((path / "publication.json").read_text()) for path in sorted(run.adapters.iterdir())]
+    assert [(p["step"], p["keep"]) for p in published[STEPS:]] == [(STEPS, False)] * 2
 
 
 @pytest.mark.parametrize(("gpus", "chosen"), [(0.0, []), (1.0, ["cuda:1"])])
