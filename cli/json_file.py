@@ -1,6 +1,8 @@
 """Results as JSON files, for the `--json` options."""
 
+import errno
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ def json_option(help_text: str) -> Any:
     Args:
         help_text: What is written there.
     """
-    return typer.Option("--json", help=help_text, dir_okay=False, callback=_checked, show_default=False)
+    return typer.Option("--json", help=help_text, callback=_checked, show_default=False)
 
 
 def write_json_file(content: Any, path: Path) -> None:
@@ -46,6 +48,8 @@ def check_can_be_written(option: str, path: Path) -> None:
         if path.is_file():
             with path.open("ab"):
                 return
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if path.exists():
             # A pipe or a device, which must not be opened before there is something to write.
             return
