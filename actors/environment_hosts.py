@@ -41,8 +41,9 @@ class EnvironmentHosts:
             if host.process is not None:
                 host.process.end()
 
-    async def settled(self) -> None:
-        """Returns when no call runs any more; for the time after `close`."""
+    async def close_and_settle(self) -> None:
+        """Ends the processes, and returns when no call runs any more."""
+        self.close()
         for host in self._hosts:
             if host.process is not None:
                 await host.process.settled()

@@ -204,9 +204,11 @@ class RolloutWorker(EnvRunner):
     def stop(self) -> None:
         """Ends the worker's event loop and its environments' processes."""
         if self._hosts is not None:
-            self._hosts.close()
             if self._loop.is_running:
-                self._loop.run(self._hosts.settled(), STOP_TIMEOUT_S)
+                # There, where calls of the environments may be finding their process gone just now.
+                self._loop.run(self._hosts.close_and_settle(), STOP_TIMEOUT_S)
+            else:
+                self._hosts.close()
         self._loop.close()
 
     def _play(

@@ -230,8 +230,7 @@ def test_a_call_that_nobody_waits_for_any_more_is_still_the_one_to_blame() -> No
         given_up.cancel()
         with pytest.raises(EnvironmentLostError):
             await good.act("+")
-        hosts.close()
-        await hosts.settled()
+        await hosts.close_and_settle()
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     try:
@@ -249,8 +248,7 @@ def test_calls_that_wait_when_the_processes_are_ended_end_with_them(hosts: Envir
         for environment in environments:
             environment.close()
         await asyncio.sleep(0)
-        hosts.close()
-        await hosts.settled()
+        await hosts.close_and_settle()
         for outcome in await asyncio.gather(*acting, return_exceptions=True):
             assert not isinstance(outcome, asyncio.CancelledError)
         assert asyncio.all_tasks() == {asyncio.current_task()}

@@ -18,6 +18,7 @@ import ray
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
 from gflowvlm.actors.buffer_actor import create_buffer_actor
+from gflowvlm.actors.environment_process import EnvironmentProcess
 from gflowvlm.actors.event_loop import EventLoopEndedError
 from gflowvlm.actors.groups import FailureCause, GroupRequest, GroupSummary
 from gflowvlm.actors.policy_client import PolicyServerError
@@ -180,7 +181,17 @@ def test_the_runner_interface_is_answered(model_path: str) -> None:
 
 
 @pytest.mark.slow
-def test_groups_fail_when_their_environments_process_dies_and_the_next_ones_have_a_new_one(model_path: str) -> None:
+def test_groups_fail_when_their_environments_process_dies_and_the_next_ones_have_a_new_one(
+    model_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended_by: list[str] = []
+    end = EnvironmentProcess.end
+
+    def noted(process: EnvironmentProcess, *why: str) -> None:
+        ended_by.append(threading.current_thread().name)
+        end(process, *why)
+
+    monkeypatch.setattr(EnvironmentProcess, "end", noted)
     hosted = CONFIG.model_copy(update={"rollout": CONFIG.rollout.model_copy(update={"environment_processes": 1})})
     source = Fixed(model_path, pause_s=3.0)
     worker = RolloutWorker(run_config=hosted, model_path=model_path, source=source)
@@ -203,6 +214,8 @@ def test_groups_fail_when_their_environments_process_dies_and_the_next_ones_have
     worker.stop()
     assert [s.failure for s in summaries] == [None] * len(REQUESTS)
     assert batch.num_rows == 2 * len(REQUESTS)
+    # Two threads that end a process together close its pipes twice, and by then these may be somebody else's.
+    assert set(ended_by) == {"rollouts"}
 
 
 # Under Ray
