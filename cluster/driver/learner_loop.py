@@ -12,14 +12,17 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray import serve
 from ray.train.collective import broadcast_from_rank_zero
 
 from gflowvlm.actors.adapter_store import find_adapter_store, staging_folder
 from gflowvlm.actors.admission import Pacing
 from gflowvlm.actors.buffer_actor import get_buffer
+from gflowvlm.actors.policy_client import PolicyClient
+from gflowvlm.actors.policy_server import DEPLOYMENT
 from gflowvlm.cluster.driver.actor_calls import ACTOR_TIMEOUT_S, answer_of
 from gflowvlm.cluster.driver.learner_reports import FATAL, MISMATCH, STARTED, STEP, RemoteMailbox, Reporter
-from gflowvlm.cluster.driver.sampler_check import compare_with_sampler, mismatch_row, require_agreement
+from gflowvlm.evaluation.sampler_check import compare_with_sampler, mismatch_row, require_agreement
 from gflowvlm.learner.learner import Learner
 from gflowvlm.run.checkpoints import latest_checkpoint, prune_checkpoints
 from gflowvlm.run.folder import RunFolder
@@ -230,6 +233,8 @@ class LearnerLoop:
             # A sharded model scores only where all learners do.
             self.learner.score([])
             return
-        mismatch = compare_with_sampler(self.config, self.job.model_path, self.job.server_name, self.learner.score)
+        handle = serve.get_deployment_handle(DEPLOYMENT, self.job.server_name)
+        client = PolicyClient.from_config(handle, self.config)
+        mismatch = compare_with_sampler(self.config, self.job.model_path, client, self.learner.score)
         self.reporter.send(MISMATCH, mismatch_row(mismatch))
         require_agreement(mismatch, self.config, self.job.model_path)

@@ -24,7 +24,6 @@ from gflowvlm.cluster.driver.rollout_scheduler import (
 from gflowvlm.cluster.driver.run_actors import RunActors
 from gflowvlm.cluster.driver.run_record import RunRecord
 from gflowvlm.cluster.driver.run_state import RunState
-from gflowvlm.cluster.driver.sampler_check import agreement_line
 from gflowvlm.cluster.driver.token_limits import TokenLimits
 from gflowvlm.cluster.driver.worker_pool import last_line
 from gflowvlm.cluster.launch.ray_runtime import cluster_nodes
@@ -34,6 +33,7 @@ from gflowvlm.cluster.monitoring.telemetry import Telemetry
 from gflowvlm.cluster.scaling.auto_scaling import Load, Size
 from gflowvlm.cluster.scaling.run_scaling import RunScaling
 from gflowvlm.evaluation.metrics import REPORT_SEED_OFFSET, EvaluationPlan, evaluate_trajectories
+from gflowvlm.evaluation.sampler_check import agreement_line
 from gflowvlm.run.checkpoints import latest_checkpoint
 from gflowvlm.run.final_report import measured_on, ordered
 from gflowvlm.run.folder import RunFolder

@@ -8,8 +8,6 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ray import serve
-
 from gflowvlm.actors.environment_hosts import EnvironmentHosts
 from gflowvlm.actors.environments import (
     EnvironmentFailedError,
@@ -22,8 +20,6 @@ from gflowvlm.actors.environments import (
 )
 from gflowvlm.actors.episode import ResponseSource
 from gflowvlm.actors.event_loop import EventLoopEndedError, EventLoopThread
-from gflowvlm.actors.policy_client import PolicyClient
-from gflowvlm.actors.policy_server import DEPLOYMENT
 from gflowvlm.actors.sampling import PromptTooLongError, SampleRequest, SampleResponse
 from gflowvlm.learner.mismatch import QUANTILE, Mismatch, compare
 from gflowvlm.shared.config import RunConfig
@@ -39,20 +35,19 @@ Score = Callable[[Sequence[Trajectory]], list[list[list[float]]]]
 """Gives the learner's log-probability of every response token; see `Learner.score`."""
 
 
-def compare_with_sampler(config: RunConfig, model_path: str, server_name: str, score: Score) -> Mismatch:
+def compare_with_sampler(config: RunConfig, model_path: str, source: ResponseSource, score: Score) -> Mismatch:
     """Returns how far sampled responses' log-probabilities are from the learner's, both of the base model.
 
     Args:
         config: The run's configuration.
         model_path: Model directory or hub name.
-        server_name: Name of the policy server's Serve application.
+        source: Samples the responses.
         score: The learner's `Learner.score`.
 
     Raises:
         UserError: None of the instances could be answered.
     """
-    client = PolicyClient.from_config(serve.get_deployment_handle(DEPLOYMENT, server_name), config)
-    responses = sampled_responses(config, PolicyInputs.load(model_path), client)
+    responses = sampled_responses(config, PolicyInputs.load(model_path), source)
     return compare(responses, score(responses))
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from gflowvlm.actors.sampling import PromptTooLongError, SampleResponse
-from gflowvlm.cluster.driver.sampler_check import (
+from gflowvlm.evaluation.sampler_check import (
     INSTANCES,
     SAMPLES,
     agreement_line,
