@@ -13,9 +13,8 @@ from gflowvlm.actors.environments import EpisodeEnvironment, View
 from gflowvlm.actors.groups import GroupRequest, PlaySettings, new_group_id
 from gflowvlm.actors.sampling import PromptTooLongError, SampleRequest, SampleResponse
 from gflowvlm.envs.base import CUT_OUTCOME
-from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.shared.response import parse_response, token_spans
+from gflowvlm.shared.response import parse_response, with_action
 from gflowvlm.shared.trajectory import EndReason, Step, Trajectory, Validity
 
 _Result = TypeVar("_Result")
@@ -178,7 +177,7 @@ class _Rollout:
                     raise PromptTooLongError(f"{view.instance_id}: {error}") from None
                 return self._recorded(view, EndReason.PROMPT_TOO_LONG, outcome=CUT_OUTCOME)
             self._group.wait_seconds += time.perf_counter() - started
-            if sampled.cut and parse_response(self._inputs.decode(sampled.token_ids)).malformed:
+            if sampled.cut and self._inputs.read(sampled.token_ids).parsed.malformed:
                 return self._recorded(view, EndReason.RESPONSE_CUT, outcome=CUT_OUTCOME)
             response = _Response(sampled.token_ids, sampled.log_probs, sampled.version)
             if self._settings.epsilon > 0 and self._rng.random() < self._settings.epsilon:
@@ -222,26 +221,23 @@ class _Rollout:
     def _explored(self, response: _Response, actions: list[str]) -> _Response:
         """Returns the response with a random admissible action instead of its own.
 
-        The chain of thought stays exactly as sampled. Where the tokenizer would not give these same tokens
-        back in front of the new action, or no action can be read, the response stays as it is.
+        The chain of thought stays exactly as sampled. Where no action can be read, or the tokenizer has no tokens that
+        write the new one behind it, the response stays as it is.
         """
-        text = self._inputs.decode(response.token_ids)
-        parsed = parse_response(text)
-        if parsed.action_chars is None:
+        read = self._inputs.read(response.token_ids)
+        if read.parsed.malformed:
             return response
-        kept = token_spans(response.token_ids, parsed.action_chars, self._inputs.decode).cot_end
-        action = actions[int(self._rng.integers(len(actions)))]
-        token_ids = self._inputs.encode_response(f'{text[: parsed.action_chars[0]]}{action}"}}')
-        if token_ids[:kept] != response.token_ids[:kept]:
+        kept = read.layout.cot_end
+        token_ids = self._inputs.with_action(response.token_ids, actions[int(self._rng.integers(len(actions)))])
+        if token_ids is None:
             return response
         forced = [math.nan] * (len(token_ids) - kept)
         return _Response(token_ids, response.log_probs[:kept] + forced, response.version)
 
     async def _step(self, response: _Response, before: View) -> View:
         """Steps the environment with a response, records both, and returns what comes after."""
-        text = self._inputs.decode(response.token_ids)
-        parsed = parse_response(text)
-        spans = token_spans(response.token_ids, parsed.action_chars, self._inputs.decode)
+        read = self._inputs.read(response.token_ids)
+        parsed, layout = read.parsed, read.layout
         if parsed.action is None:
             validity = Validity.MALFORMED
         elif parsed.action in before.admissible_actions:
@@ -257,9 +253,10 @@ class _Rollout:
                 prompt=before.prompt,
                 image=self._images.setdefault(before.image, len(self._images)),
                 response_ids=response.token_ids,
-                response_text=text,
-                cot_end=spans.cot_end,
-                action_end=spans.action_end,
+                response_text=read.text,
+                cot_end=layout.cot_end,
+                action_end=layout.action_end,
+                stop_ids=layout.stop_ids,
                 sampler_log_probs=response.log_probs,
                 policy_version=response.version,
                 action=parsed.action,
@@ -297,26 +294,17 @@ class _Rollout:
 
 def _with_action(text: str, action: str) -> str:
     """Returns a demonstration of another action at the same state: what comes before the action is the same."""
-    chars = parse_response(text).action_chars
-    if chars is None:
-        raise RuntimeError(f"no action in the demonstration {text!r}")
-    return f"{text[: chars[0]]}{action}{text[chars[1] :]}"
+    return with_action(text, parse_response(text), action)
 
 
 def _in_tokens(step: Step, inputs: PolicyInputs) -> Step:
     token_ids = inputs.encode_response(step.response_text)
-    text = inputs.decode(token_ids)
-    parsed = parse_response(text)
-    if parsed.action != step.action:
-        raise UserError(
-            f"model {inputs.model!r}: its tokenizer turns the demonstrated {step.response_text!r} into {text!r}"
-        )
-    spans = token_spans(token_ids, parsed.action_chars, inputs.decode)
+    layout = inputs.read(token_ids).layout
     return replace(
         step,
         response_ids=token_ids,
-        response_text=text,
-        cot_end=spans.cot_end,
-        action_end=spans.action_end,
+        cot_end=layout.cot_end,
+        action_end=layout.action_end,
+        stop_ids=layout.stop_ids,
         sampler_log_probs=[math.nan] * len(token_ids),
     )

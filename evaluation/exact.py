@@ -6,14 +6,14 @@ much out, those that the policy says in `THOUGHT_SAMPLES` responses sampled ther
 
     P(a | z) = Σ_c P_CoT(c | z) P_Act(a | c, z)
 
-Each chain of thought counts once and with its exact probability, wherever it is from. What they leave out
-(1 − Σ_c P_CoT) is *uncovered*: rare other words for the same, misreadings, malformed text. So are states that are
-hardly ever come to, where only the others are scored. Uncovered mass is followed to no end, counts as missing in
+Each chain of thought counts once and with its exact probability, wherever it is from, and all actions and the stop
+stand behind the very same tokens of it. What they leave out (1 − Σ_a P(a | z)) is *uncovered*: rare other words for
+the same, misreadings, malformed text, inadmissible actions. So are states that are hardly ever come to, where only
+the others are scored. Uncovered mass is followed to no end, counts as missing in
 the distances, and is reported beside them: a distance is known to within it, and there is no other sampling error.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from gflowvlm.evaluation.action_tree import TreeState
 from gflowvlm.learner.packing import ScoredStep
 from gflowvlm.learner.scoring import LOG_STOP, Scorer
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.shared.response import DONE_TOKEN, parse_response, token_spans
+from gflowvlm.shared.response import DONE_TOKEN
 
 LEFT_OUT = 0.01
 """Probability that an evaluation does not follow to its end: the rarest of thousands of states."""
@@ -42,11 +42,11 @@ _STATES_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class ActionProbabilities:
-    """P(a | z) of one state; what is missing to 1 is `uncovered` or goes to inadmissible actions.
+    """P(a | z) of one state; what is missing to 1 is `uncovered`.
 
     Attributes:
         of: By action, the stop action included.
-        uncovered: 1 − Σ_c P_CoT(c | z); 1 where the state was left out.
+        uncovered: 1 − Σ_a P(a | z); 1 where the state was left out.
         thoughts: P_CoT(c | z) of every chain of thought.
     """
 
@@ -99,10 +99,10 @@ def action_probabilities(
     return found
 
 
-def _scored_step(state: TreeState, response: str, inputs: PolicyInputs) -> ScoredStep:
-    ids = inputs.encode_response(response)
-    spans = token_spans(ids, parse_response(response).action_chars, inputs.decode)
-    return ScoredStep(state.prompt, state.image, ids, spans.cot_end, spans.action_end)
+def _scored_step(state: TreeState, ids: list[int], inputs: PolicyInputs, with_stop: bool) -> ScoredStep:
+    layout = inputs.read(ids).layout
+    stop_ids = layout.stop_ids if with_stop else []
+    return ScoredStep(state.prompt, state.image, ids, layout.cot_end, layout.action_end, stop_ids)
 
 
 def state_probabilities(
@@ -122,70 +122,77 @@ def state_probabilities(
         inputs: The policy's processor.
         sample_thoughts: Samples responses; None for none.
     """
-    found = _scored(states, [state.responses for state in states], scorer, inputs)
+    found = _scored(states, [_thoughts(state, inputs) for state in states], scorer, inputs)
     unsure = [n for n, given in enumerate(found) if reach[n] * given.uncovered > MUCH]
     if sample_thoughts is not None and unsure:
         some = [states[n] for n in unsure]
         sampled = zip(some, sample_thoughts(some), strict=True)
-        more = [_other_responses(state, texts, inputs) for state, texts in sampled]
+        more = [_other_thoughts(state, texts, inputs) for state, texts in sampled]
         for n, given in zip(unsure, _scored(some, more, scorer, inputs), strict=True):
             found[n] = _together(found[n], given)
     return found
 
 
-def _other_responses(state: TreeState, texts: Sequence[str], inputs: PolicyInputs) -> dict[str, list[str]]:
-    """Returns responses with each action behind each chain of thought of `texts` that is not demonstrated."""
-    found: dict[str, list[str]] = {action: [] for action in state.responses}
-    known = {_parts(response)[0] for response in next(iter(state.responses.values()))}
+def _thoughts(state: TreeState, inputs: PolicyInputs) -> list[list[int]]:
+    """Returns one response's tokens for each chain of thought that is demonstrated at a state."""
+    return [inputs.encode_response(text) for text in next(iter(state.responses.values()), ())]
+
+
+def _other_thoughts(state: TreeState, texts: Sequence[str], inputs: PolicyInputs) -> list[list[int]]:
+    """Returns one response's tokens for each chain of thought of `texts` that is not demonstrated."""
+    known = {_thought_of(ids, inputs) for ids in _thoughts(state, inputs)}
+    found = []
     for text in texts:
-        thought, rest = _parts(text)
+        ids = inputs.encode_if_possible(text)
         # Text that comes back otherwise from its tokens has no probability of its own.
-        if rest and thought not in known and inputs.decode(inputs.encode_response(text)) == text:
-            known.add(thought)
-            for action, responses in found.items():
-                responses.append(thought + action + rest)
+        if ids is not None and not inputs.read(ids).parsed.malformed:
+            thought = _thought_of(ids, inputs)
+            if thought not in known:
+                known.add(thought)
+                found.append(ids)
     return found
 
 
-def _parts(response: str) -> tuple[str, str]:
-    """Returns what stands before a response's action and what behind it; nothing behind it where there is none."""
-    chars = parse_response(response).action_chars
-    return (response, "") if chars is None else (response[: chars[0]], response[chars[1] :])
+def _thought_of(ids: Sequence[int], inputs: PolicyInputs) -> tuple[int, ...]:
+    return tuple(ids[: inputs.read(ids).layout.cot_end])
 
 
 def _scored(
-    states: Sequence[TreeState],
-    responses: Sequence[Mapping[str, Sequence[str]]],
-    scorer: Scorer,
-    inputs: PolicyInputs,
+    states: Sequence[TreeState], thoughts: Sequence[Sequence[list[int]]], scorer: Scorer, inputs: PolicyInputs
 ) -> list[ActionProbabilities]:
-    """Sums over chains of thought; each of a state's has one response for every action."""
-    steps, owners = [], []
-    for number, (state, by_action) in enumerate(zip(states, responses, strict=True)):
-        for action, texts in by_action.items():
-            for text in texts:
-                steps.append(_scored_step(state, text, inputs))
-                owners.append((number, action))
+    """Sums over chains of thought, each of them given by a response that has it."""
+    steps: list[ScoredStep] = []
+    owners: list[tuple[int, str, bool]] = []
+    for number, (state, responses) in enumerate(zip(states, thoughts, strict=True)):
+        for response in responses:
+            # The stop and the chain of thought are scored once, with the first action.
+            first = True
+            for action in state.responses:
+                ids = inputs.with_action(response, action)
+                if ids is not None:
+                    steps.append(_scored_step(state, ids, inputs, with_stop=first))
+                    owners.append((number, action, first))
+                    first = False
     scores = torch.zeros(len(steps), LOG_STOP + 1)
     with torch.no_grad():
         for batch in scorer.pack(steps):
             scores[batch.index] = scorer.score_steps(batch).stacked()[:, : LOG_STOP + 1].cpu()
-    of: list[dict[str, float]] = [defaultdict(float) for _ in states]
-    thoughts: list[list[float]] = [[] for _ in states]
-    for (number, action), (act, cot, stop) in zip(owners, scores.double().exp().tolist(), strict=True):
+    of: list[dict[str, float]] = [dict.fromkeys([*state.responses, DONE_TOKEN], 0.0) for state in states]
+    said: list[list[float]] = [[] for _ in states]
+    probabilities = scores.double().exp().tolist()
+    for step, (number, action, first), (act, cot, stop) in zip(steps, owners, probabilities, strict=True):
         of[number][action] += cot * act
-        # A chain of thought says the same about stopping each time.
-        of[number][DONE_TOKEN] += cot * stop / len(responses[number])
-        if action == next(iter(responses[number])):
-            thoughts[number].append(cot)
-    return [ActionProbabilities(dict(p), _left(said), tuple(said)) for p, said in zip(of, thoughts, strict=True)]
+        if len(step.stop_ids) > 0:
+            of[number][DONE_TOKEN] += cot * stop
+        if first:
+            said[number].append(cot)
+    return [ActionProbabilities(p, _left(p), tuple(cots)) for p, cots in zip(of, said, strict=True)]
 
 
 def _together(one: ActionProbabilities, other: ActionProbabilities) -> ActionProbabilities:
-    thoughts = (*one.thoughts, *other.thoughts)
-    of = {action: one.of.get(action, 0.0) + other.of.get(action, 0.0) for action in {*one.of, *other.of}}
-    return ActionProbabilities(of, _left(thoughts), thoughts)
+    of = {action: one.of[action] + other.of[action] for action in one.of}
+    return ActionProbabilities(of, _left(of), (*one.thoughts, *other.thoughts))
 
 
-def _left(thoughts: Sequence[float]) -> float:
-    return max(0.0, 1.0 - math.fsum(thoughts))
+def _left(of: Mapping[str, float]) -> float:
+    return max(0.0, 1.0 - math.fsum(of.values()))

@@ -25,7 +25,6 @@ from gflowvlm.learner.mismatch import QUANTILE, Mismatch, compare
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.shared.response import parse_response, token_spans
 from gflowvlm.shared.trajectory import BASE_VERSION, EndReason, Step, Trajectory, Validity
 
 INSTANCES, SAMPLES = 8, 2
@@ -137,19 +136,19 @@ def sampled_responses(config: RunConfig, inputs: PolicyInputs, source: ResponseS
 
 
 def _one_step(view: View, seed: int, name: str, response: SampleResponse, inputs: PolicyInputs) -> Trajectory:
-    parsed = parse_response(response.text)
-    spans = token_spans(response.token_ids, parsed.action_chars, inputs.decode)
+    read = inputs.read(response.token_ids)
     step = Step(
         prompt=view.prompt,
         image=0,
         response_ids=response.token_ids,
         response_text=response.text,
-        cot_end=spans.cot_end,
-        action_end=spans.action_end,
+        cot_end=read.layout.cot_end,
+        action_end=read.layout.action_end,
         sampler_log_probs=response.log_probs,
         policy_version=response.version,
-        action=parsed.action,
-        validity=Validity.MALFORMED if parsed.malformed else Validity.VALID,
+        action=read.parsed.action,
+        validity=Validity.MALFORMED if read.parsed.malformed else Validity.VALID,
+        stop_ids=read.layout.stop_ids,
     )
     return Trajectory(
         trajectory_id=name,

@@ -23,6 +23,7 @@ class ScoredStep:
         response_ids: The exact response tokens.
         cot_end: Tokens ``[0, cot_end)`` are chain of thought.
         action_end: Tokens ``[cot_end, action_end)`` are the action; empty when malformed.
+        stop_ids: The tokens of the stop action behind ``response_ids[:cot_end]``; empty where it is not scored.
     """
 
     prompt: str
@@ -30,6 +31,7 @@ class ScoredStep:
     response_ids: Sequence[int]
     cot_end: int
     action_end: int
+    stop_ids: Sequence[int] = ()
 
 
 @dataclass
@@ -65,7 +67,7 @@ def steps_of(trajectories: Iterable[Trajectory]) -> list[ScoredStep]:
 def scored_step(trajectory: Trajectory, step: Step) -> ScoredStep:
     """Returns what is needed to score a step of a trajectory."""
     image = trajectory.images[step.image]
-    return ScoredStep(step.prompt, image, step.response_ids, step.cot_end, step.action_end)
+    return ScoredStep(step.prompt, image, step.response_ids, step.cot_end, step.action_end, step.stop_ids)
 
 
 class Packer:

@@ -43,7 +43,7 @@ class StepScores:
     Attributes:
         log_act: (N,) log P_Act: the sum over the action's tokens; 0 when malformed.
         log_cot: (N,) log P_CoT: the sum over the tokens before the action; all tokens when malformed.
-        log_stop: (N,) log P([DONE]) at the action's first position; 0 when malformed (there is none).
+        log_stop: (N,) log P(⊤), the sum over `ScoredStep.stop_ids` behind the same chain of thought; 0 without them.
         log_rest: (N,) the sum over the tokens after the action; 0 when malformed.
         token_log_probs: (N, R) log-probability of each response token, detached; 0 in the padding.
         hidden: (N, features) last hidden state of the prompt's last token, in the model's precision; None
@@ -149,16 +149,31 @@ class Scorer:
         in_cot = column < cot_end[:, None]
         in_action = (column >= cot_end[:, None]) & (column < action_end[:, None])
         row = torch.arange(len(batch.steps), device=self._device)
-        first = cot_end.clamp(max=width - 1)
-        stop = logits[row, first, self._inputs.done_id] - log_norm[row, first]
+        inside = [_stop_is_inside(step) for step in batch.steps]
+        last = torch.tensor([step.cot_end + len(step.stop_ids) - 1 for step in batch.steps], device=self._device)
+        stop_token = torch.tensor([[*step.stop_ids, 0][len(step.stop_ids) - 1] for step in batch.steps])
+        at = last.clamp(min=0, max=width - 1)
+        stop = logits[row, at, stop_token.to(self._device)] - log_norm[row, at]
+        stop = stop + torch.where((column >= cot_end[:, None]) & (column < last[:, None]), tokens, 0.0).sum(dim=1)
+        stop = torch.where(torch.tensor(inside, device=self._device), stop, 0.0)
         return StepScores(
             log_act=torch.where(in_action, tokens, 0.0).sum(dim=1),
             log_cot=torch.where(in_cot, tokens, 0.0).sum(dim=1),
-            log_stop=torch.where(action_end > cot_end, stop, 0.0),
+            log_stop=stop + self._stops_outside(batch),
             log_rest=torch.where(column >= action_end[:, None], tokens, 0.0).sum(dim=1),
             token_log_probs=tokens.detach(),
             hidden=hidden,
         )
+
+    def _stops_outside(self, batch: MicroBatch) -> Tensor:
+        """Returns (N,) log P(⊤) of the steps whose stop begins with other tokens than their action; 0 of others."""
+        log_stop = torch.zeros(len(batch.steps), device=self._device)
+        rows = [n for n, step in enumerate(batch.steps) if len(step.stop_ids) > 0 and not _stop_is_inside(step)]
+        if len(rows) == 0:
+            return log_stop
+        steps = [_stopping(batch.steps[n]) for n in rows]
+        scores = self.score_steps(MicroBatch([], steps, steps, list(range(len(steps)))))
+        return log_stop.index_add(0, torch.tensor(rows, device=self._device), scores.log_act)
 
     def _whole(
         self, batch: MicroBatch, responses: Tensor, mask: Tensor, with_hidden: bool
@@ -255,6 +270,18 @@ class Scorer:
             name: (tensor.to(self._policy.dtype) if tensor.is_floating_point() else tensor).to(self._device)
             for name, tensor in batch.encoded.items()
         }
+
+
+def _stop_is_inside(step: ScoredStep) -> bool:
+    """Whether a response's own pass scores its stop: all but the last of the stop's tokens are the response's."""
+    shared = step.stop_ids[:-1]
+    return len(step.stop_ids) > 0 and list(step.response_ids[step.cot_end : step.cot_end + len(shared)]) == list(shared)
+
+
+def _stopping(step: ScoredStep) -> ScoredStep:
+    """Returns the step with its stop as the action."""
+    ids = [*step.response_ids[: step.cot_end], *step.stop_ids]
+    return ScoredStep(step.prompt, step.image, ids, step.cot_end, len(ids))
 
 
 def _keeps_all_keys(model: Any) -> bool:

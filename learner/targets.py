@@ -192,6 +192,11 @@ def is_malformed(step: Step) -> bool:
     return step.action_end <= step.cot_end
 
 
+def _scores_stop(step: Step) -> bool:
+    """Whether a step tells log P(⊤) at its state; one that does not is to a state-wise loss what a malformed one is."""
+    return not is_malformed(step) and len(step.stop_ids) > 0
+
+
 def instance_numbers(trajectories: Sequence[Trajectory]) -> Tensor:
     """Returns (K,) int64, equal for trajectories of the same task instance g."""
     numbers = {name: i for i, name in enumerate(dict.fromkeys(t.instance_id for t in trajectories))}
@@ -259,7 +264,7 @@ def _layout(trajectory: Trajectory, target: Target) -> _Layout:
     nodes = list(states)
     borrows = False
     if target.loss in STATE_WISE:
-        nodes = [t for t in states if (forced and t == last) or (t < len(steps) and not is_malformed(steps[t]))]
+        nodes = [t for t in states if (forced and t == last) or (t < len(steps) and _scores_stop(steps[t]))]
         borrows = (len(nodes) == 0 or nodes[0] != 0) and len(steps) > 0
         if len(nodes) == 0 or nodes[0] != 0:
             nodes = [0, *nodes]

@@ -15,7 +15,23 @@ from PIL import Image
 from transformers import AutoProcessor, BatchFeature
 
 from gflowvlm.shared.errors import UserError, one_line
-from gflowvlm.shared.response import DONE_TOKEN
+from gflowvlm.shared.response import DONE_TOKEN, ParsedResponse, ResponseLayout, parse_response, with_action
+from gflowvlm.shared.response_tokens import ResponseTokens
+
+
+@dataclass(frozen=True)
+class ReadResponse:
+    """What a response's tokens say.
+
+    Attributes:
+        text: Their text, special tokens kept, without a last end token.
+        parsed: What was read out of it.
+        layout: Where chain of thought, action and stop action stand in the tokens.
+    """
+
+    text: str
+    parsed: ParsedResponse
+    layout: ResponseLayout
 
 
 @dataclass
@@ -65,10 +81,14 @@ class PolicyInputs:
     @cached_property
     def done_id(self) -> int | None:
         """Token id of `[DONE]`, or None when the tokenizer does not have it as one token."""
-        ids = self.tokenizer.encode(DONE_TOKEN, add_special_tokens=False)
-        if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
+        done = self.tokenizer.convert_tokens_to_ids(DONE_TOKEN)
+        if done is None or done == self.tokenizer.unk_token_id:
             return None
-        return int(ids[0])
+        return int(done)
+
+    @cached_property
+    def _tokens(self) -> ResponseTokens:
+        return ResponseTokens(self.tokenizer, self.done_id)
 
     @cached_property
     def end_id(self) -> int:
@@ -104,14 +124,82 @@ class PolicyInputs:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Returns the text of response tokens, `[DONE]` kept, a last end token dropped."""
-        ids = list(token_ids)
-        if ids and ids[-1] == self.end_id:
-            ids.pop()
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return self._tokens.decode(self._without_end(token_ids))
 
     def encode_response(self, text: str) -> list[int]:
-        """Returns the tokens of a demonstration's response, end token last."""
-        return [*self.tokenizer.encode(text, add_special_tokens=False), self.end_id]
+        """Returns the tokens of a demonstration's response, end token last. They give exactly the text back.
+
+        Raises:
+            UserError: The tokenizer has no tokens that do.
+        """
+        ids = self.encode_if_possible(text)
+        if ids is None:
+            raise UserError(f"model {self.model!r}: its tokenizer has no tokens that give {text!r} back")
+        return ids
+
+    def encode_if_possible(self, text: str) -> list[int] | None:
+        """Returns what `encode_response` does, None where the tokenizer has no tokens that give the text back."""
+        ids = self._tokens.encode(text)
+        return None if ids is None else [*ids, self.end_id]
+
+    def read(self, token_ids: Sequence[int]) -> ReadResponse:
+        """Reads a response, whatever it is.
+
+        Args:
+            token_ids: The tokens exactly as sampled, an end token last where there is one.
+        """
+        ids = self._without_end(token_ids)
+        text = self._tokens.decode(ids)
+        parsed = parse_response(text)
+        if parsed.frame_chars is None:
+            return ReadResponse(text, parsed, ResponseLayout.malformed(len(token_ids)))
+        return ReadResponse(text, parsed, self._layout(ids, text, parsed, parsed.frame_chars))
+
+    def with_action(self, token_ids: Sequence[int], action: str) -> list[int] | None:
+        """Returns the response with another action behind the very same tokens of its chain of thought.
+
+        Returns:
+            The tokens, end token last; None where no action can be read, or none of the tokenizer's tokens write the
+            action there.
+        """
+        ids = self._without_end(token_ids)
+        text = self._tokens.decode(ids)
+        parsed = parse_response(text)
+        if parsed.frame_chars is None:
+            return None
+        kept = self._tokens.token_of(ids, text, parsed.frame_chars[0])
+        written = self._behind(ids[:kept], text, with_action(text, parsed, action))
+        return None if written is None else [*ids[:kept], *written, self.end_id]
+
+    def _layout(self, ids: list[int], text: str, parsed: ParsedResponse, frame: tuple[int, int]) -> ResponseLayout:
+        cot_end, last = self._tokens.token_of(ids, text, frame[0]), self._tokens.token_of(ids, text, frame[1] - 1)
+        if parsed.action == DONE_TOKEN:
+            action_end = self._end_of_stop(ids, cot_end, last)
+            return ResponseLayout(cot_end, action_end, ids[cot_end:action_end])
+        stopping = with_action(text, parsed, DONE_TOKEN)
+        written = self._behind(ids[:cot_end], text, stopping)
+        stop_ids = []
+        if written is not None:
+            whole = [*ids[:cot_end], *written]
+            _, end = parse_response(stopping).frame_chars or frame
+            closing = self._tokens.token_of(whole, stopping, end - 1)
+            stop_ids = whole[cot_end : self._end_of_stop(whole, cot_end, closing)]
+        return ResponseLayout(cot_end, last + 1, stop_ids)
+
+    def _end_of_stop(self, ids: list[int], start: int, last: int) -> int:
+        """Returns where a stop action ends: behind its own token where it has one, else behind what closes it."""
+        if self.done_id in ids[start : last + 1]:
+            return ids.index(self.done_id, start) + 1
+        return last + 1
+
+    def _behind(self, kept: list[int], text: str, other: str) -> list[int] | None:
+        """Returns tokens that make `other` of the first tokens of a text; None where there are none."""
+        reached = self._tokens.reach(kept, text)
+        return self._tokens.continuation(kept, other[:reached], other[reached:])
+
+    def _without_end(self, token_ids: Sequence[int]) -> list[int]:
+        ids = list(token_ids)
+        return ids[:-1] if ids and ids[-1] == self.end_id else ids
 
 
 def directory_or_hub_name(model: str) -> str:

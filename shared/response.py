@@ -11,7 +11,6 @@ Responses are model output and therefore untrusted: nothing in this module raise
 
 import json
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +38,14 @@ class ParsedResponse:
     thoughts: str = ""
     fields: dict[str, Any] = field(default_factory=dict)
     action_chars: tuple[int, int] | None = None
+
+    @property
+    def frame_chars(self) -> tuple[int, int] | None:
+        """Start and end of the action's value with the one character in front of it and the one behind it."""
+        if self.action_chars is None:
+            return None
+        start, end = self.action_chars
+        return start - 1, end + 1
 
     @property
     def malformed(self) -> bool:
@@ -81,47 +88,46 @@ def parse_response(text: str) -> ParsedResponse:
     )
 
 
-@dataclass(frozen=True)
-class TokenSpans:
-    """Token spans of a response: CoT is ``[0, cot_end)``, the action's value ``[cot_end, action_end)``.
+def with_action(text: str, parsed: ParsedResponse, action: str) -> str:
+    """Returns a response's text with another action in its place.
 
-    A malformed response is all chain of thought: ``cot_end == action_end == number of tokens``.
+    Args:
+        text: The text.
+        parsed: What `parse_response` read out of it, an action among it.
+        action: The other action.
+
+    Raises:
+        ValueError: There is no action in it.
+    """
+    if parsed.action_chars is None:
+        raise ValueError(f"no action in {text!r}")
+    start, end = parsed.action_chars
+    return f"{text[:start]}{action}{text[end:]}"
+
+
+@dataclass(frozen=True)
+class ResponseLayout:
+    """Where chain of thought, action and stop action stand in a response's tokens.
+
+    `PolicyInputs.read` makes it: what it says depends on the tokenizer. The action begins with the first token that
+    reaches into its value or into the one character in front of it, a rule on the text alone: behind one chain of
+    thought all actions begin at the same place. It ends with the token that holds the first character behind its
+    value. So no action's tokens are the beginning of another's, and their probabilities add up to 1 at most.
+
+    Attributes:
+        cot_end: Tokens ``[0, cot_end)`` are chain of thought.
+        action_end: Tokens ``[cot_end, action_end)`` are the action with what ends it; equal to `cot_end`, the number
+            of tokens, when malformed.
+        stop_ids: The tokens of the stop action behind the same chain of thought: log P(⊤) is the sum of their
+            log-probabilities. Where the response stops, its own tokens of the action. Empty where there is no place
+            at which stopping could be scored.
     """
 
     cot_end: int
     action_end: int
+    stop_ids: list[int] = field(default_factory=list)
 
-
-def token_spans(
-    token_ids: Sequence[int],
-    action_chars: tuple[int, int] | None,
-    decode: Callable[[Sequence[int]], str],
-) -> TokenSpans:
-    """Finds the chain of thought and the action in the sampler's own tokens.
-
-    Args:
-        token_ids: The response tokens, exactly as sampled (an end token may stand last).
-        action_chars: Span of the action's value in ``decode(token_ids)``, or None when malformed.
-        decode: Turns token ids into text, special tokens kept.
-
-    Returns:
-        The spans. The first action token is the first that reaches past the start of the value.
-    """
-    if action_chars is None:
-        return TokenSpans(len(token_ids), len(token_ids))
-    start, end = action_chars
-    cot_end = _first_prefix(token_ids, decode, longer_than=start) - 1
-    action_end = _first_prefix(token_ids, decode, longer_than=end - 1)
-    return TokenSpans(cot_end, max(action_end, cot_end + 1))
-
-
-def _first_prefix(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str], longer_than: int) -> int:
-    """Returns the length of the shortest token prefix whose text has more than `longer_than` characters."""
-    low, high = 1, len(token_ids)
-    while low < high:
-        middle = (low + high) // 2
-        if len(decode(token_ids[:middle])) > longer_than:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    @classmethod
+    def malformed(cls, tokens: int) -> "ResponseLayout":
+        """Returns the layout of a malformed response of so many tokens: it is all chain of thought."""
+        return cls(tokens, tokens)

@@ -8,7 +8,7 @@ Pictures and texts have 64-bit offsets: with 32 bits a batch could hold 2 GiB of
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.response import DONE_TOKEN
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 BASE_VERSION = 0
 """The policy version that is the base model without an adapter."""
@@ -66,12 +67,14 @@ class Step:
         response_ids: Response tokens exactly as sampled, end token included when it was sampled.
         response_text: Their text, special tokens kept.
         cot_end: Tokens ``[0, cot_end)`` are chain of thought.
-        action_end: Tokens ``[cot_end, action_end)`` are the action's value; empty when malformed.
+        action_end: Tokens ``[cot_end, action_end)`` are the action with what ends it; empty when malformed.
         sampler_log_probs: The sampler's log-probability of each token (nats, temperature 1); NaN for
             tokens that were not sampled (expert demonstrations, forced exploration).
         policy_version: Adapter version that answered; 0 is the base model; -1 for the expert.
         action: The parsed action, or None when malformed.
         validity: Whether the response could be read and its action was admissible.
+        stop_ids: The tokens of the stop action behind ``response_ids[:cot_end]``; the action's own where it stops,
+            empty where stopping cannot be scored. See `ResponseLayout`.
     """
 
     prompt: str
@@ -84,6 +87,7 @@ class Step:
     policy_version: int
     action: str | None
     validity: Validity
+    stop_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,8 @@ STEP_TYPE = pa.struct(
         pa.field("policy_version", pa.int64(), nullable=False),
         pa.field("action", pa.string()),
         pa.field("validity", pa.string(), nullable=False),
+        # Null in what is read of earlier versions, which had none.
+        pa.field("stop_ids", pa.list_(pa.int32())),
     ]
 )
 
@@ -197,8 +203,8 @@ TRAJECTORY_SCHEMA = pa.schema(
 
 
 def is_trajectory_schema(found: pa.Schema) -> bool:
-    """Whether a file of this schema can be read as trajectories: today's, or that of version 1."""
-    return bool(found.equals(TRAJECTORY_SCHEMA) or found.equals(SCHEMA_VERSION_1))
+    """Whether a file of this schema can be read as trajectories: today's, or that of an earlier version."""
+    return any(found.equals(known) for known in (TRAJECTORY_SCHEMA, SCHEMA_VERSION_2, SCHEMA_VERSION_1))
 
 
 def _with_short_offsets(kind: pa.DataType) -> pa.DataType:
@@ -211,8 +217,18 @@ def _with_short_offsets(kind: pa.DataType) -> pa.DataType:
     return {pa.large_string(): pa.string(), pa.large_binary(): pa.binary()}.get(kind, kind)
 
 
-SCHEMA_VERSION_1 = pa.schema([field.with_type(_with_short_offsets(field.type)) for field in TRAJECTORY_SCHEMA])
-"""The schema of earlier files, which are read as those of today are."""
+SCHEMA_VERSION_2 = TRAJECTORY_SCHEMA.set(
+    TRAJECTORY_SCHEMA.get_field_index("steps"),
+    pa.field(
+        "steps",
+        pa.list_(pa.struct([column for column in STEP_TYPE if column.name != "stop_ids"])),
+        nullable=False,
+    ),
+)
+"""The schema of version 2, which had no `stop_ids`; its files are read, too."""
+
+SCHEMA_VERSION_1 = pa.schema([field.with_type(_with_short_offsets(field.type)) for field in SCHEMA_VERSION_2])
+"""The schema of version 1, with 32-bit offsets; its files are read, too."""
 
 
 def to_record_batch(trajectories: Sequence[Trajectory]) -> pa.RecordBatch:
@@ -229,8 +245,16 @@ def from_arrow(data: pa.RecordBatch | pa.Table) -> list[Trajectory]:
 
 
 def _from_row(row: dict[str, Any]) -> Trajectory:
-    steps = [Step(**{**step, "validity": Validity(step["validity"])}) for step in row["steps"]]
-    return Trajectory(**{**row, "steps": steps, "end": EndReason(row["end"])})
+    return Trajectory(**{**row, "steps": [_step(step) for step in row["steps"]], "end": EndReason(row["end"])})
+
+
+def _step(values: dict[str, Any]) -> Step:
+    stop_ids = values["stop_ids"]
+    if stop_ids is None:
+        # Of an earlier version: the tokens of a stop are known where it was played.
+        stopped = values["action"] == DONE_TOKEN
+        stop_ids = values["response_ids"][values["cot_end"] : values["action_end"]] if stopped else []
+    return Step(**{**values, "validity": Validity(values["validity"]), "stop_ids": stop_ids})
 
 
 def concatenate(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:

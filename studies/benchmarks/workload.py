@@ -12,7 +12,7 @@ from gflowvlm.envs.base import TaskEnv
 from gflowvlm.envs.registry import make_env
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.shared.response import DONE_TOKEN, parse_response, token_spans
+from gflowvlm.shared.response import DONE_TOKEN
 from gflowvlm.shared.trajectory import EndReason, Step, Trajectory, Validity
 
 EXPERT_SHARE = 0.7
@@ -104,18 +104,17 @@ def _made_trajectory(
 
 def _made_step(inputs: PolicyInputs, prompt: str, image: int, response: str) -> Step:
     token_ids = inputs.encode_response(response)
-    text = inputs.decode(token_ids)
-    parsed = parse_response(text)
-    spans = token_spans(token_ids, parsed.action_chars, inputs.decode)
+    read = inputs.read(token_ids)
     return Step(
         prompt=prompt,
         image=image,
         response_ids=token_ids,
-        response_text=text,
-        cot_end=spans.cot_end,
-        action_end=spans.action_end,
+        response_text=read.text,
+        cot_end=read.layout.cot_end,
+        action_end=read.layout.action_end,
         sampler_log_probs=[math.nan] * len(token_ids),
         policy_version=0,
-        action=parsed.action,
+        action=read.parsed.action,
         validity=Validity.VALID,
+        stop_ids=read.layout.stop_ids,
     )

@@ -54,7 +54,8 @@ def test_a_member_of_a_group_is_the_same_demonstration_in_other_tokens(made: Dem
         assert step.response_text == before.response_text
         assert step.response_ids != before.response_ids
         assert step.response_ids == inputs.encode_response(before.response_text)
-        assert inputs.tokenizer.decode(step.response_ids[step.cot_end : step.action_end]) == step.action
+        assert inputs.read(step.response_ids).parsed.action == step.action
+        assert step.stop_ids[-1] == inputs.done_id
         assert len(step.sampler_log_probs) == len(step.response_ids)
         assert all(map(math.isnan, step.sampler_log_probs))
     unchanged = ("instance_seed", "images", "log_rewards", "original_rewards", "end", "success", "outcome")
@@ -64,10 +65,10 @@ def test_a_member_of_a_group_is_the_same_demonstration_in_other_tokens(made: Dem
 
 def test_a_tokenizer_that_loses_the_action_is_refused(made: DemonstrationSet) -> None:
     class Lossy(PolicyInputs):
-        def decode(self, token_ids: object) -> str:
-            return "?"
+        def encode_if_possible(self, text: str) -> None:
+            return None
 
-    with pytest.raises(UserError, match="its tokenizer turns"):
+    with pytest.raises(UserError, match=r"no tokens that give .* back"):
         as_member(made.find(2**31), "g00000003-0a", Lossy("lossy", build_processor()))
 
 

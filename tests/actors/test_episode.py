@@ -82,9 +82,10 @@ def test_ids_are_new_with_every_attempt_and_tell_the_group(inputs: PolicyInputs)
 def test_spans_lie_on_the_sampled_tokens(inputs: PolicyInputs) -> None:
     for trajectory in play(Player(inputs), inputs).trajectories:
         for step in trajectory.steps:
-            action = inputs.tokenizer.decode(step.response_ids[step.cot_end : step.action_end])
-            assert action == step.action
-            assert inputs.decode(step.response_ids[: step.cot_end]).endswith('"action": "')
+            action = inputs.decode(step.response_ids[step.cot_end : step.action_end])
+            closing = "" if step.action == DONE_TOKEN else '"}'
+            assert action == f'", "action": "{step.action}{closing}'
+            assert inputs.decode(step.stop_ids) == f'", "action": "{DONE_TOKEN}'
             assert len(step.sampler_log_probs) == len(step.response_ids)
 
 
@@ -206,7 +207,8 @@ def test_exploration_keeps_the_thoughts_and_forces_the_action(inputs: PolicyInpu
         assert step.response_ids[: step.cot_end] == sampled[: step.cot_end]
         assert step.sampler_log_probs[: step.cot_end] == [-0.25] * step.cot_end
         assert all(math.isnan(p) for p in step.sampler_log_probs[step.cot_end :])
-        assert inputs.decode(step.response_ids[step.cot_end : step.action_end]) == step.action
+        action = inputs.decode(step.response_ids[step.cot_end : step.action_end])
+        assert action.removesuffix('"}') == f'", "action": "{step.action}'
         assert step.policy_version == 3
 
 
@@ -225,17 +227,22 @@ def test_without_epsilon_every_token_was_sampled(inputs: PolicyInputs) -> None:
     assert not any(math.isnan(p) for t in group.trajectories for s in t.steps for p in s.sampler_log_probs)
 
 
-def test_exploration_is_skipped_where_the_sampled_tokens_are_not_the_tokenizers(inputs: PolicyInputs) -> None:
+def test_exploration_keeps_sampled_thoughts_that_are_not_the_tokenizers_own_tokens(inputs: PolicyInputs) -> None:
     def by_character(text: str) -> list[int]:
         ids = [i for character in text for i in inputs.tokenizer.encode(character, add_special_tokens=False)]
         return [*ids, inputs.end_id]
 
     source = Texts(inputs, ['{"thoughts": "below", "action": "+"}'], tokenise=by_character)
-    group = play(source, inputs, epsilon=1.0, task=NumberLineSettings(max_steps=2))
-    for trajectory in group.trajectories:
-        assert trajectory.actions == ("+", "+")
-        assert trajectory.steps[0].response_ids == by_character('{"thoughts": "below", "action": "+"}')
-        assert trajectory.steps[0].sampler_log_probs[-1] == -0.25
+    group = play(source, inputs, group_size=20, epsilon=1.0)
+    firsts = [trajectory.steps[0] for trajectory in group.trajectories]
+    assert {step.action for step in firsts} == {"+", "-", DONE_TOKEN}
+    kept = len(by_character('{"thoughts": "below", "action": ')) - 1
+    for step in firsts:
+        assert step.cot_end == kept
+        assert step.response_ids[:kept] == by_character('{"thoughts": "below", "action": ')[:-1]
+        assert step.response_text == f'{{"thoughts": "below", "action": "{step.action}"}}'
+        assert step.sampler_log_probs[:kept] == [-0.25] * kept
+        assert math.isnan(step.sampler_log_probs[kept])
 
 
 def test_a_malformed_response_is_not_explored_away(inputs: PolicyInputs) -> None:

@@ -11,8 +11,17 @@ from gflowvlm.actors.replay_buffer import ReplayBuffer
 from gflowvlm.api.trajectories import Filters, Trajectories
 from gflowvlm.shared.config import BufferSettings
 from gflowvlm.shared.errors import UserError
-from gflowvlm.shared.trajectory import TRAJECTORY_SCHEMA, Validity, from_arrow, to_record_batch
+from gflowvlm.shared.trajectory import (
+    SCHEMA_VERSION_1,
+    SCHEMA_VERSION_2,
+    TRAJECTORY_SCHEMA,
+    Validity,
+    from_arrow,
+    read_trajectories,
+    to_record_batch,
+)
 from tests.actors.made_trajectories import make_group, make_trajectory, write_groups
+from tests.shared.earlier_files import write_in_schema
 
 
 @pytest.fixture
@@ -137,3 +146,13 @@ def test_what_is_written_later_is_not_in_it(run: Path) -> None:
 
 def test_it_says_what_was_asked_for(run: Path) -> None:
     assert repr(Trajectories(run, Filters(version=3))) == f"<2 trajectories of {str(run)!r}, version=3>"
+
+
+@pytest.mark.parametrize("schema", [SCHEMA_VERSION_1, SCHEMA_VERSION_2], ids=["1", "2"])
+def test_files_of_earlier_schemas_are_found_beside_those_of_today(run: Path, schema: pa.Schema) -> None:
+    before = list(Trajectories(run, Filters()))
+    file = sorted((run / "trajectories").iterdir())[0]
+    write_in_schema(read_trajectories(file), schema, file)
+    after = list(Trajectories(run, Filters()))
+    assert [replace(t, steps=[]) for t in after] == [replace(t, steps=[]) for t in before]
+    assert found(run, version=3) == found(write_groups(run.parent / "today"), version=3)

@@ -14,7 +14,7 @@ from PIL import Image
 from gflowvlm.learner.tiny_policy import build_tiny_policy
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.shared.response import format_response, parse_response, token_spans
+from gflowvlm.shared.response import format_response
 from gflowvlm.shared.trajectory import EndReason, Step, Trajectory, Validity
 
 
@@ -60,20 +60,20 @@ class TrajectoryMaker:
             thoughts = ["1 is below 2", "1 is less than 2, so up", "it equals the target"][self.made % 3]
             text = format_response(action, thoughts, {"current": state, "target": 4})
         ids = self.inputs.encode_response(text)
-        parsed = parse_response(text)
-        spans = token_spans(ids, parsed.action_chars, self.inputs.decode)
+        layout = self.inputs.read(ids).layout
         valid = action in ("+", "-", "[DONE]")
         return Step(
             prompt="Move to the target. " + " ".join(f"Action {i}: {a}" for i, a in enumerate(history)),
             image=state,
             response_ids=ids,
             response_text=text,
-            cot_end=spans.cot_end,
-            action_end=spans.action_end,
+            cot_end=layout.cot_end,
+            action_end=layout.action_end,
             sampler_log_probs=[math.nan] * len(ids),
             policy_version=0,
             action=action,
             validity=Validity.VALID if valid else Validity.MALFORMED if action is None else Validity.INADMISSIBLE,
+            stop_ids=layout.stop_ids,
         )
 
     def __call__(

@@ -44,13 +44,15 @@ def test_padded_scores_equal_those_of_unpadded_sequences(policy, tiny_inputs, st
     assert 1 < len(batch.states) < len(batch.steps)
     with torch.no_grad():
         scores = scorer.score_steps(batch)
+    done = tiny_inputs.done_id
     for row, step in enumerate(batch.steps):
         table, tokens = token_log_probs(policy, tiny_inputs, step)
-        malformed = step.action_end == step.cot_end
+        # `[DONE]` comes behind the token that opens the action's value.
+        stop = [] if step.action_end == step.cot_end else [tokens[step.cot_end], table[step.cot_end + 1, done]]
         expected = [
             tokens[step.cot_end : step.action_end].sum(),
             tokens[: step.cot_end].sum(),
-            torch.tensor(0.0) if malformed else table[step.cot_end, tiny_inputs.done_id],
+            torch.tensor(0.0) + sum(stop),
             tokens[step.action_end :].sum(),
         ]
         torch.testing.assert_close(scores.stacked()[row], torch.stack(expected), atol=2e-4, rtol=1e-5)

@@ -11,7 +11,6 @@ from gflowvlm.run.models import resolve_model, shipped_models
 from gflowvlm.run.preset_library import DEFAULT_PRESET, PRESETS, load_preset, preset_names
 from gflowvlm.shared.config_io import dump_config, load_config
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.shared.response import parse_response, token_spans
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -55,9 +54,9 @@ def test_alfworld_tiny_knows_every_word_of_its_games_and_they_fit(tmp_path: Path
             assert [piece for i in ids if len(piece := inputs.tokenizer.decode([i])) == 1 and piece.isalpha()] == []
             text = env.demonstration(env.expert_action(), rng)
             response = inputs.encode_response(text)
-            parsed = parse_response(inputs.decode(response))
-            spans = token_spans(response, parsed.action_chars, inputs.decode)
-            assert inputs.decode(response[spans.cot_end : spans.action_end]) == env.expert_action()
+            read = inputs.read(response)
+            assert read.parsed.action == env.expert_action()
+            assert read.layout.stop_ids[-1] == inputs.done_id
             assert len(response) <= config.policy.max_response_tokens
             tokens = inputs.encode([env.prompt()], [env.image_png()])["input_ids"].shape[1]
             assert tokens + config.policy.max_response_tokens < config.sampler.max_model_len / 2

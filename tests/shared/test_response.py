@@ -1,11 +1,10 @@
 import json
-import string
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gflowvlm.shared.response import DONE_TOKEN, format_response, parse_response, token_spans
+from gflowvlm.shared.response import DONE_TOKEN, format_response, parse_response
 
 
 def test_a_formatted_response_is_read_back_with_the_actions_place():
@@ -54,30 +53,3 @@ def test_no_text_raises(text):
 def test_thoughts_that_look_like_an_action_are_not_taken_for_it():
     text = format_response("-", 'so "action": "+"}')
     assert parse_response(text).action == "-"
-
-
-def chunks(text, lengths):
-    pieces = []
-    while text:
-        size = lengths[len(pieces) % len(lengths)]
-        pieces.append(text[:size])
-        text = text[size:]
-    return pieces
-
-
-@given(st.lists(st.integers(1, 4), min_size=1, max_size=6), st.text(string.printable, max_size=30))
-def test_spans_meet_the_action_wherever_token_borders_fall(lengths, thoughts):
-    text = format_response("go to shelf 1", thoughts)
-    pieces = chunks(text, lengths)
-    parsed = parse_response(text)
-    spans = token_spans(range(len(pieces)), parsed.action_chars, lambda ids: "".join(pieces[i] for i in ids))
-    start, end = parsed.action_chars
-    before = "".join(pieces[: spans.cot_end])
-    through = "".join(pieces[: spans.action_end])
-    assert len(before) <= start < len(before) + len(pieces[spans.cot_end])
-    assert len(through) >= end > len(through) - len(pieces[spans.action_end - 1])
-
-
-def test_a_malformed_response_is_all_chain_of_thought():
-    spans = token_spans([5, 6, 7], None, lambda ids: "?" * len(ids))
-    assert (spans.cot_end, spans.action_end) == (3, 3)

@@ -8,6 +8,7 @@ import pytest
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.trajectory import (
     SCHEMA_VERSION_1,
+    SCHEMA_VERSION_2,
     TRAJECTORY_SCHEMA,
     EndReason,
     Step,
@@ -20,6 +21,7 @@ from gflowvlm.shared.trajectory import (
     to_record_batch,
     write_parquet,
 )
+from tests.shared.earlier_files import write_in_schema
 
 STEP = Step(
     prompt="Reach the target.",
@@ -32,6 +34,7 @@ STEP = Step(
     policy_version=3,
     action="+",
     validity=Validity.VALID,
+    stop_ids=[7, 8],
 )
 TRAJECTORY = Trajectory(
     trajectory_id="t1",
@@ -92,13 +95,16 @@ def test_an_expert_s_missing_log_probabilities_come_back_as_not_a_number():
     assert all(math.isnan(p) for step in back.steps for p in step.sampler_log_probs)
 
 
-def test_files_of_schema_version_1_are_read_as_those_of_today(tmp_path):
-    path = tmp_path / "old.parquet"
-    pq.write_table(pa.Table.from_batches([to_record_batch([TRAJECTORY, MALFORMED])]).cast(SCHEMA_VERSION_1), path)
-    assert pq.read_schema(path).field("images").type == pa.list_(pa.binary())
+@pytest.mark.parametrize("schema", [SCHEMA_VERSION_1, SCHEMA_VERSION_2], ids=["1", "2"])
+def test_files_of_earlier_schemas_are_read_as_those_of_today(schema, tmp_path):
+    path = write_in_schema([TRAJECTORY, MALFORMED], schema, tmp_path / "old.parquet")
     table = read_parquet(path)
     assert table.schema.equals(TRAJECTORY_SCHEMA)
-    assert from_arrow(table) == [TRAJECTORY, MALFORMED]
+    moved, stopped = TRAJECTORY.steps
+    # Nothing was written of the stop action but where it was played.
+    steps = [replace(moved, stop_ids=[]), replace(stopped, stop_ids=stopped.response_ids[1:2])]
+    malformed = replace(MALFORMED, steps=[replace(MALFORMED.steps[0], stop_ids=[])])
+    assert from_arrow(table) == [replace(TRAJECTORY, steps=steps), malformed]
     assert read_parquet(path, ["images", "trajectory_id"]).num_columns == 2
 
 
