@@ -53,7 +53,7 @@ def test_the_first_batch_centres_the_head(make_learner, make_trajectory, loss):
     assert centre != 0.0
     # The first step is taken with it already.
     assert learner.step(batch)["loss"] == pytest.approx(first["loss"], rel=1e-5)
-    learner._head.centre += 30.0
+    learner._head.centre += 300.0
     assert learner.step(batch)["loss"] > first["loss"] + 100
     # Later batches leave it alone.
     assert float(learner._head.centre) == pytest.approx(centre + 30.0)
