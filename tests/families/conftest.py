@@ -1,0 +1,29 @@
+"""Instances of all families, each made once."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision.transforms.v2", reason="most processors need torchvision, see scripts/set_up.py")
+
+from tests.families.factory import build_family
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Returns a maker of model folders: ``family_folder("qwen2_5_vl")``."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = build_family(name, tmp_path_factory.mktemp("families") / name)
+        return made[name]
+
+    return folder
