@@ -9,6 +9,7 @@ from gflowvlm.learner.learner import Learner
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.studies.benchmarks.measurement import Measurement, Say, Scale
+from gflowvlm.studies.benchmarks.output_head import bench_output_head
 from gflowvlm.studies.benchmarks.workload import made_groups
 
 PART = "learner"
@@ -56,6 +57,7 @@ def _timed(config: RunConfig, model_path: str, scale: Scale, say: Say, threads: 
         Measurement(PART, "learner_tokens_per_s", tokens / sum(seconds), "tokens/s", f"response tokens; {how}"),
         Measurement(PART, "learner_step_s", statistics.median(seconds), "s", f"median; {how}"),
         _loss_share(config, learner, inputs, say),
+        *bench_output_head(learner.device, scale, say),
     ]
 
 

@@ -154,6 +154,6 @@ def test_hidden_states_cost_nothing_when_they_are_not_asked_for(policy, tiny_inp
 
 def test_a_model_without_an_output_layer_is_one_line(policy, tiny_inputs):
     scorer = Scorer(policy, tiny_inputs, CPU, token_budget=100_000)
-    scorer._output_layer = None
+    scorer._head.layer = None
     with pytest.raises(UserError, match=r"objective\.loss: .* no output layer"):
         scorer.hidden_size()
