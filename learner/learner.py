@@ -55,9 +55,16 @@ class Learner:
         else:
             self.policy = load_policy(config.policy, model_path, seed=config.seed, device=self.device)
         sharded_over = self._ranks if self._sharded else None
-        self._scorer = Scorer(self.policy, inputs, self.device, config.learner.token_budget, sharded_over)
-        self._reference = ReferenceScores(self.policy, self._scorer, capacity=config.buffer.capacity)
         self._objective = make_objective(config)
+        self._scorer = Scorer(
+            self.policy,
+            inputs,
+            self.device,
+            config.learner.token_budget,
+            sharded_over,
+            with_stops=self._objective.uses_stops,
+        )
+        self._reference = ReferenceScores(self.policy, self._scorer, capacity=config.buffer.capacity)
         self._head: StateHead | None = None
         if self._objective.head is not None:
             self._head = StateHead(self._objective.head, self._scorer.hidden_size(), config.seed).to(self.device)

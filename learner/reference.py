@@ -57,7 +57,7 @@ class ReferenceScores:
         log_cot = torch.zeros(len(steps))
         with reference_policy(self._policy):
             for batch in self._scorer.in_step(self._scorer.pack(steps) if batches is None else batches):
-                scores = self._scorer.score_steps(batch).log_cot.cpu()
+                scores = self._scorer.score_steps(batch, with_stops=False).log_cot.cpu()
                 if not batch.is_filler:
                     log_cot[batch.index] = scores
         parts = log_cot.split([len(t.steps) for t in trajectories]) if trajectories else ()

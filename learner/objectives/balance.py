@@ -11,7 +11,7 @@ from gflowvlm.learner.distributed import Ranks
 from gflowvlm.learner.losses import LOSSES, LossOutput
 from gflowvlm.learner.metrics import StepMetrics
 from gflowvlm.learner.objectives.base import LossOfScores, Objective, ObjectiveOutput, ScoredBatch
-from gflowvlm.learner.targets import LossInputs, Target, loss_inputs
+from gflowvlm.learner.targets import STATE_WISE, LossInputs, Target, loss_inputs
 from gflowvlm.shared.config import RunConfig
 
 _SUMMED = ("trajectories_used", "trajectories_dropped", "groups", "groups_of_one")
@@ -33,6 +33,7 @@ class BalanceObjective(Objective):
         self._target = Target.of(config)
         self.head = self._target.head
         self.uses_reference = self._target.reference_weight > 0
+        self.uses_stops = self._target.loss in STATE_WISE
 
     def first_estimates(self, batch: ScoredBatch) -> Tensor:
         """(K,) nats, by what followed the visited states of each trajectory."""

@@ -54,11 +54,13 @@ class Objective(ABC):
     Attributes:
         head: What it learns besides the policy; None without a head.
         uses_reference: Whether it needs log P_ref of the chains of thought.
+        uses_stops: Whether it needs log P(⊤) also at states where the policy did not stop.
         epochs: Updates made from one batch.
     """
 
     head: HeadKind | None = None
     uses_reference: bool = False
+    uses_stops: bool = False
     epochs: int = 1
 
     def first_estimates(self, batch: ScoredBatch) -> Tensor:

@@ -43,3 +43,23 @@ def test_a_step_beyond_the_budget_is_a_micro_batch_of_its_own(tiny_inputs, steps
 
 def test_the_size_of_a_picture(steps):
     assert image_size(steps[0].image) == (64, 64)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_stops_of_their_own_rows_count_in_the_budget_and_once_for_a_chain_of_thought(tiny_inputs, steps, shared):
+    foreign = [*tiny_inputs.tokenizer.encode("stop", add_special_tokens=False), tiny_inputs.done_id]
+    step = next(step for step in steps if step.has_stop)
+    # Two answers behind one chain of thought: one stop, if the prompt is one.
+    other = replace(step, response_ids=[*step.response_ids[:-1], *foreign])
+    pair = [replace(s, stop_ids=foreign) for s in (step, other)]
+    packer = Packer(tiny_inputs, 100_000, shares_prompts=shared)
+    (batch,) = packer.pack(pair)
+    assert len(batch.stops) == (1 if shared else 2)
+    assert batch.stop_of == ([0, 0] if shared else [0, 1])
+    assert [batch.states[place].prompt for place in batch.state_of] == [step.prompt] * (3 if shared else 4)
+    prompt = tiny_inputs.encode([step.prompt], [step.image])["input_ids"].shape[1]
+    rows, width = len(batch.state_of), max(len(ids) for ids in (*(s.response_ids for s in pair), batch.stops[0].ids))
+    tokens = len(batch.states) * prompt + rows * width
+    assert len(Packer(tiny_inputs, tokens, shares_prompts=shared).pack(pair)) == 1
+    assert len(Packer(tiny_inputs, tokens - 1, shares_prompts=shared).pack(pair)) == 2
+    assert Packer(tiny_inputs, 100_000, shares_prompts=shared, with_stops=False).pack(pair)[0].stops == []

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -108,6 +110,75 @@ def test_choosing_to_stop_scores_the_same_as_the_stop_probability(policy, tiny_i
     chosen = [i for i, step in enumerate(batch.steps) if step is steps[1]]
     assert torch.equal(scores.log_act[chosen], scores.log_stop[chosen])
     assert not torch.equal(scores.log_act, scores.log_stop)
+
+
+def is_stop(step):
+    return step.has_stop and [*step.response_ids[step.cot_end :]][: len(step.stop_ids)] == [*step.stop_ids]
+
+
+def with_other_stops(steps, inputs):
+    """Every other step's stop begins as no response goes on; one that was played is its own tokens."""
+    foreign = inputs.tokenizer.encode("stop", add_special_tokens=False)
+    assert len(foreign) > 1
+    return [
+        dataclasses.replace(step, stop_ids=[*foreign, inputs.done_id])
+        if i % 2 == 0 and step.has_stop and not is_stop(step)
+        else step
+        for i, step in enumerate(steps)
+    ]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_stop_that_begins_otherwise_is_scored_behind_the_same_chain_of_thought(policy, tiny_inputs, steps, shared):
+    steps = with_other_stops(steps, tiny_inputs)
+    scorer = Scorer(policy, tiny_inputs, CPU, token_budget=100_000)
+    scorer._packer = Packer(tiny_inputs, 100_000, shares_prompts=shared)
+    (batch,) = scorer.pack(steps)
+    assert batch.is_shared == shared
+    with torch.no_grad():
+        scores = scorer.score_steps(batch, with_hidden=True)
+        without = scorer.score_steps(batch, with_stops=False)
+    assert scores.hidden.shape[0] == len(steps)
+    outside = 0
+    for row, step in enumerate(batch.steps):
+        expected = torch.tensor(0.0)
+        if step.has_stop:
+            outside += step.stop_column is None
+            stopping = dataclasses.replace(step, response_ids=[*step.response_ids[: step.cot_end], *step.stop_ids])
+            expected = token_log_probs(policy, tiny_inputs, stopping)[1][step.cot_end :].sum()
+        torch.testing.assert_close(scores.log_stop[row], expected, atol=2e-4, rtol=1e-5)
+        _, tokens = token_log_probs(policy, tiny_inputs, step)
+        torch.testing.assert_close(scores.token_log_probs[row, : len(tokens)], tokens, atol=2e-5, rtol=1e-5)
+    assert outside > 2
+    torch.testing.assert_close(without.log_act, scores.log_act)
+
+
+def test_the_gradient_of_a_stop_of_its_own_row_reaches_the_adapter(policy, tiny_inputs, steps):
+    chosen = [step for step in with_other_stops(steps, tiny_inputs) if step.has_stop][:2]
+    found = []
+    for ids in ([step.response_ids for step in chosen], [[*s.response_ids[: s.cot_end], *s.stop_ids] for s in chosen]):
+        scorer = Scorer(policy, tiny_inputs, CPU, token_budget=100_000)
+        asked = [dataclasses.replace(s, response_ids=i) for s, i in zip(chosen, ids, strict=True)]
+        (batch,) = scorer.pack(asked)
+        policy.zero_grad()
+        scorer.score_steps(batch).log_stop.sum().backward()
+        found.append([p.grad.clone() for _, p in adapter_parameters(policy)])
+        # The second time the responses are the stops: nothing is passed on its own.
+        assert len(batch.stops) == len(found) % 2
+    policy.zero_grad()
+    torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=1e-4)
+
+
+def test_stops_are_not_passed_where_the_objective_needs_none(policy, tiny_inputs, steps):
+    steps = with_other_stops(steps, tiny_inputs)
+    scorer = Scorer(policy, tiny_inputs, CPU, token_budget=100_000, with_stops=False)
+    (batch,) = scorer.pack(steps)
+    assert batch.stops == []
+    with torch.no_grad():
+        log_stop = scorer.score_steps(batch).log_stop
+    played = torch.tensor([is_stop(step) for step in batch.steps])
+    assert 0 < int(played.sum()) < len(steps)
+    assert torch.equal(log_stop != 0, played)
 
 
 def test_malformed_response_is_all_chain_of_thought(policy, tiny_inputs, make_trajectory):

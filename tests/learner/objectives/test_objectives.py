@@ -10,7 +10,7 @@ from gflowvlm.learner.baselines import generalised_advantages
 from gflowvlm.learner.distributed import Ranks
 from gflowvlm.learner.learner import Learner
 from gflowvlm.learner.objectives import OBJECTIVES, ScoredBatch, make_objective
-from gflowvlm.learner.scoring import LOG_ACT, LOG_COT
+from gflowvlm.learner.scoring import LOG_ACT, LOG_COT, LOG_STOP
 from gflowvlm.shared.objective_settings import LossName
 from gflowvlm.shared.trajectory import EndReason
 
@@ -36,6 +36,23 @@ def scores_moved(batch, row, column, by):
 
 def test_every_loss_of_the_configuration_has_an_objective():
     assert set(OBJECTIVES) == set(LossName.__args__)
+
+
+@pytest.mark.parametrize("truncation", ["terminal", "incomplete"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_that_use_no_stops_need_only_those_that_were_played(name, truncation, make_config, make_trajectory):
+    config = make_config(objective={"loss": name}, target={"truncation": truncation, "reference_weight": 0.0})
+    objective = make_objective(config)
+    batch = scored([dataclasses.replace(t, expert=True) for t in make_trajectory.batch()], columns=5)
+    played = torch.tensor([step.action == "[DONE]" for t in batch.trajectories for step in t.steps])
+    without = batch.scores.clone()
+    without[~played, LOG_STOP] = 0.0
+    figures = []
+    for scores in (batch.scores, without):
+        scores = scores.clone().requires_grad_()
+        output = objective.prepare(dataclasses.replace(batch, scores=scores.detach()), ALONE)(scores)
+        figures.append(torch.cat([output.loss[None], *torch.autograd.grad(output.loss, scores)[0]]))
+    assert torch.equal(*figures) == (not objective.uses_stops)
 
 
 def test_ppo_adds_the_clipped_surrogate_of_normalised_advantages_and_the_value_loss(make_config, make_trajectory):
