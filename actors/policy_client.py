@@ -10,9 +10,9 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from gflowvlm.actors.sampling import SampleRequest, SampleResponse, SamplerUnavailableError
+from gflowvlm.actors.sampling import SamplerAsleepError, SampleRequest, SampleResponse, SamplerUnavailableError
 from gflowvlm.shared.config import RunConfig
-from gflowvlm.shared.errors import one_line
+from gflowvlm.shared.errors import UserError, one_line
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 2.0
@@ -48,12 +48,14 @@ class PolicyClient:
         handle: The deployment's handle.
         request_timeout_s: Longest one try may take, seconds.
         deadline_s: Longest all tries of a request may take: covers the restart of a replica.
+        sleep_timeout_s: Longest wait for a sampler that sleeps while the learner steps, which counts by itself.
         retries: Tries that failed so far and were repeated, over all requests.
     """
 
     handle: DeploymentHandle
     request_timeout_s: float
     deadline_s: float
+    sleep_timeout_s: float = 3600.0
     retries: int = 0
     _waiting: "list[_Waiting]" = field(default_factory=list, init=False, repr=False)
     _exchanges: set[asyncio.Task[None]] = field(default_factory=set, init=False, repr=False)
@@ -62,7 +64,8 @@ class PolicyClient:
     def from_config(cls, handle: DeploymentHandle, config: RunConfig) -> "PolicyClient":
         """Returns a client with the time limits of a run's configuration."""
         sampler = config.sampler
-        return cls(handle, sampler.request_timeout_s, sampler.start_timeout_s + sampler.request_timeout_s)
+        deadline_s = sampler.start_timeout_s + sampler.request_timeout_s
+        return cls(handle, sampler.request_timeout_s, deadline_s, sampler.sleep_timeout_s)
 
     @cached_property
     def _sample_together(self) -> DeploymentHandle:
@@ -78,13 +81,20 @@ class PolicyClient:
             UserError: The request can never be answered, for example a prompt beyond the longest.
         """
         started = time.monotonic()
-        pause = FIRST_PAUSE_S
+        pause, asleep_s = FIRST_PAUSE_S, 0.0
         while True:
+            asked = time.monotonic()
             try:
                 async with asyncio.timeout(self.request_timeout_s):
                     response = await self._answer(request)
+            except SamplerAsleepError:
+                asleep_s += time.monotonic() - asked
+                if asleep_s > self.sleep_timeout_s:
+                    raise PolicyServerError(
+                        f"waited {asleep_s:.0f} s (sampler.sleep_timeout_s) for the sampler to be woken up"
+                    ) from None
             except _TRY_AGAIN as error:
-                waited = time.monotonic() - started
+                waited = time.monotonic() - started - asleep_s
                 if waited + pause > self.deadline_s:
                     raise PolicyServerError(
                         f"waited {waited:.0f} s for a response of {self.handle.deployment_name} in application "
@@ -98,6 +108,48 @@ class PolicyClient:
                 raise error.cause from None
             else:
                 return response
+
+    async def sleep(self) -> None:
+        """Puts every replica's sampler to sleep; see `PolicyServer.sleep`.
+
+        Raises:
+            PolicyServerError: Not all of them slept before the deadline.
+            UserError: One of them cannot.
+        """
+        await self._tell_all("sleep")
+
+    async def wake_up(self) -> None:
+        """Wakes every replica's sampler up; see `PolicyServer.wake_up`.
+
+        Raises:
+            PolicyServerError: Not all of them were awake before the deadline.
+            UserError: One of them does not answer as before.
+        """
+        await self._tell_all("wake_up")
+
+    async def _tell_all(self, method: str) -> None:
+        """Calls a method of every replica until all of them, one at least, have done what it says."""
+        started = time.monotonic()
+        while True:
+            answers: list[Any]
+            try:
+                broadcast = self.handle.broadcast(method)
+                answers = await broadcast.results_async(timeout_s=self.deadline_s, return_exceptions=True)
+            except (RayServeException, RayError, TimeoutError) as error:
+                answers = [error]
+            problems = [answer for answer in answers if answer is not None]
+            if answers and not problems:
+                return
+            refused = next((problem for problem in problems if isinstance(problem, UserError)), None)
+            if refused is not None:
+                raise refused
+            if time.monotonic() - started > self.deadline_s:
+                why = _cause_of(problems[0]) if problems else "no replica runs"
+                raise PolicyServerError(
+                    f"waited {self.deadline_s:.0f} s (sampler.request_timeout_s, sampler.start_timeout_s) for the "
+                    f"policy server to {method.replace('_', ' ')}: {why}"
+                )
+            await asyncio.sleep(LONGEST_PAUSE_S)
 
     def _answer(self, request: SampleRequest) -> asyncio.Future[SampleResponse]:
         """Returns the future response of a request, which is sent with all others of this moment."""

@@ -20,11 +20,13 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 from gflowvlm.actors.adapter_store import find_adapter_store
 from gflowvlm.actors.samplers import SamplerFactory, make_sampler
 from gflowvlm.actors.sampling import (
+    SamplerAsleepError,
     SampleRequest,
     SampleResponse,
     SamplerUnavailableError,
     UnknownVersionError,
 )
+from gflowvlm.actors.sleeping import SamplerSleep
 from gflowvlm.shared.config import RunConfig, SamplerSettings
 from gflowvlm.shared.errors import UserError
 
@@ -40,6 +42,9 @@ WAIT_FOR_ADAPTER_S = 30.0
 
 STORE_ANSWER_S = 30.0
 """How long a lookup in the adapter store may take, its restart included."""
+
+HOLD_S = 20.0
+"""How long one request waits for a sampler that sleeps; then its client asks again."""
 
 RETRY_S = 1.0
 """Pause after a failed lookup or load."""
@@ -72,8 +77,12 @@ class PolicyServer:
         self._store_name = store_name
         context = serve.get_replica_context()
         self._replica, self._application = context.replica_id.unique_id, context.app_name
+        self._node = ray.get_runtime_context().get_node_id()
         self._adapter_error: str | None = None
         self._sampler = start_sampler(config, model_path, config.sampler.engine, self._path_of)
+        settings = config.sampler
+        hold_s = min(HOLD_S, settings.request_timeout_s / 2)
+        self._sleep = SamplerSleep(self._sampler, settings.sleep_level, hold_s, settings.request_timeout_s)
         self._orphan_timeout_s, self._store_answered = config.sampler.orphan_timeout_s, time.monotonic()
         self._caught_up = asyncio.Event()
         self._following = asyncio.get_running_loop().create_task(self._follow_store())
@@ -83,7 +92,8 @@ class PolicyServer:
         if not self._caught_up.is_set():
             # A replica that starts late must not answer with an old version first.
             await self._catch_up()
-        return await self._sampler.sample(request)
+        async with self._sleep.awake():
+            return await self._sampler.sample(request)
 
     async def sample_together(self, requests: Sequence[SampleRequest]) -> AsyncIterator[list[tuple[int, Answer]]]:
         """Samples several responses in one call; yields them as they are finished, those of one moment together.
@@ -110,13 +120,41 @@ class PolicyServer:
         except (UserError, UnknownVersionError, SamplerUnavailableError) as error:
             return error
 
+    async def sleep(self) -> UserError | SamplerUnavailableError | None:
+        """Puts the sampler to sleep at ``sampler.sleep_level`` when what it samples is finished.
+
+        Requests wait until it is woken up. Nothing happens where it sleeps already.
+
+        Returns:
+            Why it does not sleep now, or None.
+        """
+        try:
+            await self._sleep.sleep()
+        except (UserError, SamplerUnavailableError) as error:
+            return error
+        return None
+
+    async def wake_up(self) -> UserError | SamplerUnavailableError | None:
+        """Wakes the sampler up; nothing happens where it is awake.
+
+        Returns:
+            Why it does not answer requests now, or None.
+        """
+        try:
+            await self._sleep.wake_up()
+        except (UserError, SamplerUnavailableError) as error:
+            return error
+        return None
+
     async def status(self) -> dict[str, Any]:
-        """Returns the sampler's stats, ``replica``, ``pid``, and ``adapter_error``: why the newest adapter is
-        not in use, or None."""
+        """Returns the sampler's stats, ``replica``, ``pid``, ``node``, ``asleep``, and ``adapter_error``: why the
+        newest adapter is not in use, or None."""
         return {
             **self._sampler.stats(),
             "replica": self._replica,
             "pid": os.getpid(),
+            "node": self._node,
+            "asleep": self._sleep.asleep,
             "adapter_error": self._adapter_error,
         }
 
@@ -144,12 +182,15 @@ class PolicyServer:
                     )
                 else:
                     newer = await self._ask_store("newest", self._replica)
-                if newer is not None and newer[1] is not None:
-                    await self._sampler.load(*newer)
-                self._caught_up.set()
-                # Also without news: requests that kept an old adapter may have ended meanwhile.
-                await self._sampler.retire()
+                async with self._sleep.awake():
+                    if newer is not None and newer[1] is not None:
+                        await self._sampler.load(*newer)
+                    self._caught_up.set()
+                    # Also without news: requests that kept an old adapter may have ended meanwhile.
+                    await self._sampler.retire()
                 self._adapter_error = None
+            except SamplerAsleepError:
+                log.debug("replica %s: asleep; the newest adapter is loaded when it is woken up", self._replica)
             except (UserError, UnknownVersionError, SamplerUnavailableError) as error:
                 self._adapter_error = str(error)
                 log.warning("replica %s: %s", self._replica, error)

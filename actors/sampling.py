@@ -84,6 +84,21 @@ class PolicySampler(Protocol):
     async def retire(self) -> None:
         """Drops adapters that are not the newest and that no request in flight names."""
 
+    async def sleep(self, level: int) -> None:
+        """Gives up the device's memory; called when no request is in flight, and none comes until `wake_up`.
+
+        Args:
+            level: 1 keeps the weights in main memory, 2 drops them.
+        """
+
+    async def wake_up(self) -> None:
+        """Takes the memory back; answers afterwards as before, the newest adapter's version included.
+
+        Raises:
+            UserError: It does not answer as before.
+            SamplerUnavailableError: The engine failed.
+        """
+
     async def check_health(self) -> None:
         """Returns when the engine can answer, raises when it cannot (any more)."""
 
@@ -119,6 +134,10 @@ class PromptTooLongError(UserError):
 
 class SamplerUnavailableError(RuntimeError):
     """The engine failed while it had the request, or is gone; another try may succeed."""
+
+
+class SamplerAsleepError(SamplerUnavailableError):
+    """The sampler sleeps while the learner steps; it will be woken up."""
 
 
 class AdapterVersions:
@@ -200,6 +219,20 @@ class AdapterVersions:
         async with self._changes:
             for version in self._unused():
                 await self._drop(version)
+
+    async def renew(self) -> None:
+        """Takes every adapter out of the engine, and gives it the newest again from disk.
+
+        For an engine whose memory was given up in between: what it holds of an adapter may be gone or stale. No
+        request may be in flight; one that names another version later loads that again.
+        """
+        async with self._changes:
+            for version in sorted(self._paths):
+                await self._remove(version)
+                if version == self._newest:
+                    await self._add_published(version, self._paths[version])
+                else:
+                    del self._paths[version]
 
     def count(self, tokens: int) -> None:
         """Notes a finished response of so many tokens."""

@@ -112,6 +112,14 @@ class TransformersSampler:
         """Drops adapters that are not the newest and that no request in flight names."""
         await self._versions.retire()
 
+    async def sleep(self, level: int) -> None:
+        """Moves the model into main memory; see `PolicySampler.sleep`."""
+        await self._in_thread(self._move, torch.device("cpu"))
+
+    async def wake_up(self) -> None:
+        """Moves the model back to its device; see `PolicySampler.wake_up`."""
+        await self._in_thread(self._move, self._device)
+
     async def check_health(self) -> None:
         """Raises `SamplerUnavailableError` when requests are no longer answered."""
         if self._batching is not None and self._batching.done():
@@ -234,6 +242,12 @@ class TransformersSampler:
 
     async def _remove(self, version: int) -> None:
         await self._in_thread(lambda: self._model.delete_adapter(f"v{version}"))
+
+    def _move(self, device: torch.device) -> None:
+        self._model.to(device)
+        if self._device.type == "cuda":
+            # Else torch would keep what the model has left, and the learner could not have it.
+            torch.cuda.empty_cache()
 
     async def _in_thread(self, call: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)

@@ -3,7 +3,9 @@
 import multiprocessing
 import os
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
@@ -18,7 +20,8 @@ from gflowvlm.actors.sampling import (
     SamplerUnavailableError,
     new_engine_seed,
 )
-from gflowvlm.shared.config import RunConfig
+from gflowvlm.actors.sleeping import LIKELIEST, PROBE_TOKENS, Probe, SleepCheck
+from gflowvlm.shared.config import MISMATCH_LIMITS, RunConfig
 from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.trajectory import BASE_VERSION
@@ -57,6 +60,9 @@ class VllmSampler:
             UserError: vLLM is not installed, or cannot serve this model under these settings.
         """
         self._inputs = PolicyInputs.load(model_path)
+        self._slept: SleepCheck | None = None
+        self._last: SampleRequest | None = None
+        self._dtype = config.policy.dtype
         self._versions = AdapterVersions(self._add, self._remove, path_of, ADAPTERS)
         self._forbidden = dict.fromkeys(self._inputs.forbidden_ids, float("-inf"))
         self._engine = GuardedEngine(engine_arguments(config, self._inputs.model, len(self._forbidden)))
@@ -73,6 +79,7 @@ class VllmSampler:
         """Samples one response; see `PolicySampler.sample`."""
         async with self._versions.admit(request.version) as version:
             output = await self._generate(request, version)
+        self._last = request
         completion = output.outputs[0]
         token_ids = list(completion.token_ids)
         log_probs = [entry[token].logprob for token, entry in zip(token_ids, completion.logprobs, strict=True)]
@@ -94,6 +101,47 @@ class VllmSampler:
         """Drops adapters that are not the newest and that no request in flight names."""
         await self._versions.retire()
 
+    async def sleep(self, level: int) -> None:
+        """Puts the engine to sleep; see `PolicySampler.sleep`."""
+        self._slept = SleepCheck(level, self.newest, await self._probe())
+        async with self._engine_failures("go to sleep"):
+            await self._engine.client.sleep(level)
+
+    async def wake_up(self) -> None:
+        """Wakes the engine up, and makes sure that it answers as before; see `PolicySampler.wake_up`."""
+        client, slept = self._engine.client, self._slept
+        async with self._engine_failures("wake up"):
+            await client.wake_up()
+            if slept is not None and slept.level == 2:
+                await client.collective_rpc("reload_weights")
+            # A reload drops encoded pictures behind the scheduler's back, which would rely on them.
+            await client.reset_encoder_cache()
+            # What an adapter's slots and cached blocks hold after a sleep is not to be relied on (vLLM #48337, #53888).
+            await self._versions.renew()
+            await client.reset_prefix_cache()
+        if slept is not None:
+            slept.require_same(await self._probe(), MISMATCH_LIMITS[self._dtype].high)
+        self._slept = None
+
+    @asynccontextmanager
+    async def _engine_failures(self, what: str) -> AsyncIterator[None]:
+        """Gives failures of the engine while it is told to do something the type of such failures."""
+        try:
+            yield
+        except (UserError, SamplerUnavailableError):
+            raise
+        except Exception as error:  # noqa: BLE001 - the engine process reports every failure as a bare Exception
+            raise SamplerUnavailableError(f"the vLLM engine cannot {what} ({one_line(error, 300)})") from None
+
+    async def _probe(self) -> Probe:
+        """Returns the likeliest tokens' log-probabilities in a greedy answer to the last request, by its newest
+        adapter; none before the first request."""
+        if self._last is None:
+            return []
+        request = replace(self._last, temperature=0.0, max_tokens=PROBE_TOKENS, seed=None)
+        output = await self._generate(request, self.newest, LIKELIEST)
+        return [{token: found.logprob for token, found in entry.items()} for entry in output.outputs[0].logprobs]
+
     async def check_health(self) -> None:
         """Raises `SamplerUnavailableError` when the engine's process is gone."""
         self._engine.check()
@@ -106,7 +154,7 @@ class VllmSampler:
         """Ends the engine and its processes."""
         self._engine.shutdown()
 
-    async def _generate(self, request: SampleRequest, version: int) -> Any:
+    async def _generate(self, request: SampleRequest, version: int, likeliest: int = 0) -> Any:
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -115,7 +163,7 @@ class VllmSampler:
             prompt = await self._prompts.rendered(request.prompt, request.image)
             async for output in self._engine.client.generate(
                 prompt,
-                self._sampling_params(request.temperature, request.max_tokens, request.seed),
+                self._sampling_params(request.temperature, request.max_tokens, request.seed, likeliest),
                 uuid.uuid4().hex,
                 lora_request=None if version == BASE_VERSION else self._lora(version),
             ):
@@ -130,7 +178,7 @@ class VllmSampler:
             raise SamplerUnavailableError("the vLLM engine gave no answer")
         return last
 
-    def _new_sampling_params(self, temperature: float, max_tokens: int, seed: int | None) -> Any:
+    def _new_sampling_params(self, temperature: float, max_tokens: int, seed: int | None, likeliest: int) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -138,7 +186,7 @@ class VllmSampler:
             temperature=temperature,
             max_tokens=max_tokens,
             seed=seed,
-            logprobs=0,
+            logprobs=likeliest,
             stop_token_ids=[self._inputs.end_id],
             logit_bias=self._forbidden,
             detokenize=False,
@@ -260,6 +308,8 @@ def engine_arguments(config: RunConfig, model: str, forbidden: int) -> Any:
         # On a GPU the cache takes what gpu_memory_utilization leaves.
         kv_cache_memory_bytes=int(sampler.kv_cache_gib * GIB) if current_platform.is_cpu() else None,
         enforce_eager=sampler.enforce_eager,
+        # vLLM refuses it on a CPU, where there is no memory to give up either.
+        enable_sleep_mode=sampler.sleep_level > 0 and not current_platform.is_cpu(),
         distributed_executor_backend="uni" if _one_cpu_process(config) else None,
         enable_prefix_caching=True,
         # Where a step has room for a part of a seeded request's prompt, vLLM samples and then takes the random

@@ -153,6 +153,19 @@ class Learner:
                 _collect(batch, self._scorer.score_steps(batch), tokens)
         return _by_trajectory(trajectories, tokens)
 
+    def enter_device(self) -> None:
+        """Brings the model to its device, for which `leave_device` may have made room (`learner.offload`)."""
+        if self.config.learner.offload:
+            self._move(self.device)
+
+    def leave_device(self) -> None:
+        """Gives the device's memory back for others: all but the model's, and with `learner.offload` that too."""
+        self._optimization.zero_grad()
+        if self.config.learner.offload:
+            self._move(torch.device("cpu"))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def save_adapter(self, directory: Path | str) -> None:
         """Writes the adapter in PEFT format, atomically. Call it on one rank."""
         save_adapter(self.policy, Path(directory))
@@ -172,6 +185,12 @@ class Learner:
             UserError: It is missing, corrupted, of another adapter or of a loss with another head.
         """
         load_checkpoint(self.policy, self._head, self._optimization, Path(directory))
+
+    def _move(self, device: torch.device) -> None:
+        self.policy.to(device)
+        if self._head is not None:
+            self._head.to(device)
+        self._optimization.move(device)
 
     def _forward(self, batches: list[MicroBatch]) -> tuple[Tensor, list[list[float]], Tensor | None]:
         """Scores all micro-batches; keeps the graph of the first, the largest, only.

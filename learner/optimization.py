@@ -86,6 +86,13 @@ class Optimization:
         """Drops the gradients."""
         self._adamw.zero_grad(set_to_none=True)
 
+    def move(self, device: torch.device) -> None:
+        """Moves the optimiser's moments to a device, where its parameters have been moved."""
+        for entries in self._adamw.state.values():
+            for name, value in entries.items():
+                # Counts of steps are on the CPU wherever the parameters are.
+                entries[name] = value if value.dim() == 0 else value.to(device)
+
     def update(self, has_signal: bool) -> dict[str, float]:
         """Clips the gradients and makes one update.
 

@@ -69,6 +69,14 @@ class SamplerSettings(Settings):
     max_num_seqs: int = Field(64, ge=1, le=1024, description="Sequences decoded at once by one replica.")
     kv_cache_gib: float = Field(0.25, gt=0, le=1024, description="KV cache of one replica on CPU, GiB.")
     gpu_memory_utilization: float = Field(0.85, gt=0, lt=1, description="Share of a GPU's memory that vLLM takes.")
+    sleep_level: Literal[0, 1, 2] = Field(
+        0,
+        description="For one GPU that sampler and learner share: while the learner steps, the sampler keeps its "
+        "weights in main memory (1) or drops them and reads them again (2, vLLM); 0: it never sleeps.",
+    )
+    sleep_timeout_s: float = Field(
+        3600.0, gt=0, le=86_400, description="Longest that a response is waited for while the sampler sleeps."
+    )
     enforce_eager: bool = Field(True, description="No CUDA graphs and no compilation in vLLM: a quicker start.")
     temperature: float = Field(1.0, gt=0, le=2, description="Sampling temperature of training rollouts.")
     request_timeout_s: float = Field(120.0, gt=0, le=3600, description="Longest wait for one try of a response.")
@@ -159,6 +167,10 @@ class LearnerSettings(Settings):
         0.0, ge=0, le=8, description="GPUs that a learner process asks Ray for; with 0 it computes on the CPU."
     )
     cpus_per_worker: float = Field(0.5, ge=0, le=64, description="CPUs that a learner process asks Ray for.")
+    offload: bool = Field(
+        False,
+        description="Keep the learner's model in main memory while the sampler is awake (sampler.sleep_level).",
+    )
     resources_per_worker: CustomResources = Field({}, description="As sampler.resources_per_replica.")
     node_labels: NodeLabels = Field({}, description="As sampler.node_labels.")
     learning_rate: float = Field(1e-3, gt=0, le=1, description="Peak rate of the adapter, after the warm-up.")
@@ -349,7 +361,33 @@ class RunConfig(Settings):
             raise ValueError("policy.max_response_tokens must be below sampler.max_model_len")
         if self.scaling.automatic:
             self._starts_within_bounds()
+        self._share_a_gpu()
         return self
+
+    def _share_a_gpu(self) -> None:
+        sampler, learner = self.sampler, self.learner
+        if sampler.sleep_level == 0:
+            if learner.offload:
+                raise ValueError("learner.offload makes room for a sampler that wakes up; set sampler.sleep_level=1")
+            return
+        for name, found in (
+            ("sampler.replicas", sampler.replicas),
+            ("sampler.tensor_parallel_size", sampler.tensor_parallel_size),
+            ("learner.workers", learner.workers),
+        ):
+            if found != 1:
+                raise ValueError(f"sampler.sleep_level is for one sampler and one learner on one GPU; set {name}=1")
+        if self.scaling.automatic:
+            raise ValueError("sampler.sleep_level is for one sampler and one learner; set scaling.automatic=false")
+        if sampler.gpus_per_replica + learner.gpus_per_worker > 1:
+            raise ValueError(
+                "sampler.sleep_level: sampler and learner share one GPU, so sampler.gpus_per_replica and "
+                "learner.gpus_per_worker must not exceed 1 together (0.5 each)"
+            )
+        if sampler.engine == "vllm" and sampler.gpus_per_replica == 0:
+            raise ValueError("sampler.sleep_level: vLLM sleeps on GPUs only, and sampler.gpus_per_replica is 0")
+        if sampler.engine == "transformers" and sampler.sleep_level == 2:
+            raise ValueError("sampler.sleep_level 2 is vLLM's; the engine transformers sleeps at level 1")
 
     def _starts_within_bounds(self) -> None:
         scaling = self.scaling

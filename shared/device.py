@@ -33,12 +33,13 @@ def sampler_device(config: RunConfig, gpu_seen: bool) -> str:
 def on_this_machine(config: RunConfig, gpu_seen: bool) -> RunConfig:
     """Returns a run's configuration for a sampler in this process, without Ray.
 
-    It computes on a GPU where the run's samplers did (``sampler.gpus_per_replica``) and this machine has one.
+    It computes on a GPU where the run's samplers did (``sampler.gpus_per_replica``) and this machine has one, and
+    never sleeps: there is no learner beside it.
 
     Args:
         config: The run's configuration.
         gpu_seen: Whether torch sees a GPU.
     """
-    if config.sampler.gpus_per_replica == 0 or gpu_seen:
-        return config
-    return config.model_copy(update={"sampler": config.sampler.model_copy(update={"gpus_per_replica": 0.0})})
+    gpus = config.sampler.gpus_per_replica if gpu_seen else 0.0
+    changes = {"gpus_per_replica": gpus, "sleep_level": 0}
+    return config.model_copy(update={"sampler": config.sampler.model_copy(update=changes)})

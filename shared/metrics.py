@@ -78,6 +78,11 @@ STEP_METRICS = (
     MetricSpec("seconds_loss", "seconds", "Of the step: the loss and its gradient in the scores."),
     MetricSpec("seconds_backward", "seconds", "Of the step: backward passes and the optimiser."),
     MetricSpec("publish_s", "seconds", "Time to write and publish the adapter."),
+    MetricSpec(
+        "sampler_sleep_s",
+        "seconds",
+        "Time in which the sampler went to sleep and woke up, on one GPU (sampler.sleep_level).",
+    ),
 )
 
 ROLLOUT_METRICS = (

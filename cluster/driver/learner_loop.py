@@ -21,6 +21,7 @@ from gflowvlm.actors.buffer_actor import get_buffer
 from gflowvlm.actors.policy_client import PolicyClient
 from gflowvlm.actors.policy_server import DEPLOYMENT
 from gflowvlm.cluster.driver.actor_calls import ACTOR_TIMEOUT_S, answer_of
+from gflowvlm.cluster.driver.gpu_turns import GpuTurns
 from gflowvlm.cluster.driver.learner_reports import FATAL, MISMATCH, STARTED, STEP, RemoteMailbox, Reporter
 from gflowvlm.evaluation.sampler_check import compare_with_sampler, mismatch_row, require_agreement
 from gflowvlm.learner.learner import Learner
@@ -43,6 +44,12 @@ class BatchLearner(Protocol):
 
     def score(self, trajectories: Sequence[Trajectory]) -> list[list[list[float]]]:
         """Returns the log-probability of every response token."""
+
+    def enter_device(self) -> None:
+        """Brings the model to its device."""
+
+    def leave_device(self) -> None:
+        """Gives the device's memory back for others."""
 
     def save_adapter(self, directory: Path) -> None:
         """Writes the adapter in PEFT format."""
@@ -92,8 +99,15 @@ def learner_loop(job_values: dict[str, Any]) -> None:
         if config.learner.gpus_per_worker > 0 and torch.cuda.is_available():
             # Where none was asked for, Ray hides none either, and names the CPU.
             torch.cuda.set_device(ray.train.torch.get_device())
-        learner = Learner(config, job.model_path, rank=rank, world_size=context.get_world_size())
-        LearnerLoop(job, folder, rank, learner, reporter).run()
+        turns = GpuTurns.of_run(config, job.server_name)
+        try:
+            with turns.turn():
+                learner = Learner(config, job.model_path, rank=rank, world_size=context.get_world_size())
+                loop = LearnerLoop(job, folder, rank, learner, reporter, turns)
+                learner.leave_device()
+            loop.run()
+        finally:
+            turns.close()
     except UserError as error:
         try:
             reporter.send(FATAL, {"error": str(error)})
@@ -110,14 +124,22 @@ class LearnerLoop:
         rank: Number of this learner.
         learner: Takes the steps; restored from the newest checkpoint.
         reporter: Tells the driver what was done.
+        turns: Gives it the GPU for as long as it computes, where the sampler is on the same one.
     """
 
     def __init__(
-        self, job: LearnerJob, folder: RunFolder, rank: int, learner: BatchLearner, reporter: Reporter
+        self,
+        job: LearnerJob,
+        folder: RunFolder,
+        rank: int,
+        learner: BatchLearner,
+        reporter: Reporter,
+        turns: GpuTurns,
     ) -> None:
         self.config = RunConfig.model_validate(job.config)
         self.pacing = Pacing.of(self.config)
         self.job, self.folder, self.rank, self.learner, self.reporter = job, folder, rank, learner, reporter
+        self.turns = turns
         self.store = find_adapter_store(job.store_name)
         self.buffer = get_buffer(job.buffer_name)
         checkpoint = latest_checkpoint(folder.checkpoints)
@@ -145,8 +167,7 @@ class LearnerLoop:
                 break
             waited = time.monotonic() - asked
             batch_ref = self._request_batch(step + 1) if step + 1 < total else None
-            metrics = self.learner.step(batch)
-            started = self._finish_step(step + 1, batch, metrics, started, waited)
+            started = self._take_step(step + 1, batch, started, waited)
         if self.rank == 0 and latest_checkpoint(self.folder.checkpoints, step=self.learner.steps_taken) is None:
             self._checkpoint(self.learner.steps_taken)
 
@@ -174,16 +195,21 @@ class LearnerLoop:
             ) from None
         return None if batch is None else from_arrow(batch)
 
-    def _finish_step(
-        self, done: int, batch: list[Trajectory], metrics: dict[str, float], started: float, waited: float
-    ) -> float:
-        """Publishes, reports and keeps a step; returns when its time ended: its checkpoint's is the next step's."""
+    def _take_step(self, done: int, batch: list[Trajectory], started: float, waited: float) -> float:
+        """Takes, publishes, reports and keeps a step.
+
+        Returns:
+            When its time ended: its checkpoint's is the next step's.
+        """
         settings = self.config.learner
         ages = [self.version - t.oldest_version for t in batch if not t.expert and t.steps]
-        published = time.monotonic()
-        # What is left at the end is a version too: it is evaluated, and what the run leaves behind.
-        if done % settings.publish_every == 0 or done == settings.steps:
-            self._publish()
+        with self.turns.turn(self.learner):
+            metrics = self.learner.step(batch)
+            published = time.monotonic()
+            # What is left at the end is a version too: it is evaluated, and what the run leaves behind.
+            if done % settings.publish_every == 0 or done == settings.steps:
+                self._publish()
+            published_s = time.monotonic() - published
         ended = time.monotonic()
         if self.rank == 0:
             metrics["response_tokens_scored"] = metrics.pop("response_tokens")
@@ -195,7 +221,8 @@ class LearnerLoop:
                 "staleness_max": max(ages, default=0),
                 "batch_success": sum(t.success for t in batch) / len(batch),
                 "wait_s": waited,
-                "publish_s": ended - published,
+                "publish_s": published_s,
+                "sampler_sleep_s": self.turns.take_seconds(),
                 "step_s": ended - started,
             }
             self.reporter.send(STEP, row)
@@ -235,6 +262,10 @@ class LearnerLoop:
             return
         handle = serve.get_deployment_handle(DEPLOYMENT, self.job.server_name)
         client = PolicyClient.from_config(handle, self.config)
-        mismatch = compare_with_sampler(self.config, self.job.model_path, client, self.learner.score)
+        mismatch = compare_with_sampler(self.config, self.job.model_path, client, self._score)
         self.reporter.send(MISMATCH, mismatch_row(mismatch))
         require_agreement(mismatch, self.config, self.job.model_path)
+
+    def _score(self, trajectories: Sequence[Trajectory]) -> list[list[list[float]]]:
+        with self.turns.turn(self.learner):
+            return self.learner.score(trajectories)

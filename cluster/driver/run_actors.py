@@ -13,17 +13,18 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from gflowvlm.actors.adapter_store import start_adapter_store
 from gflowvlm.actors.buffer_actor import create_buffer_actor
-from gflowvlm.actors.event_loop import EventLoopThread
-from gflowvlm.actors.policy_client import PolicyClient
+from gflowvlm.actors.event_loop import EventLoopEndedError, EventLoopThread
+from gflowvlm.actors.policy_client import PolicyClient, PolicyServerError
 from gflowvlm.actors.policy_server import deploy_policy_server, scale_policy_server, shutdown_policy_server
 from gflowvlm.actors.rollout_worker import RolloutWorker
 from gflowvlm.cluster.driver.actor_calls import answer_of
 from gflowvlm.cluster.driver.learner_loop import LearnerJob, learner_loop
 from gflowvlm.cluster.driver.learner_reports import RemoteMailbox, Report, ReportReceiver, start_mailbox
 from gflowvlm.cluster.driver.worker_pool import WorkerPool
-from gflowvlm.cluster.launch.placement import LEARNER, ROLLOUT, as_placed, resource_plan
+from gflowvlm.cluster.launch.placement import LEARNER, NODE_ID_LABEL, ROLLOUT, as_placed, resource_plan
 from gflowvlm.run.folder import RunFolder
 from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.errors import UserError
 
 STOP_TIMEOUT_S = 60.0
 SNAPSHOT_TIMEOUT_S = 1.0
@@ -147,7 +148,7 @@ class RunActors:
                 num_workers=settings.workers,
                 use_gpu=settings.gpus_per_worker > 0,
                 resources_per_worker={"CPU": part.cpus, "GPU": part.gpus, **part.resources},
-                label_selector=dict(part.labels),
+                label_selector=dict(part.labels) | self._beside_the_sampler(),
             ),
             run_config=ray.train.RunConfig(
                 name=self._name,
@@ -161,9 +162,26 @@ class RunActors:
                 trainer.fit()
             except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
                 self.learner_error = error
+                self._wake_sampler()
 
         self._learner = threading.Thread(target=fit, name="learner", daemon=True)
         self._learner.start()
+
+    def _beside_the_sampler(self) -> dict[str, str]:
+        """Returns the labels of the node whose GPU the learner shares with the sampler, where it does."""
+        if self._config.sampler.sleep_level == 0:
+            return {}
+        nodes = {str(status["node"]) for status in self.loop.run(self.client.status())}
+        return {NODE_ID_LABEL: nodes.pop()} if len(nodes) == 1 else {}
+
+    def _wake_sampler(self) -> None:
+        """Lets what is still played go on: a learner that was given up may have died while the sampler slept."""
+        if self._config.sampler.sleep_level == 0:
+            return
+        try:
+            self.loop.run(self.client.wake_up())
+        except (PolicyServerError, EventLoopEndedError, UserError) as error:
+            self._say(f"the sampler does not wake up: {error}")
 
     @property
     def learner_finished(self) -> bool:

@@ -123,6 +123,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "seconds_loss",
                 "seconds_backward",
                 "publish_s",
+                "sampler_sleep_s",
             ),
             Panel(
                 "Waiting shares",

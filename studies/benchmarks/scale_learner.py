@@ -13,6 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from gflowvlm.actors.adapter_store import CONFIG_FILE, WEIGHTS_FILE
+from gflowvlm.cluster.driver.gpu_turns import GpuTurns
 from gflowvlm.cluster.driver.learner_loop import LearnerJob, LearnerLoop
 from gflowvlm.cluster.driver.learner_reports import RemoteMailbox, Reporter
 from gflowvlm.run.folder import RunFolder
@@ -31,7 +32,8 @@ def simulated_learner_loop(job_values: dict[str, Any], *, step_s: float, adapter
     """
     job = LearnerJob(**job_values)
     reporter = Reporter(RemoteMailbox.find(job.mailbox_name))
-    LearnerLoop(job, RunFolder(Path(job.run_dir)), 0, SimulatedLearner(step_s, adapter_kib), reporter).run()
+    learner = SimulatedLearner(step_s, adapter_kib)
+    LearnerLoop(job, RunFolder(Path(job.run_dir)), 0, learner, reporter, GpuTurns(None)).run()
 
 
 class SimulatedLearner:
@@ -62,6 +64,12 @@ class SimulatedLearner:
     def score(self, trajectories: Sequence[Trajectory]) -> list[list[list[float]]]:
         """Returns what the sampler said: the two agree."""
         return [[step.sampler_log_probs for step in trajectory.steps] for trajectory in trajectories]
+
+    def enter_device(self) -> None:
+        """Returns: there is no model to move."""
+
+    def leave_device(self) -> None:
+        """Returns: there is no model to move."""
 
     def save_adapter(self, directory: Path) -> None:
         """Writes an adapter of the right form and size, all of its weights zero."""

@@ -114,6 +114,12 @@ class SimulatedSampler:
         """Drops adapters that are not the newest and that no request in flight names."""
         await self._versions.retire()
 
+    async def sleep(self, level: int) -> None:
+        """Returns: there is no memory to give up."""
+
+    async def wake_up(self) -> None:
+        """Returns: there is no memory to take back."""
+
     async def check_health(self) -> None:
         """Returns: nothing can fail."""
 

@@ -10,9 +10,16 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, RaySystemErro
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from gflowvlm.actors import policy_client
 from gflowvlm.actors.policy_client import TOGETHER, PolicyClient, PolicyServerError
 from gflowvlm.actors.policy_server import Answer
-from gflowvlm.actors.sampling import SampleRequest, SampleResponse, SamplerUnavailableError, UnknownVersionError
+from gflowvlm.actors.sampling import (
+    SamplerAsleepError,
+    SampleRequest,
+    SampleResponse,
+    SamplerUnavailableError,
+    UnknownVersionError,
+)
 from gflowvlm.shared.errors import UserError
 
 Part = list[tuple[int, Answer]]
@@ -287,3 +294,66 @@ def test_requests_given_up_at_once_are_never_sent() -> None:
         assert server.calls == []
 
     run(body())
+
+
+def asleep_for(seconds: float) -> Behaviour:
+    async def behaviour(requests: Sequence[SampleRequest]) -> AsyncIterator[Part]:
+        await asyncio.sleep(seconds)
+        yield [(place, SamplerAsleepError("asleep")) for place in range(len(requests))]
+
+    return behaviour
+
+
+def test_a_sampler_that_sleeps_is_waited_for_beyond_the_deadline_of_a_failing_one() -> None:
+    server = Server([asleep_for(0.1)] * 4 + [answer_all])
+    client = client_of(server, deadline_s=0.15)
+    response = asyncio.run(client.sample(asked()))
+    assert response.version == 0
+    assert (len(server.calls), client.retries) == (5, 0)
+
+
+def test_a_sampler_that_is_never_woken_up_is_waited_for_as_long_as_the_settings_say() -> None:
+    client = client_of(Server([asleep_for(0.05)]))
+    client.sleep_timeout_s = 0.1
+    with pytest.raises(PolicyServerError, match=r"sampler\.sleep_timeout_s"):
+        asyncio.run(client.sample(asked()))
+
+
+class Replicas:
+    """A handle whose replicas answer a broadcast in turns."""
+
+    deployment_name, app_name = "PolicyServer", "test"
+
+    def __init__(self, *answers: list[Any]) -> None:
+        self.answers, self.told = list(answers), list[str]()
+
+    def broadcast(self, method: str) -> "Replicas":
+        self.told.append(method)
+        return self
+
+    async def results_async(self, timeout_s: float, return_exceptions: bool) -> list[Any]:
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+
+def told(replicas: Replicas, deadline_s: float = 10.0) -> PolicyClient:
+    return PolicyClient(cast(DeploymentHandle, replicas), 5.0, deadline_s)
+
+
+def test_replicas_are_told_to_sleep_until_one_is_there_and_all_of_them_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy_client, "LONGEST_PAUSE_S", 0.0)
+    replicas = Replicas([], [ActorUnavailableError("restarts", None)], [SamplerUnavailableError("busy"), None], [None])
+    asyncio.run(told(replicas).sleep())
+    assert replicas.told == ["sleep"] * 4
+
+
+def test_a_sampler_that_answers_otherwise_after_it_woke_up_is_an_error_at_once() -> None:
+    replicas = Replicas([UserError("other log-probabilities")])
+    with pytest.raises(UserError, match="other log-probabilities"):
+        asyncio.run(told(replicas).wake_up())
+    assert replicas.told == ["wake_up"]
+
+
+def test_replicas_that_never_come_end_the_wait_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy_client, "LONGEST_PAUSE_S", 0.0)
+    with pytest.raises(PolicyServerError, match="policy server to wake up: no replica runs"):
+        asyncio.run(told(Replicas([]), deadline_s=0.05).wake_up())

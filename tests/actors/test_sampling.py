@@ -197,3 +197,18 @@ def test_busy_time_is_the_time_with_requests_in_flight() -> None:
         assert (stats["responses"], stats["tokens"]) == (1, 7)
 
     asyncio.run(run())
+
+
+def test_a_renewed_engine_gets_the_newest_adapter_again_and_others_when_they_are_asked_for() -> None:
+    async def run() -> None:
+        engine = Engine()
+        await engine.versions.load(1, Path("v1"))
+        await engine.versions.load(2, Path("v2"))
+        await engine.versions.renew()
+        assert engine.held == {2}
+        assert engine.loads == [1, 2, 2]
+        async with engine.versions.admit(1) as version:
+            assert version == 1
+            assert engine.held == {1, 2}
+
+    asyncio.run(run())

@@ -224,3 +224,27 @@ def test_a_gpu_that_is_asked_for_and_not_there_is_refused(policy: Path, monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"sampler\.gpus_per_replica = 1, but torch"):
         TransformersSampler(config(gpus_per_replica=1.0), str(policy / "model"))
+
+
+def test_a_sampler_that_slept_answers_as_before(policy: Path) -> None:
+    async def body(sampler: TransformersSampler) -> None:
+        await sampler.load(1, policy / "adapter-1")
+        asked = [request(i, seed=i, version=version) for i in range(2) for version in (0, 1)]
+        before = await sample_all(sampler, asked)
+        await sampler.sleep(1)
+        await sampler.wake_up()
+        assert await sample_all(sampler, asked) == before
+
+    with_sampler(policy, body)
+
+
+def test_the_model_of_a_sleeping_sampler_leaves_its_device_and_comes_back(policy: Path) -> None:
+    async def body(sampler: TransformersSampler) -> None:
+        moved: list[torch.device] = []
+        sampler._device, move = torch.device("meta"), sampler._model.to
+        sampler._model.to = lambda device: moved.append(device) or move(torch.device("cpu"))
+        await sampler.sleep(1)
+        await sampler.wake_up()
+        assert [device.type for device in moved] == ["cpu", "meta"]
+
+    with_sampler(policy, body)

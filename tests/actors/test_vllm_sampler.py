@@ -25,6 +25,7 @@ from gflowvlm.actors.sampling import (
     UnknownVersionError,
 )
 from gflowvlm.actors.vllm_sampler import VllmSampler, engine_arguments
+from gflowvlm.learner.tiny_policy import build_tiny_policy
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import PolicyInputs, decode_image
 from tests.actors.tiny_adapters import config, request, write_policy
@@ -287,3 +288,44 @@ def test_an_engine_that_computes_elsewhere_than_asked_for_is_refused(
         engine_arguments(config(gpus_per_replica=asked), str(policy / "model"), 0)
     # Whoever asked for none sees none either.
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ("" if asked == 0 else "0")
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_an_engine_that_slept_answers_as_before_with_its_newest_adapter(run: Runner, policy: Path, level: int) -> None:
+    # vLLM on a CPU keeps its memory; the engine's scheduler, caches and adapters go the same way as on a GPU.
+    async def body(sampler: VllmSampler) -> None:
+        await sampler.load(5, policy / "adapter-5")
+        asked = [request(n, temperature=0.0, version=version) for n in range(3) for version in (None, 0)]
+        before = await sample_all(sampler, asked)
+        await sampler.sleep(level)
+        await sampler.wake_up()
+        assert sampler.stats()["loaded_versions"] == [5]
+        after = await sample_all(sampler, asked)
+        assert {response.version for response in after} == {0, 5}
+        assert [r.token_ids for r in after] == [r.token_ids for r in before]
+        for one, other in zip(before, after, strict=True):
+            torch.testing.assert_close(torch.tensor(one.log_probs), torch.tensor(other.log_probs), atol=1e-5, rtol=0)
+        # A version that went with the sleep is loaded again for a request that names it.
+        assert (await sampler.sample(request(1, version=2))).version == 2
+
+    run(body)
+
+
+def test_an_engine_whose_weights_changed_in_its_sleep_is_not_used_again(
+    run: Runner, policy: Path, tmp_path: Path
+) -> None:
+    other = build_tiny_policy(tmp_path / "other", seed=9)
+
+    async def body(sampler: VllmSampler) -> None:
+        await sampler.sample(request())
+        await sampler.sleep(1)
+        client = sampler._engine.client
+        await client.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+        with pytest.raises(UserError, match=r"^sampler\.sleep_level = 1: [^\n]* gives other log-probabilities [^\n]*$"):
+            await sampler.wake_up()
+        await client.collective_rpc("reload_weights", kwargs={"weights_path": str(policy / "model")})
+        # Asked again, as the client does: the answer is compared again, too.
+        await sampler.wake_up()
+        assert (await sampler.sample(request())).token_ids
+
+    run(body)

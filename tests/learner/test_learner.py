@@ -224,3 +224,35 @@ def test_learning_rate_rises_then_falls_to_the_final_rate():
     assert rates[4:11] == sorted(rates[4:11], reverse=True)
     assert rates[10] == rates[11] == pytest.approx(0.1)
     assert rates[7] == pytest.approx(0.55)
+
+
+SHARED_GPU = {"sampler": {"sleep_level": 1, "engine": "transformers"}, "learner": {"offload": True}}
+
+
+def test_a_learner_that_leaves_its_device_between_steps_learns_the_same(tiny_model, make_config, make_trajectory):
+    batch = make_trajectory.batch()
+    staying, leaving = Learner(make_config(), tiny_model), Learner(make_config(**SHARED_GPU), tiny_model)
+    for _ in range(3):
+        staying.step(batch)
+        leaving.enter_device()
+        leaving.step(batch)
+        leaving.leave_device()
+        assert all(parameter.grad is None for parameter in leaving.policy.parameters())
+    assert torch.equal(parameters(leaving), parameters(staying))
+
+
+def test_all_that_a_learner_computes_with_comes_to_its_device(tiny_model, make_config, make_trajectory):
+    learner = Learner(make_config(objective={"loss": "tb"}, **SHARED_GPU), tiny_model)
+    learner.step(make_trajectory.batch())
+    learner.device = torch.device("meta")
+    learner.enter_device()
+    assert {p.device.type for p in (*learner.policy.parameters(), *learner._head.parameters())} == {"meta"}
+    moments = learner._optimization._adamw.state.values()
+    assert len(moments) == len(learner._optimization.parameters)
+    for entries in moments:
+        # AdamW counts its steps on the CPU.
+        assert {name: value.device.type for name, value in entries.items()} == {
+            "step": "cpu",
+            "exp_avg": "meta",
+            "exp_avg_sq": "meta",
+        }

@@ -25,3 +25,9 @@ def test_a_run_is_evaluated_on_a_gpu_where_its_samplers_had_one_and_the_machine_
 ) -> None:
     config = RunConfig.model_validate({"sampler": {"gpus_per_replica": asked}})
     assert on_this_machine(config, seen).sampler.gpus_per_replica == used
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_sampler_without_a_learner_beside_it_never_sleeps(seen: bool) -> None:
+    config = RunConfig.model_validate({"sampler": {"gpus_per_replica": 0.5, "sleep_level": 2}})
+    assert on_this_machine(config, seen).sampler.sleep_level == 0

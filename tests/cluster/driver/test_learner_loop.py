@@ -12,6 +12,7 @@ import pytest
 
 from gflowvlm.actors.adapter_store import AdapterStore
 from gflowvlm.cluster.driver import actor_calls, learner_loop
+from gflowvlm.cluster.driver.gpu_turns import GpuTurns
 from gflowvlm.cluster.driver.learner_loop import LearnerJob, LearnerLoop
 from gflowvlm.cluster.driver.learner_reports import Reporter, ReportReceiver
 from gflowvlm.cluster.driver.run_record import RunRecord
@@ -98,7 +99,7 @@ def learn(run, mailbox):
         config = resolve_config(None, None, [f"learner.steps={STEPS}", *settings])
         values = config.model_dump(mode="json")
         job = LearnerJob(values, "model", str(run.root), "store", "buffer", "server", "mailbox")
-        LearnerLoop(job, run, 0, MortalLearner(dies_at, written), Reporter(mailbox)).run()
+        LearnerLoop(job, run, 0, MortalLearner(dies_at, written), Reporter(mailbox), GpuTurns(None)).run()
 
     return learn
 
@@ -280,7 +281,7 @@ def test_a_learner_takes_a_gpu_only_where_it_asked_for_one(tmp_path, monkeypatch
     monkeypatch.setattr(learner_loop.ray.train.torch, "get_device", lambda: given)
     alone = SimpleNamespace(get_world_size=lambda: 1, get_world_rank=lambda: 0)
     monkeypatch.setattr(learner_loop.ray.train, "get_context", lambda: alone)
-    monkeypatch.setattr(learner_loop, "Learner", lambda *_, **__: None)
+    monkeypatch.setattr(learner_loop, "Learner", lambda *_, **__: SimulatedLearner(step_s=0.0, adapter_kib=1))
     monkeypatch.setattr(learner_loop, "LearnerLoop", lambda *_: SimpleNamespace(run=lambda: None))
     monkeypatch.setattr(learner_loop.RemoteMailbox, "find", lambda name: FullDisk())
     values = resolve_config(None, None, [f"learner.gpus_per_worker={gpus}"]).model_dump(mode="json")
