@@ -75,6 +75,17 @@ class EventLoopThread:
             with self._lock:
                 self._waiting.discard(future)
 
+    async def awaited(self, work: Coroutine[Any, Any, _Result]) -> _Result:
+        """Returns what the coroutine returns, run on this loop; to be awaited on another one.
+
+        Raises:
+            EventLoopEndedError: The loop has ended.
+        """
+        if self._ended is not None:
+            work.close()
+            raise EventLoopEndedError(f"the event loop of {self._name} has ended: {self._ended}")
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
     def close(self) -> None:
         """Ends the loop and its thread; calls that still wait fail."""
         self._end("it was closed")

@@ -22,7 +22,7 @@ from gflowvlm.actors.episode import ResponseSource
 from gflowvlm.actors.event_loop import EventLoopEndedError, EventLoopThread
 from gflowvlm.actors.sampling import PromptTooLongError, SampleRequest, SampleResponse
 from gflowvlm.learner.mismatch import QUANTILE, Mismatch, compare
-from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.config import FewerBits, RunConfig
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.trajectory import BASE_VERSION, EndReason, Step, Trajectory, Validity
@@ -66,6 +66,14 @@ def agreement_line(row: Mapping[str, Any]) -> str:
     return (
         f"sampler and learner agree to {row['mean']:.1e} nats in the mean and {row['quantile_99']:.1e} at the "
         f"{QUANTILE:.0%} quantile, on {row['tokens']} tokens of {row['responses']} responses"
+    )
+
+
+def rounding_line(load_in: FewerBits) -> str:
+    """Returns what is said beside `agreement_line` of a learner whose weights are in fewer bits."""
+    return (
+        f"policy.load_in = {load_in}: that difference is what the learner's rounded weights cost; the adapter is "
+        "trained beside these, and played beside exact ones"
     )
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
-from gflowvlm.shared.config import PolicySettings
+from gflowvlm.shared.config import FewerBits, PolicySettings
 from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.policy_inputs import directory_or_hub_name
 
@@ -26,7 +29,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def load_policy(settings: PolicySettings, model_path: str, *, seed: int, device: torch.device) -> Any:
     """Loads the base model and puts a fresh LoRA adapter on its language model.
 
-    The base model is frozen, in `settings.dtype`; the adapter is in float32. Its initialisation depends on
+    The base model is frozen, in `settings.dtype` or the fewer bits of `settings.load_in`; the adapter's weights are
+    in float32, and compute in `settings.dtype` as the sampler's do (`MasterLinear`). Its initialisation depends on
     `seed` only (B = 0: the policy starts as the base model). Nothing in it is random afterwards: there is no
     dropout anywhere, with gradient checkpointing neither.
 
@@ -40,8 +44,11 @@ def load_policy(settings: PolicySettings, model_path: str, *, seed: int, device:
         The PEFT model.
 
     Raises:
-        UserError: No such model, weights that cannot be loaded, or LoRA targets outside the language model.
+        UserError: No such model, weights that cannot be loaded (in these bits), or LoRA targets outside the language
+            model.
     """
+    if settings.load_in is not None:
+        return _adapted(load_quantized_model(model_path, settings.dtype, settings.load_in, device), settings, seed)
     return _adapted(load_base_model(model_path, settings.dtype), settings, seed).to(device)
 
 
@@ -75,6 +82,8 @@ def _adapted(model: Any, settings: PolicySettings, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         policy = get_peft_model(model, lora)
+    if DTYPES[settings.dtype] != torch.float32:
+        _compute_in_input_precision(policy)
     policy.eval()
     if settings.gradient_checkpointing:
         _enable_checkpointing(policy)
@@ -94,6 +103,72 @@ def load_base_model(model_path: str, dtype: str) -> Any:
         return AutoModelForImageTextToText.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True)
     except (ImportError, OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model {model_path!r}: its weights cannot be loaded ({one_line(error)})") from None
+
+
+def load_quantized_model(model_path: str, dtype: str, load_in: FewerBits, device: torch.device) -> Any:
+    """Loads a model whose linear layers, the output head aside, keep their weights in fewer bits (bitsandbytes).
+
+    Args:
+        model_path: Model directory or hub name.
+        dtype: What they compute in, and what all else is in.
+        load_in: ``8bit``, or ``4bit`` (NF4, its constants quantised again).
+        device: Where the model shall live; it cannot be moved.
+
+    Raises:
+        UserError: bitsandbytes is not installed or does not work here, no such model, or its weights cannot be loaded.
+    """
+    path = directory_or_hub_name(model_path)
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"policy.load_in = {load_in}: needs bitsandbytes, which is not installed; `pip install bitsandbytes`"
+        )
+    transformers_logging.disable_progress_bar()
+    # In 8 bits it says at every product that it computes in float16.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    precision = DTYPES[dtype]
+    quantization = BitsAndBytesConfig(
+        load_in_8bit=load_in == "8bit",
+        load_in_4bit=load_in == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=precision,
+        bnb_4bit_use_double_quant=True,
+    )
+    try:
+        return AutoModelForImageTextToText.from_pretrained(
+            path, dtype=precision, use_safetensors=True, quantization_config=quantization, device_map={"": device}
+        )
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"model {model_path!r}: cannot be loaded in {load_in} ({one_line(error)})") from None
+
+
+class MasterLinear(nn.Linear):
+    """A linear layer that computes in its input's precision from weights in float32, which an optimiser changes.
+
+    In bfloat16 alone, updates below 1/256 of a weight would be rounded away; in float32 alone, it would compute other
+    numbers than the sampler, and slower.
+    """
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> MasterLinear:
+        """Returns a layer with the weights of another, which it shares."""
+        made = nn.utils.skip_init(cls, linear.in_features, linear.out_features, bias=False, device="meta")
+        made.weight = linear.weight
+        return made
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Returns the product with the weights as the input's precision has them."""
+        return nn.functional.linear(input, self.weight.to(input.dtype))
+
+
+def _compute_in_input_precision(policy: Any) -> None:
+    """Makes the adapter's layers compute in the model's precision, with their weights in float32."""
+    for layer in policy.modules():
+        if isinstance(layer, LoraLayer):
+            # Else PEFT would bring the input to the weights' precision.
+            layer.cast_input_dtype_enabled = False
+            for part in (layer.lora_A, layer.lora_B):
+                for name, linear in part.items():
+                    part[name] = MasterLinear.of(linear)
 
 
 def load_adapted(model_path: str, dtype: str, adapter: Path | None, device: torch.device = CPU) -> Any:

@@ -1,7 +1,9 @@
 """Supervised fine-tuning: token cross-entropy on demonstrated responses (the paper's SFT baseline).
 
-All parameters are trained. Batches are a function of the step, so a resumed run sees what an
-uninterrupted one would have seen.
+All parameters are trained, the vocabulary's matrices only where that is asked for. Batches are a function of the step,
+so a resumed run sees what an uninterrupted one would have seen.
+
+Weights are in float32 while they are trained, in bfloat16 too: there, most updates would be rounded away.
 """
 
 import json
@@ -10,6 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,7 +50,13 @@ class SftSettings(Settings):
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.98, ge=0, lt=1)
     grad_clip: float = Field(1.0, gt=0, le=1e6)
-    dtype: Precision = "float32"
+    dtype: Precision = Field(
+        "float32",
+        description="What the model computes in and is saved in; while it is trained, its weights are float32.",
+    )
+    train_embeddings: bool = Field(
+        True, description="Train input embeddings and output head too; without, `[DONE]`'s rows alone, if it has any."
+    )
     gradient_checkpointing: bool = False
     checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.")
     seed: int = Field(0, ge=0, lt=2**31)
@@ -114,20 +123,28 @@ def load_for_sft(model: str, settings: SftSettings) -> tuple[Any, PolicyInputs]:
     transformers_logging.disable_progress_bar()
     try:
         processor = AutoProcessor.from_pretrained(model)
-        network = AutoModelForImageTextToText.from_pretrained(model, dtype=getattr(torch, settings.dtype))
+        network = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
     except (ImportError, OSError, ValueError, SafetensorError) as error:
         reason = one_line(error)
         raise UserError(f"model {model!r}: cannot be loaded ({reason})") from None
     inputs = PolicyInputs(model, processor)
     if inputs.done_id is None:
         inputs = _with_done(network, processor, model)
+    if not settings.train_embeddings:
+        _freeze_vocabulary(network, inputs.done_id)
     if settings.gradient_checkpointing:
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         network.config.use_cache = False
     return network.to("cuda" if torch.cuda.is_available() else "cpu").train(), inputs
 
 
-def sft_loss(network: Any, inputs: PolicyInputs, examples: Sequence[SftExample], content_weight: float) -> Tensor:
+def sft_loss(
+    network: Any,
+    inputs: PolicyInputs,
+    examples: Sequence[SftExample],
+    content_weight: float,
+    precision: Precision = "float32",
+) -> Tensor:
     """Returns the weighted sum of token cross-entropies over the responses and the sum of the weights.
 
     Args:
@@ -135,6 +152,7 @@ def sft_loss(network: Any, inputs: PolicyInputs, examples: Sequence[SftExample],
         inputs: Its processor.
         examples: N examples.
         content_weight: Weight of tokens that overlap a JSON value; the others, the end token among them, weigh 1.
+        precision: What the model computes in, whatever its weights are in.
 
     Returns:
         Tensor of shape (2,), float32: the weighted sum (nats) and the sum of weights.
@@ -151,7 +169,8 @@ def sft_loss(network: Any, inputs: PolicyInputs, examples: Sequence[SftExample],
         if name in model_inputs:
             model_inputs[name] = torch.cat([batch[name], torch.zeros_like(tokens)], dim=1)
     # One logit earlier predicts the first response token; the last predicts nothing.
-    logits = network(**model_inputs, use_cache=False, logits_to_keep=length + 1).logits[:, -length - 1 : -1]
+    with torch.autocast(network.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        logits = network(**model_inputs, use_cache=False, logits_to_keep=length + 1).logits[:, -length - 1 : -1]
     losses = torch.nn.functional.cross_entropy(
         logits.float().flatten(0, 1), tokens.flatten(), ignore_index=IGNORED, reduction="none"
     )
@@ -166,6 +185,7 @@ class SftTrainer:
         inputs: Its processor.
         settings: The settings.
         step: Optimiser steps done.
+        trained: How many numbers are trained.
     """
 
     def __init__(self, network: Any, inputs: PolicyInputs, settings: SftSettings) -> None:
@@ -174,11 +194,16 @@ class SftTrainer:
         self.settings = settings
         self.step = 0
         self._parameters = [p for p in network.parameters() if p.requires_grad]
+        # Decay would move the rows of a vocabulary that are not trained.
+        undecayed = set() if settings.train_embeddings else {p for p in _vocabulary(network) if p.requires_grad}
+        self.trained = sum(p.shape[1] if p in undecayed else p.numel() for p in self._parameters)
+        decays = {True: 0.0, False: settings.weight_decay}
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self._parameters if (p in undecayed) == is_undecayed], "weight_decay": decay}
+            for is_undecayed, decay in decays.items()
+        ]
         self._optimizer = torch.optim.AdamW(
-            self._parameters,
-            lr=settings.learning_rate,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            weight_decay=settings.weight_decay,
+            groups, lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2)
         )
 
     @classmethod
@@ -231,17 +256,20 @@ class SftTrainer:
                 self.save_checkpoint(checkpoint)
         return True
 
+    def round_weights(self) -> None:
+        """Brings the trained weights to the precision that the model computes in, and is saved in."""
+        self.network.to(getattr(torch, self.settings.dtype))
+
     def save_model(self, directory: Path) -> None:
-        """Writes the model and its processor as safetensors and JSON."""
-        directory.mkdir(parents=True, exist_ok=True)
-        self.network.save_pretrained(directory)
-        self.inputs.processor.save_pretrained(directory)
+        """Writes the trained model, its weights rounded, and its processor as safetensors and JSON."""
+        self.round_weights()
+        self._write_model(directory)
 
     def save_checkpoint(self, checkpoint: Path) -> None:
         """Writes model, optimiser and step; an older checkpoint stands until the new one is whole."""
         partial = checkpoint.with_name(checkpoint.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        self.save_model(partial)
+        self._write_model(partial)
         tensors = {
             f"{index}.{name}": value.contiguous()
             for index, parameter in enumerate(self._parameters)
@@ -257,6 +285,11 @@ class SftTrainer:
         """Removes the checkpoint of a training that is done."""
         shutil.rmtree(checkpoint, ignore_errors=True)
 
+    def _write_model(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.network.save_pretrained(directory)
+        self.inputs.processor.save_pretrained(directory)
+
     def _update(self, examples: Sequence[SftExample]) -> SftProgress:
         rate = learning_rate(self.step, self.settings)
         for group in self._optimizer.param_groups:
@@ -268,7 +301,8 @@ class SftTrainer:
         examples = sorted(examples, key=lambda e: len(e.prompt))
         for first in range(0, len(examples), self.settings.micro_batch):
             part = examples[first : first + self.settings.micro_batch]
-            total = sft_loss(self.network, self.inputs, part, self.settings.content_weight)[0] / weights
+            total = sft_loss(self.network, self.inputs, part, self.settings.content_weight, self.settings.dtype)[0]
+            total = total / weights
             total.backward()
             loss += float(total.detach())
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.settings.grad_clip)
@@ -333,6 +367,27 @@ def _pad_right(rows: Sequence[tuple[list[int], list[float]]]) -> tuple[Tensor, T
         tokens[row, : len(ids)] = torch.tensor(ids)
         weights[row, : len(values)] = torch.tensor(values)
     return tokens, weights
+
+
+def _vocabulary(network: Any) -> list[Any]:
+    """Returns the weights of the input embedding and the output head, which may be one tensor."""
+    layers = (network.get_input_embeddings(), network.get_output_embeddings())
+    return [layer.weight for layer in layers if layer is not None]
+
+
+def _freeze_vocabulary(network: Any, trained_row: int | None) -> None:
+    """Freezes the vocabulary's matrices but for one row, whose gradient alone is let through."""
+    for weight in set(_vocabulary(network)):
+        if trained_row is None:
+            weight.requires_grad_(False)
+        else:
+            weight.register_hook(partial(_only_row, trained_row))
+
+
+def _only_row(row: int, gradient: Tensor) -> Tensor:
+    kept = torch.zeros_like(gradient)
+    kept[row] = gradient[row]
+    return kept
 
 
 def _with_done(network: Any, processor: Any, model: str) -> PolicyInputs:

@@ -27,6 +27,14 @@ MISMATCH_LIMITS: dict[Precision, MismatchLimits] = {
 }
 """What each precision keeps with right weights: the engines order their sums differently."""
 
+FewerBits = Literal["8bit", "4bit"]
+
+QUANTIZED_LIMITS: dict[FewerBits, MismatchLimits] = {
+    "8bit": MismatchLimits(0.1, 1.0),
+    "4bit": MismatchLimits(0.5, 5.0),
+}
+"""What a learner with rounded weights keeps: enough to tell it from another model."""
+
 
 class PolicySettings(Settings):
     """The vision-language model and its LoRA adapter."""
@@ -36,6 +44,10 @@ class PolicySettings(Settings):
         description="Name of a shipped model, model directory (`./models/mine`), or hub name (`owner/name`).",
     )
     dtype: Precision = Field("float32", description="Weights and activations, in sampler and learner.")
+    load_in: FewerBits | None = Field(
+        None,
+        description="Load the learner's frozen model in 8 or 4 bits (bitsandbytes); the sampler keeps policy.dtype.",
+    )
     lora_rank: int = Field(16, ge=1, le=512, description="Rank r of the adapter's matrices.")
     lora_alpha: float = Field(32.0, gt=0, le=4096, description="lora_alpha / lora_rank scales what the adapter adds.")
     lora_targets: list[str] = Field(
@@ -89,13 +101,13 @@ class SamplerSettings(Settings):
         gt=0,
         le=10,
         description="Largest mean difference between sampler and learner of a token's log-probability at start, nats; "
-        "by default 2e-5, and 0.02 for bfloat16.",
+        "by default 2e-5, 0.02 for bfloat16, 0.1 and 0.5 with policy.load_in 8bit and 4bit.",
     )
     mismatch_tolerance: float | None = Field(
         None,
         gt=0,
         le=10,
-        description="The same for the 99 % quantile of the differences; by default 1e-4, and 0.2 for bfloat16.",
+        description="The same for the 99 % quantile of the differences; by default 1e-4, 0.2, 1 and 5.",
     )
 
 
@@ -258,7 +270,8 @@ class RunConfig(Settings):
     @property
     def mismatch_limits(self) -> MismatchLimits:
         """How far sampler and learner may be apart at start: as set, otherwise as the precision lets them be."""
-        usual, own = MISMATCH_LIMITS[self.policy.dtype], self.sampler
+        own, load_in = self.sampler, self.policy.load_in
+        usual = MISMATCH_LIMITS[self.policy.dtype] if load_in is None else QUANTIZED_LIMITS[load_in]
         return MismatchLimits(
             usual.mean if own.mismatch_mean_tolerance is None else own.mismatch_mean_tolerance,
             usual.high if own.mismatch_tolerance is None else own.mismatch_tolerance,
@@ -357,6 +370,10 @@ class RunConfig(Settings):
             raise ValueError(
                 "learner.sharding fsdp divides the model among learners; set learner.workers to at least 2"
             )
+        if self.policy.load_in is not None and self.learner.sharding == "fsdp":
+            raise ValueError("policy.load_in does not go with learner.sharding=fsdp; choose one of them")
+        if self.policy.load_in is not None and self.learner.offload:
+            raise ValueError("policy.load_in does not go with learner.offload; the model is small enough to stay")
         if self.policy.max_response_tokens >= self.sampler.max_model_len:
             raise ValueError("policy.max_response_tokens must be below sampler.max_model_len")
         if self.scaling.automatic:

@@ -25,6 +25,7 @@ from gflowvlm.run.interruption import STOPPING, handled_by, termination_as_inter
 from gflowvlm.run.models import resolve_model
 from gflowvlm.run.paths import check_paths, with_absolute_paths
 from gflowvlm.run.plain_progress import PLAIN_INTERVAL_S
+from gflowvlm.shared.config import PolicySettings
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.files import write_whole
 from gflowvlm.shared.settings import FolderPath, Fraction, ModelName, Settings
@@ -43,6 +44,7 @@ TINY = "tiny"
 """The model name that stands for a new tiny policy with random weights."""
 
 _EVALUATION_SEED = 20_000_003
+_MAX_RESPONSE_TOKENS = PolicySettings().max_response_tokens
 _REPORT = "training.json"
 _CHECKPOINT = "checkpoint"
 
@@ -62,6 +64,7 @@ class SftRequest(Settings):
         fresh_steps: First steps whose demonstrations are played; later ones repeat them. 0: all steps.
         demonstrations: Folder of the set whose demonstrations these are; None when they are played on the spot.
         episodes: Episodes played for each of the final figures; 0 for none.
+        max_response_tokens: Longest response in them, as `policy.max_response_tokens` of a training.
         sft: The training settings.
     """
 
@@ -76,6 +79,7 @@ class SftRequest(Settings):
     fresh_steps: int = Field(0, ge=0, le=10_000_000)
     demonstrations: FolderPath | None = None
     episodes: int = Field(200, ge=0, le=100_000)
+    max_response_tokens: int = Field(_MAX_RESPONSE_TOKENS, ge=4, le=4096)
     sft: SftSettings = SftSettings()
 
 
@@ -111,6 +115,18 @@ def start(request: SftRequest, out: Path, console: Console) -> bool:
         _refuse_used(out)
         _write_report(out, report)
         return _train(SftTrainer(network, inputs, request.sft), source, request, out, console)
+
+
+def trained_embeddings(model: str) -> bool:
+    """Returns whether a model's embeddings were trained by the `gflowvlm sft` that made it; False for other models."""
+    path = Path(resolve_model(model)) / _REPORT
+    if model == TINY:
+        return True
+    if not path.exists():
+        return False
+    request = _read_report(path.parent).get("request", {})
+    # Reports that do not say are of trainings that trained all parameters.
+    return bool(request.get("sft", {}).get("train_embeddings", True))
 
 
 def resume(out: Path, console: Console) -> bool:
@@ -177,7 +193,8 @@ def _check_instances(request: SftRequest) -> None:
 
 def _train(trainer: SftTrainer, source: ExampleSource, request: SftRequest, out: Path, console: Console) -> bool:
     size = sum(parameter.numel() for parameter in trainer.network.parameters())
-    console.print(f"Training all {size / 1e6:.2f} M parameters on {trainer.network.device}, {request.sft.steps} steps.")
+    which = f"{'all' if trainer.trained == size else f'{trainer.trained / 1e6:.2f} M of'} {size / 1e6:.2f} M"
+    console.print(f"Training {which} parameters on {trainer.network.device}, {request.sft.steps} steps.")
     started, report = time.monotonic(), _read_report(out)
     took = report.get("wall_seconds", 0.0)
     with _interrupt_flag() as interrupted, _Display(console, request.sft.steps, trainer.step) as display:
@@ -213,6 +230,7 @@ def _figures(trainer: SftTrainer, request: SftRequest, console: Console) -> list
     if request.episodes == 0:
         return []
     console.print("Playing to see what it can do.")
+    trainer.round_weights()
     trainer.network.eval()
     trainer.network.config.use_cache = True
     try:
@@ -227,7 +245,14 @@ def _measured(trainer: SftTrainer, request: SftRequest, console: Console) -> lis
     for split in SPLITS:
         for temperature in (1.0, 0.0):
             figures = play_and_measure(
-                trainer.network, trainer.inputs, request.task, split, request.episodes, temperature, _EVALUATION_SEED
+                trainer.network,
+                trainer.inputs,
+                request.task,
+                split,
+                request.episodes,
+                temperature,
+                _EVALUATION_SEED,
+                request.max_response_tokens,
             )
             measured.append(figures)
             console.print(

@@ -61,7 +61,7 @@ def play_and_measure(
     episodes: int,
     temperature: float,
     seed: int,
-    max_tokens: int = 64,
+    max_tokens: int,
 ) -> WarmStartFigures:
     """Lets a model play episodes of instances ``seed, seed + 1, …`` and measures what it says and does.
 

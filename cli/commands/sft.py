@@ -79,10 +79,21 @@ def register(app: typer.Typer) -> None:
         ood: Annotated[bool, typer.Option(help="Demonstrate out-of-distribution numbers too.")] = True,
         seed: Annotated[int, typer.Option(help="Seed of weights and demonstrations.")] = 0,
         dtype: Annotated[str, typer.Option(help="`float32` or `bfloat16`.")] = "float32",
+        train_embeddings: Annotated[
+            bool | None,
+            typer.Option(
+                help="Train input embeddings and output head too; by default for `tiny` and what was made of it.",
+                show_default=False,
+            ),
+        ] = None,
         gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
         image_size: Annotated[int, typer.Option(help="Side of the pictures, pixels.")] = 64,
         checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
         episodes: Annotated[int, typer.Option(help="Episodes for each of the figures at the end; 0: none.")] = 200,
+        max_response_tokens: Annotated[
+            int | None,
+            typer.Option(help="Longest response in them; as `policy.max_response_tokens`.", show_default=False),
+        ] = None,
         resume: Annotated[
             bool, typer.Option("--resume", help="Go on with the stopped training in --out, with its own settings.")
         ] = False,
@@ -114,7 +125,7 @@ def _request(context: typer.Context) -> "SftRequest":
     Raises:
         UserError: They do not fit together, or one is out of its bounds.
     """
-    from gflowvlm.warm_starts.supervised import TINY, SftRequest
+    from gflowvlm.warm_starts.supervised import TINY, SftRequest, trained_embeddings
 
     options = context.params
     fresh = options["model"] == TINY
@@ -127,9 +138,14 @@ def _request(context: typer.Context) -> "SftRequest":
         "steps": _given(options["steps"], 2400 if fresh else 1500),
         "batch_size": options["batch"],
         "learning_rate": _given(options["lr"], 3e-3 if fresh else 1e-5),
+        "train_embeddings": (
+            trained_embeddings(options["model"]) if options["train_embeddings"] is None else options["train_embeddings"]
+        ),
         **{name: options[name] for name in _OF_TRAINING},
     }
     whole = {"task": task, **{name: options[name] for name in _OF_REQUEST}, "sft": training, **shown}
+    if options["max_response_tokens"] is not None:
+        whole["max_response_tokens"] = options["max_response_tokens"]
     try:
         return SftRequest.model_validate(whole)
     except ValidationError as error:

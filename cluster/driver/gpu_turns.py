@@ -3,13 +3,16 @@
 import time
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ray import serve
 
+from gflowvlm.actors.episode import ResponseSource
 from gflowvlm.actors.event_loop import EventLoopThread
 from gflowvlm.actors.policy_client import PolicyClient
 from gflowvlm.actors.policy_server import DEPLOYMENT
+from gflowvlm.actors.sampling import SampleRequest, SampleResponse
 from gflowvlm.shared.config import RunConfig
 
 
@@ -31,6 +34,17 @@ class MovingLearner(Protocol):
 
     def leave_device(self) -> None:
         """Gives the device's memory back."""
+
+
+@dataclass(frozen=True)
+class _OnLoop:
+    """Asks for responses on one loop, whoever asks."""
+
+    source: ResponseSource
+    loop: EventLoopThread
+
+    async def sample(self, request: SampleRequest) -> SampleResponse:
+        return await self.loop.awaited(self.source.sample(request))
 
 
 class GpuTurns:
@@ -75,6 +89,13 @@ class GpuTurns:
                 learner.leave_device()
         finally:
             self._tell(self._loop, self._server.wake_up())
+
+    def on_own_loop(self, source: ResponseSource) -> ResponseSource:
+        """Returns the policy server as it is asked for responses in this process, whatever loop asks.
+
+        Ray Serve binds a process's requests to the loop that makes the first of them, which is that of the turns.
+        """
+        return source if self._loop is None else _OnLoop(source, self._loop)
 
     def take_seconds(self) -> float:
         """Returns how long going to sleep and waking up took since the last call of this."""

@@ -262,7 +262,8 @@ class LearnerLoop:
             return
         handle = serve.get_deployment_handle(DEPLOYMENT, self.job.server_name)
         client = PolicyClient.from_config(handle, self.config)
-        mismatch = compare_with_sampler(self.config, self.job.model_path, client, self._score)
+        source = self.turns.on_own_loop(client)
+        mismatch = compare_with_sampler(self.config, self.job.model_path, source, self._score)
         self.reporter.send(MISMATCH, mismatch_row(mismatch))
         require_agreement(mismatch, self.config, self.job.model_path)
 

@@ -33,7 +33,7 @@ from gflowvlm.cluster.monitoring.telemetry import Telemetry
 from gflowvlm.cluster.scaling.auto_scaling import Load, Size
 from gflowvlm.cluster.scaling.run_scaling import RunScaling
 from gflowvlm.evaluation.metrics import REPORT_SEED_OFFSET, EvaluationPlan, evaluate_trajectories
-from gflowvlm.evaluation.sampler_check import agreement_line
+from gflowvlm.evaluation.sampler_check import agreement_line, rounding_line
 from gflowvlm.run.checkpoints import latest_checkpoint
 from gflowvlm.run.final_report import measured_on, ordered
 from gflowvlm.run.folder import RunFolder
@@ -174,6 +174,8 @@ class TrainingRun:
                 self._note_started(content)
             elif report.kind == MISMATCH:
                 self.display.say(agreement_line(content))
+                if self.config.policy.load_in is not None:
+                    self.display.say(rounding_line(self.config.policy.load_in))
             elif report.kind == STEP:
                 self._note_step(content)
 

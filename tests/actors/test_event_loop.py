@@ -150,3 +150,19 @@ def test_who_waits_while_it_is_closed_hears_of_it():
     with pytest.raises(EventLoopEndedError, match="closed"):
         thread.run(forever())
     closing.join(5)
+
+
+def test_work_can_be_awaited_on_another_loop_than_it_runs_on() -> None:
+    loop = EventLoopThread("test")
+
+    async def where() -> int:
+        await asyncio.sleep(0)
+        return threading.get_ident()
+
+    async def from_another_loop() -> list[int]:
+        return await asyncio.gather(*(loop.awaited(where()) for _ in range(3)))
+
+    assert threading.get_ident() not in asyncio.run(from_another_loop())
+    loop.close()
+    with pytest.raises(EventLoopEndedError):
+        asyncio.run(loop.awaited(where()))

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from gflowvlm.envs.household.generation import generate, specs
 from gflowvlm.learner.sft import SftExample
 from gflowvlm.run.folder_lock import folder_lock
 from gflowvlm.run.models import resolve_model, shipped_models
+from gflowvlm.shared.config import PolicySettings
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.warm_starts import supervised
@@ -120,6 +122,41 @@ def test_a_missing_model_is_a_user_error(tmp_path: Path) -> None:
     assert not (tmp_path / "made" / "training.json").exists()
 
 
+def test_the_final_figures_are_of_responses_as_long_as_a_training_lets_them_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = []
+
+    def generate(*arguments: Any) -> list[str]:
+        lengths.append(arguments[-1])
+        return ["malformed"] * len(arguments[2])
+
+    monkeypatch.setattr("gflowvlm.warm_starts.warm_start.generate", generate)
+    options = ("--steps", "1", "--batch", "2", "--episodes", "1")
+    for name, more, expected in (("a", (), PolicySettings().max_response_tokens), ("b", (300,), 300)):
+        lengths.clear()
+        result = run("--out", str(tmp_path / name), *options, *("--max-response-tokens", *map(str, more)) * len(more))
+        assert result.exit_code == 0, result.output
+        assert set(lengths) == {expected}
+
+
+def test_embeddings_are_trained_where_those_of_the_model_were_or_where_asked_for(tmp_path: Path) -> None:
+    options = ("--steps", "1", "--batch", "2", *QUIET)
+    hub = shutil.copytree(resolve_model("numberline-tiny"), tmp_path / "hub", ignore=lambda *_: ["training.json"])
+    trained = {}
+    for out, more in (
+        ("new", ()),
+        ("again", ("--model", str(tmp_path / "new"))),
+        ("of-hub", ("--model", str(hub))),
+        ("asked", ("--model", str(hub), "--train-embeddings")),
+    ):
+        result = run("--out", str(tmp_path / out), *options, *more)
+        assert result.exit_code == 0, result.output
+        report = json.loads((tmp_path / out / "training.json").read_text())
+        trained[out] = report["request"]["sft"]["train_embeddings"]
+    assert trained == {"new": True, "again": True, "of-hub": False, "asked": True}
+
+
 def test_shipped_models_resolve_to_loadable_directories() -> None:
     assert "numberline-tiny" in shipped_models()
     assert PolicyInputs.load(resolve_model("numberline-tiny")).done_id is not None
@@ -141,7 +178,9 @@ def test_it_learns_from_a_set_and_says_so(tmp_path: Path) -> None:
 def test_a_set_is_learned_from_and_nothing_is_played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, shown = make_set(tmp_path / "set"), []
 
-    def keep(network: object, inputs: object, examples: list[SftExample], weight: float) -> torch.Tensor:
+    def keep(
+        network: object, inputs: object, examples: list[SftExample], weight: float, precision: str
+    ) -> torch.Tensor:
         shown.extend(examples)
         return torch.ones(2, requires_grad=True)
 

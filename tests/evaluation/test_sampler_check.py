@@ -55,6 +55,7 @@ def test_several_responses_of_several_instances_by_the_base_model_are_compared(m
 
 
 BF16 = RunConfig.model_validate({"policy": {"dtype": "bfloat16"}})
+NF4 = RunConfig.model_validate({"policy": {"dtype": "bfloat16", "load_in": "4bit"}})
 AS_SET = RunConfig.model_validate({"sampler": {"mismatch_tolerance": 0.5, "mismatch_mean_tolerance": 0.1}})
 
 
@@ -71,6 +72,9 @@ AS_SET = RunConfig.model_validate({"sampler": {"mismatch_tolerance": 0.5, "misma
         (RunConfig(), [2e-6] * 1000, True),
         (RunConfig(), [2e-4] * 11, False),
         (RunConfig(), [3e-5] * 1000, False),
+        # The learner's weights in four bits.
+        (NF4, [0.3] * 1000, True),
+        (NF4, [0.6] * 1000, False),
         (AS_SET, [0.4] * 100, True),
         (AS_SET, [0.6] * 100, False),
     ],

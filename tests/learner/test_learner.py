@@ -256,3 +256,13 @@ def test_all_that_a_learner_computes_with_comes_to_its_device(tiny_model, make_c
             "exp_avg": "meta",
             "exp_avg_sq": "meta",
         }
+
+
+@pytest.mark.parametrize("load_in", ["8bit", "4bit"])
+def test_a_learner_of_a_model_in_fewer_bits_learns(tiny_model, make_config, make_trajectory, load_in):
+    pytest.importorskip("bitsandbytes")
+    rate = {"learning_rate": 5e-3, "final_learning_rate": 5e-3}
+    learner = Learner(make_config(policy={"load_in": load_in, "dtype": "bfloat16"}, learner=rate), tiny_model)
+    batch = make_trajectory.batch()
+    losses = [learner.step(batch)["loss"] for _ in range(8)]
+    assert losses[-1] < 0.9 * losses[0]

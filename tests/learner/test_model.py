@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from gflowvlm.learner import model
 from gflowvlm.learner.model import adapter_parameters, load_policy, reference_policy
 from gflowvlm.learner.tiny_policy import build_tiny_policy
-from gflowvlm.shared.config import PolicySettings
+from gflowvlm.shared.config import QUANTIZED_LIMITS, PolicySettings
 from gflowvlm.shared.errors import UserError
 
 CPU = torch.device("cpu")
@@ -77,3 +78,53 @@ def test_reference_policy_is_the_model_without_its_adapter_and_records_no_gradie
     assert torch.equal(logits, base)
     assert not logits.requires_grad
     assert policy(input_ids=ids).logits.requires_grad
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_computes_in_the_models_precision_from_float32_weights(tiny_model, dtype):
+    policy = load(tiny_model, dtype=dtype)
+    layer = policy.get_decoder().layers[0].self_attn.q_proj
+    precision = getattr(torch, dtype)
+    seen = []
+    layer.lora_A["default"].register_forward_hook(lambda module, arguments, output: seen.append(output.dtype))
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_(0.0, 0.1)
+    hidden = torch.randn(5, layer.in_features, dtype=precision)
+    output = layer(hidden)
+    assert seen == [precision]
+    a, b = (part["default"].weight.detach().to(precision) for part in (layer.lora_A, layer.lora_B))
+    expected = layer.base_layer(hidden) + hidden @ a.T @ b.T * layer.scaling["default"]
+    torch.testing.assert_close(output, expected, rtol=1.6e-2 if dtype == "bfloat16" else 1e-5, atol=1e-2)
+    output.sum().backward()
+    for name, parameter in adapter_parameters(policy):
+        assert parameter.dtype == torch.float32
+        if ".layers.0.self_attn.q_proj." in name:
+            assert parameter.grad.dtype == torch.float32
+            # Below what bfloat16 could hold beside the weight.
+            before = parameter.detach().clone()
+            with torch.no_grad():
+                parameter.mul_(1.0 + 1e-5)
+            assert not torch.equal(parameter, before)
+
+
+def test_fewer_bits_without_bitsandbytes_are_one_line(tiny_model, monkeypatch):
+    monkeypatch.setattr(model, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^policy\.load_in = 4bit: needs bitsandbytes[^\n]*$"):
+        load(tiny_model, load_in="4bit")
+
+
+@pytest.mark.parametrize(("load_in", "kind"), [("8bit", torch.int8), ("4bit", torch.uint8)])
+def test_a_model_in_fewer_bits_keeps_adapter_and_head_and_scores_nearly_the_same(tiny_model, load_in, kind):
+    pytest.importorskip("bitsandbytes")
+    whole, rounded = load(tiny_model), load(tiny_model, load_in=load_in)
+    layer = rounded.get_decoder().layers[0].self_attn.q_proj
+    assert layer.base_layer.weight.dtype == kind
+    assert rounded.get_base_model().lm_head.weight.dtype == torch.float32
+    for (name, one), (other_name, other) in zip(adapter_parameters(whole), adapter_parameters(rounded), strict=True):
+        assert name == other_name
+        assert torch.equal(one, other)
+    ids = torch.arange(20, 40)[None]
+    with torch.no_grad():
+        exact, found = (policy(input_ids=ids).logits.log_softmax(-1) for policy in (whole, rounded))
+    difference = float((exact - found).abs().mean())
+    assert 0.0 < difference < QUANTIZED_LIMITS[load_in].mean

@@ -4,6 +4,7 @@ import io
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -222,3 +223,67 @@ def test_no_bars_for_local_files_stand_between_the_steps(tmp_path: Path, capfd: 
     network, inputs = load_for_sft(str(model), SftSettings())
     SftTrainer(network, inputs, SftSettings()).save_model(tmp_path / "saved")
     assert capfd.readouterr().err == ""
+
+
+def weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+
+
+def test_bfloat16_rounds_no_update_away_before_the_model_is_saved(tiny: Path, tmp_path: Path) -> None:
+    settings = SftSettings(steps=20, batch_size=4, warmup_steps=2, learning_rate=1e-5, dtype="bfloat16")
+    network, inputs = load_for_sft(str(tiny), settings)
+    before = weights(network)
+    trainer = SftTrainer(network, inputs, settings)
+    train(trainer, tmp_path)
+    after = weights(network)
+    changed = sum(int((after[name] != weight).sum()) for name, weight in before.items())
+    # Rows of tokens that no example shows move by weight decay alone, less than float32 has digits for.
+    assert changed / sum(weight.numel() for weight in before.values()) > 0.9
+    trainer.save_model(tmp_path / "made")
+    made = AutoModelForImageTextToText.from_pretrained(tmp_path / "made")
+    for name, weight in made.named_parameters():
+        assert torch.equal(weight, after[name].bfloat16()), name
+
+
+def test_bfloat16_computes_in_bfloat16(tiny: Path) -> None:
+    network, inputs = load_for_sft(str(tiny), SftSettings(dtype="bfloat16"))
+    seen: list[torch.dtype] = []
+    layer = network.get_decoder().layers[0].self_attn.q_proj
+    layer.register_forward_hook(lambda module, arguments, output: seen.append(output.dtype))
+    with torch.no_grad():
+        exact, rounded = (sft_loss(network, inputs, [example(1)], 5.0, dtype) for dtype in ("float32", "bfloat16"))
+    assert seen == [torch.float32, torch.bfloat16]
+    assert float(rounded[0]) == pytest.approx(float(exact[0]), rel=0.02)
+
+
+def played(number: int, action: str) -> SftExample:
+    return replace(example(number), response=format_response(action, "so", {"current": number, "target": 50}))
+
+
+class Stops(Numbers):
+    """The same examples, some of them of the stop action."""
+
+    def batch(self, step: int, size: int) -> Sequence[SftExample]:
+        return [*super().batch(step, size)[1:], played(step, "[DONE]")]
+
+
+def test_of_embeddings_that_are_not_to_be_trained_the_stop_actions_rows_alone_move_after_a_resume_too(
+    tiny: Path, tmp_path: Path
+) -> None:
+    settings = SftSettings(steps=4, batch_size=4, warmup_steps=1, weight_decay=0.1, train_embeddings=False)
+    network, inputs = load_for_sft(str(tiny), settings)
+    before = weights(network)
+    trainer = SftTrainer(network, inputs, settings)
+    trainer.train(Stops(), tmp_path / "checkpoint", lambda progress: None, lambda: trainer.step == 2)
+    resumed = SftTrainer.resume(tmp_path / "checkpoint", settings)
+    resumed.train(Stops(), tmp_path / "checkpoint", lambda progress: None, lambda: False)
+    size = sum(weight.numel() for weight in before.values())
+    for layer in (network.get_input_embeddings(), network.get_output_embeddings()):
+        name = next(name for name, parameter in network.named_parameters() if parameter is layer.weight)
+        after = resumed.network.get_parameter(name).detach()
+        moved = (after != before[name]).any(dim=1).nonzero().flatten().tolist()
+        assert moved == [inputs.done_id], name
+        size -= after.numel() - after.shape[1]
+    assert resumed.trained == size
+    name = "model.text_model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(resumed.network.get_parameter(name), before[name])

@@ -46,6 +46,12 @@ def test_overrides_are_dotted_and_typed():
         ("sampler.sleep_level=1 sampler.gpus_per_replica=0.5 sampler.replicas=2", "set sampler.replicas=1"),
         ("sampler.sleep_level=1 sampler.engine=transformers learner.workers=2", "set learner.workers=1"),
         ("sampler.sleep_level=1 sampler.engine=transformers scaling.automatic=true", "set scaling.automatic=false"),
+        ("policy.load_in=2bit", "policy.load_in = '2bit'"),
+        ("policy.load_in=4bit learner.sharding=fsdp learner.workers=2", "does not go with learner.sharding"),
+        (
+            "policy.load_in=4bit learner.offload=true sampler.sleep_level=1 sampler.engine=transformers",
+            "learner.offload",
+        ),
         ('sampler.node_labels={"a":"-b"}', "sampler.node_labels.a = '-b': is no condition"),
         ('rollout.node_labels={"-a":"b"}', "rollout.node_labels.-a"),
         ('learner.node_labels={"a":1}', "learner.node_labels.a = 1"),
