@@ -14,7 +14,6 @@ from gflowvlm.actors.groups import GroupRequest, PlaySettings, new_group_id
 from gflowvlm.actors.sampling import PromptTooLongError, SampleRequest, SampleResponse
 from gflowvlm.envs.base import CUT_OUTCOME
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.shared.response import parse_response, with_action
 from gflowvlm.shared.trajectory import EndReason, Step, Trajectory, Validity
 
 _Result = TypeVar("_Result")
@@ -193,7 +192,10 @@ class _Rollout:
         while view.end is None:
             text = await self._timed(self._environment.demonstration())
             if self._settings.expert_noise > 0 and rng.random() < self._settings.expert_noise:
-                text = _with_action(text, view.admissible_actions[int(rng.integers(len(view.admissible_actions)))])
+                action = view.admissible_actions[int(rng.integers(len(view.admissible_actions)))]
+                written = self._inputs.answer_format
+                # What comes before the action is the same.
+                text = written.with_action(text, written.parse(text), action)
             token_ids = self._inputs.encode_response(text)
             view = await self._step(_Response(token_ids, [math.nan] * len(token_ids), EXPERT_VERSION), view)
         return self._finished(view, expert=True)
@@ -290,11 +292,6 @@ class _Rollout:
             outcome=outcome,
             expert=expert,
         )
-
-
-def _with_action(text: str, action: str) -> str:
-    """Returns a demonstration of another action at the same state: what comes before the action is the same."""
-    return with_action(text, parse_response(text), action)
 
 
 def _in_tokens(step: Step, inputs: PolicyInputs) -> Step:

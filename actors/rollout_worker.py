@@ -98,7 +98,7 @@ class RolloutWorker(EnvRunner):
         """
         super().__init__(config=_worker_config(run_config), worker_index=worker_index)
         self._run = run_config
-        self._inputs = PolicyInputs.load(model_path)
+        self._inputs = PolicyInputs.load(model_path, run_config.task.answer_format)
         self._source = source
         self._buffer = get_buffer(buffer) if isinstance(buffer, str) else buffer
         timeout_s = run_config.rollout.environment_timeout_s

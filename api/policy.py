@@ -22,11 +22,11 @@ from gflowvlm.learner.packing import steps_of
 from gflowvlm.learner.scoring import LOG_ACT, LOG_COT, LOG_STOP, Scorer
 from gflowvlm.learner.targets import Target, is_malformed, loss_inputs
 from gflowvlm.run.models import resolve_model
+from gflowvlm.shared.answer_formats import answer_format
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.device import on_this_machine, sampler_device
 from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.shared.response import parse_response
 from gflowvlm.shared.trajectory import BASE_VERSION, Trajectory
 
 HeadlessLoss = Literal["var_tb", "db", "subtb"]
@@ -240,7 +240,7 @@ class Policy:
         )
         loop, engine = self._sampler()
         answer = loop.run(engine.sample(request), sampler.start_timeout_s + sampler.request_timeout_s)
-        parsed = parse_response(answer.text)
+        parsed = answer_format(self.config.task.answer_format).parse(answer.text)
         return Response(
             text=answer.text,
             thoughts=parsed.thoughts,

@@ -10,7 +10,7 @@ import io
 import string
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 import gymnasium
@@ -19,6 +19,7 @@ from gymnasium.spaces import Box, Text
 from numpy.typing import NDArray
 from PIL import Image
 
+from gflowvlm.shared.answer_formats import FieldType, answer_format
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.lexicon import Lexicon
 from gflowvlm.shared.response import DONE_TOKEN
@@ -51,6 +52,18 @@ class Leaf(NamedTuple):
     log_reward: float
 
 
+class Reading(NamedTuple):
+    """What a right answer says of a state, whatever action it gives.
+
+    Attributes:
+        fields: By name, in the order of `TaskEnv.answer_fields`.
+        thoughts: The chain of thought, once for each wording.
+    """
+
+    fields: Mapping[str, str | int]
+    thoughts: list[str]
+
+
 class TaskEnv(gymnasium.Env, ABC):
     """One task, one episode at a time.
 
@@ -61,7 +74,8 @@ class TaskEnv(gymnasium.Env, ABC):
     Attributes:
         log_reward_floor: log R of the worst outcome, nats; an episode that ends in an invalid response gets it.
         goal: First line of the prompt: what is to be done, and what the actions mean.
-        answer: Last line of the prompt: the format of a response.
+        answer_fields: What an answer says besides thoughts and action: names and types, in order.
+        answer_format: How answers are written and read.
         settings: The task's settings.
         max_steps: Transitions after which the episode is cut off.
         split: ``id`` or ``ood``.
@@ -73,11 +87,12 @@ class TaskEnv(gymnasium.Env, ABC):
     log_reward_floor: ClassVar[float] = 0.0
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 2}
     goal: str
-    answer: str
+    answer_fields: ClassVar[Mapping[str, FieldType]] = {}
     settings: TaskSettings
 
     def __init__(self, settings: TaskSettings, render_mode: str | None = None) -> None:
         self.settings = settings
+        self.answer_format = answer_format(settings.answer_format)
         self.image_size = settings.image_size
         self.max_steps = settings.max_steps
         self.observation_space = Box(0, 255, (self.image_size, self.image_size, 3), np.uint8)
@@ -205,6 +220,11 @@ class TaskEnv(gymnasium.Env, ABC):
         return self.settings.name
 
     @property
+    def answer(self) -> str:
+        """Last line of the prompt: what an answer looks like."""
+        return self.answer_format.instruction(self.answer_fields)
+
+    @property
     @abstractmethod
     def admissible_actions(self) -> list[str]:
         """The actions of the moment, `[DONE]` included."""
@@ -243,13 +263,18 @@ class TaskEnv(gymnasium.Env, ABC):
         choices = self.demonstrations(action)
         return choices[int(rng.integers(len(choices)))]
 
-    @abstractmethod
     def demonstrations(self, action: str) -> list[str]:
         """Returns responses that read the current state rightly and take an action, one for each wording.
 
         Whatever the action, what comes before it is the same: it tells about the state and leaves the choice
         open. Otherwise log P(action | thoughts) would be about 0 and carry no signal.
         """
+        fields, thoughts = self.reading()
+        return [self.answer_format.render(action, thought, fields) for thought in thoughts]
+
+    @abstractmethod
+    def reading(self) -> Reading:
+        """Returns what a right answer says of the current state."""
 
     @classmethod
     def lexicon(cls) -> Lexicon | None:

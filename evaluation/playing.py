@@ -22,7 +22,6 @@ from gflowvlm.shared.config import PolicySettings, RunConfig
 from gflowvlm.shared.config_io import load_config
 from gflowvlm.shared.device import on_this_machine
 from gflowvlm.shared.errors import UserError
-from gflowvlm.shared.response import parse_response
 from gflowvlm.shared.task_settings import TaskSettings, default_settings
 from gflowvlm.shared.trajectory import BASE_VERSION, EndReason
 
@@ -104,7 +103,7 @@ class PolicyPlayer:
             seed=_step_seed(env),
         )
         text = self._loop.run(self._sampler.sample(request)).text
-        return Move(parse_response(text).action, text)
+        return Move(env.answer_format.parse(text).action, text)
 
 
 @dataclass(frozen=True)

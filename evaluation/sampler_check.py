@@ -46,7 +46,7 @@ def compare_with_sampler(config: RunConfig, model_path: str, source: ResponseSou
     Raises:
         UserError: None of the instances could be answered.
     """
-    responses = sampled_responses(config, PolicyInputs.load(model_path), source)
+    responses = sampled_responses(config, PolicyInputs.load(model_path, config.task.answer_format), source)
     return compare(responses, score(responses))
 
 

@@ -8,11 +8,10 @@ Weights are in float32 while they are trained, in bfloat16 too: there, most upda
 
 import json
 import math
-import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,20 +20,24 @@ from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AddedToken, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
+from gflowvlm.shared.answer_formats import DEFAULT_FORMAT, answer_format
 from gflowvlm.shared.config import Precision
 from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.response import DONE_TOKEN
 from gflowvlm.shared.settings import Settings
 
+_CHECKED_STEPS = 16
+"""First steps whose demonstrations are looked at before training."""
+
 IGNORED = -100
 """Label of positions that carry no loss."""
 
-# The values of a response's JSON object: what it says, as against how it is written.
-_VALUES = re.compile(r'"[^"\\]*"\s*:\s*(?:"(?P<text>(?:[^"\\]|\\.)*)"|(?P<bare>[^\s",{}\[\]]+))')
+_REMEMBERED_RESPONSES = 4096
+"""Responses whose tokens are remembered: demonstrations come again, and the learner waits for them."""
 
 
 class SftSettings(Settings):
@@ -45,7 +48,9 @@ class SftSettings(Settings):
     micro_batch: int = Field(8, ge=1, le=65_536, description="Examples in one forward pass.")
     learning_rate: float = Field(3e-3, gt=0, le=1, description="Peak; a cosine takes it to 0.")
     warmup_steps: int = Field(50, ge=0)
-    content_weight: float = Field(5.0, gt=0, le=1000, description="Weight of the tokens of JSON values; others 1.")
+    content_weight: float = Field(
+        5.0, gt=0, le=1000, description="Weight of the tokens of an answer's values; others 1."
+    )
     weight_decay: float = Field(0.01, ge=0, le=1)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.98, ge=0, lt=1)
@@ -101,17 +106,16 @@ class SftProgress:
     grad_norm: float
 
 
-def content_spans(response: str) -> list[tuple[int, int]]:
-    """Returns the character spans of the values in a response's JSON object."""
-    return [match.span("text" if match["text"] is not None else "bare") for match in _VALUES.finditer(response)]
-
-
-def load_for_sft(model: str, settings: SftSettings) -> tuple[Any, PolicyInputs]:
-    """Loads a model and its processor, and makes `[DONE]` one token of both.
+def load_for_sft(
+    model: str, settings: SftSettings, answers: str = DEFAULT_FORMAT, done_token: bool = False
+) -> tuple[Any, PolicyInputs]:
+    """Loads a model and its processor.
 
     Args:
-        model: Model directory or hub name; its tokenizer need not have `[DONE]`.
+        model: Model directory or hub name.
         settings: Precision and gradient checkpointing.
+        answers: Name of the answer format that is taught.
+        done_token: Whether `[DONE]` is made one token of both where it is none.
 
     Returns:
         The model in training mode and its inputs.
@@ -127,9 +131,9 @@ def load_for_sft(model: str, settings: SftSettings) -> tuple[Any, PolicyInputs]:
     except (ImportError, OSError, ValueError, SafetensorError) as error:
         reason = one_line(error)
         raise UserError(f"model {model!r}: cannot be loaded ({reason})") from None
-    inputs = PolicyInputs(model, processor)
-    if inputs.done_id is None:
-        inputs = _with_done(network, processor, model)
+    inputs = PolicyInputs(model, processor, answer_format(answers))
+    if done_token and inputs.done_id is None:
+        inputs = _with_done(network, inputs)
     if not settings.train_embeddings:
         _freeze_vocabulary(network, inputs.done_id)
     if settings.gradient_checkpointing:
@@ -151,7 +155,7 @@ def sft_loss(
         network: The model.
         inputs: Its processor.
         examples: N examples.
-        content_weight: Weight of tokens that overlap a JSON value; the others, the end token among them, weigh 1.
+        content_weight: Weight of tokens that overlap a value of the answer; others, the end token among them, weigh 1.
         precision: What the model computes in, whatever its weights are in.
 
     Returns:
@@ -175,6 +179,26 @@ def sft_loss(
         logits.float().flatten(0, 1), tokens.flatten(), ignore_index=IGNORED, reduction="none"
     )
     return torch.stack([(losses * weights.flatten()).sum(), weights.sum()])
+
+
+def check_demonstrations(source: ExampleSource, inputs: PolicyInputs, settings: SftSettings) -> None:
+    """Makes sure, before any training, that what is demonstrated can be learned and read.
+
+    Args:
+        source: The demonstrations; those of the first steps are looked at.
+        inputs: The tokenizer and the answer format.
+        settings: How many there are.
+
+    Raises:
+        UserError: A demonstration does not come back from its tokens, or holds no action that can be read.
+    """
+    for step in range(min(_CHECKED_STEPS, settings.steps)):
+        for example in source.batch(step, settings.batch_size):
+            if inputs.read(inputs.encode_response(example.response)).parsed.malformed:
+                raise UserError(
+                    f"no action is read out of the demonstration {example.response!r}; is it in another answer format "
+                    "than task.answer_format?"
+                )
 
 
 class SftTrainer:
@@ -207,8 +231,8 @@ class SftTrainer:
         )
 
     @classmethod
-    def resume(cls, checkpoint: Path, settings: SftSettings) -> "SftTrainer":
-        """Continues from a checkpoint.
+    def resume(cls, checkpoint: Path, settings: SftSettings, answers: str = DEFAULT_FORMAT) -> "SftTrainer":
+        """Continues from a checkpoint, in the same answer format.
 
         Raises:
             UserError: There is no checkpoint, it is damaged, or other settings made it.
@@ -222,7 +246,7 @@ class SftTrainer:
         changed = [k for k, v in settings.model_dump(mode="json").items() if not made_with or made_with.get(k) != v]
         if changed:
             raise UserError(f"{checkpoint}: was made with another {changed[0]}; resume with the same settings")
-        network, inputs = load_for_sft(str(checkpoint), settings)
+        network, inputs = load_for_sft(str(checkpoint), settings, answers)
         trainer = cls(network, inputs, settings)
         trainer._load_optimizer(tensors, checkpoint)
         trainer.step = int(state["step"])
@@ -347,15 +371,16 @@ def learning_rate(step: int, settings: SftSettings) -> float:
     return settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * share))
 
 
+@lru_cache(maxsize=_REMEMBERED_RESPONSES)
 def _response(inputs: PolicyInputs, text: str, content_weight: float) -> tuple[list[int], list[float]]:
     """Returns a response's tokens, end token last, and their weights."""
-    encoded = inputs.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    spans = content_spans(text)
+    ids = inputs.encode_response(text)
+    content = inputs.answer_format.content_chars(text)
     weights = [
-        content_weight if any(start < right and left < end for left, right in spans) else 1.0
-        for start, end in encoded["offset_mapping"]
+        content_weight if any(start < right and left < end for left, right in content) else 1.0
+        for start, end in inputs.characters(ids)
     ]
-    return [*encoded["input_ids"], inputs.end_id], [*weights, 1.0]
+    return ids, weights
 
 
 def _pad_right(rows: Sequence[tuple[list[int], list[float]]]) -> tuple[Tensor, Tensor]:
@@ -390,17 +415,18 @@ def _only_row(row: int, gradient: Tensor) -> Tensor:
     return kept
 
 
-def _with_done(network: Any, processor: Any, model: str) -> PolicyInputs:
+def _with_done(network: Any, inputs: PolicyInputs) -> PolicyInputs:
     """Adds `[DONE]` to tokenizer and embeddings; its rows start as the mean of the others."""
-    tokenizer = processor.tokenizer
-    tokenizer.add_tokens([DONE_TOKEN])
-    inputs = PolicyInputs(model, processor)
-    if inputs.done_id is None:
-        raise UserError(f"model {model!r}: its tokenizer cannot hold {DONE_TOKEN!r} as one token")
+    # A token that is normalised is found in some tokenizers at the beginning of a text only. Not a special one:
+    # decoding that skips those keeps the action.
+    inputs.tokenizer.add_tokens([AddedToken(DONE_TOKEN, normalized=False, special=False)])
+    made = replace(inputs)
+    if made.done_id is None:
+        raise UserError(f"model {inputs.model!r}: its tokenizer cannot hold {DONE_TOKEN!r} as one token")
     # Some embeddings have spare rows past the tokenizer's last token; never cut those off.
-    if inputs.done_id >= network.get_input_embeddings().weight.shape[0]:
-        network.resize_token_embeddings(inputs.done_id + 1, mean_resizing=False)
+    if made.done_id >= network.get_input_embeddings().weight.shape[0]:
+        network.resize_token_embeddings(made.done_id + 1, mean_resizing=False)
     with torch.no_grad():
         for layer in (network.get_input_embeddings(), network.get_output_embeddings()):
-            layer.weight[inputs.done_id] = layer.weight[: inputs.done_id].float().mean(dim=0).to(layer.weight.dtype)
-    return inputs
+            layer.weight[made.done_id] = layer.weight[: made.done_id].float().mean(dim=0).to(layer.weight.dtype)
+    return made

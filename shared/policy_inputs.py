@@ -6,16 +6,18 @@ processor live here and nowhere else.
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature
 
+from gflowvlm.shared.answer_formats import DEFAULT_FORMAT, AnswerFormat, ParsedResponse, answer_format
 from gflowvlm.shared.errors import UserError, one_line
-from gflowvlm.shared.response import DONE_TOKEN, ParsedResponse, ResponseLayout, parse_response, with_action
+from gflowvlm.shared.response import DONE_TOKEN, ResponseLayout
 from gflowvlm.shared.response_tokens import ResponseTokens
 
 
@@ -34,24 +36,30 @@ class ReadResponse:
     layout: ResponseLayout
 
 
-@dataclass
+@dataclass(eq=False)
 class PolicyInputs:
     """A policy's processor, with what the project needs to know of its tokenizer.
 
     Attributes:
         model: Model directory or hub name, as it was loaded.
         processor: The transformers processor.
+        answer_format: How the policy answers.
     """
 
     model: str
     processor: Any
+    answer_format: AnswerFormat = field(default_factory=lambda: answer_format(DEFAULT_FORMAT))
 
     @classmethod
-    def load(cls, model: str) -> "PolicyInputs":
+    def load(cls, model: str, answers: str = DEFAULT_FORMAT) -> "PolicyInputs":
         """Loads the processor of a model directory or hub name.
 
+        Args:
+            model: The model.
+            answers: Name of the answer format (``task.answer_format``); only who reads or writes responses needs it.
+
         Raises:
-            UserError: No such model, no processor in it, or its tokenizer has no `[DONE]` token.
+            UserError: No such model, no processor in it, or no such answer format.
         """
         path = directory_or_hub_name(model)
         try:
@@ -65,13 +73,7 @@ class PolicyInputs:
             reason = one_line(error)
             where = "" if Path(path).is_absolute() else "is no folder here, and at the hub "
             raise UserError(f"model {model!r}: {where}its processor cannot be loaded ({reason})") from None
-        inputs = cls(path, processor)
-        if inputs.done_id is None:
-            raise UserError(
-                f"model {model!r}: its tokenizer has no single token {DONE_TOKEN!r}; "
-                "make one that has with `gflowvlm sft --model MODEL --out DIR`"
-            )
-        return inputs
+        return cls(path, processor, answer_format(answers))
 
     @property
     def tokenizer(self) -> Any:
@@ -142,6 +144,14 @@ class PolicyInputs:
         ids = self._tokens.encode(text)
         return None if ids is None else [*ids, self.end_id]
 
+    def characters(self, token_ids: Sequence[int]) -> list[tuple[int, int]]:
+        """Returns which characters of their text each of a response's tokens gives; none for an end token."""
+        ids = self._without_end(token_ids)
+        text = self._tokens.decode(ids)
+        borders = [0, *(self._tokens.reach(ids[:count], text) for count in range(1, len(ids) + 1))]
+        borders += [len(text)] * (len(token_ids) - len(ids))
+        return list(pairwise(borders))
+
     def read(self, token_ids: Sequence[int]) -> ReadResponse:
         """Reads a response, whatever it is.
 
@@ -150,7 +160,7 @@ class PolicyInputs:
         """
         ids = self._without_end(token_ids)
         text = self._tokens.decode(ids)
-        parsed = parse_response(text)
+        parsed = self.answer_format.parse(text)
         if parsed.frame_chars is None:
             return ReadResponse(text, parsed, ResponseLayout.malformed(len(token_ids)))
         return ReadResponse(text, parsed, self._layout(ids, text, parsed, parsed.frame_chars))
@@ -164,11 +174,11 @@ class PolicyInputs:
         """
         ids = self._without_end(token_ids)
         text = self._tokens.decode(ids)
-        parsed = parse_response(text)
+        parsed = self.answer_format.parse(text)
         if parsed.frame_chars is None:
             return None
         kept = self._tokens.token_of(ids, text, parsed.frame_chars[0])
-        written = self._behind(ids[:kept], text, with_action(text, parsed, action))
+        written = self._behind(ids[:kept], text, self.answer_format.with_action(text, parsed, action))
         return None if written is None else [*ids[:kept], *written, self.end_id]
 
     def _layout(self, ids: list[int], text: str, parsed: ParsedResponse, frame: tuple[int, int]) -> ResponseLayout:
@@ -176,12 +186,12 @@ class PolicyInputs:
         if parsed.action == DONE_TOKEN:
             action_end = self._end_of_stop(ids, cot_end, last)
             return ResponseLayout(cot_end, action_end, ids[cot_end:action_end])
-        stopping = with_action(text, parsed, DONE_TOKEN)
+        stopping = self.answer_format.with_action(text, parsed, DONE_TOKEN)
         written = self._behind(ids[:cot_end], text, stopping)
         stop_ids = []
         if written is not None:
             whole = [*ids[:cot_end], *written]
-            _, end = parse_response(stopping).frame_chars or frame
+            _, end = self.answer_format.parse(stopping).frame_chars or frame
             closing = self._tokens.token_of(whole, stopping, end - 1)
             stop_ids = whole[cot_end : self._end_of_stop(whole, cot_end, closing)]
         return ResponseLayout(cot_end, last + 1, stop_ids)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from gflowvlm.shared.answer_formats import DEFAULT_FORMAT
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.settings import Settings
 from gflowvlm.shared.task_registry import register_place, settings_place
@@ -45,6 +46,11 @@ class TaskSettings(Settings):
     max_steps: int = Field(10, ge=1, le=64, description="Step limit.")
     prompt: Literal["history", "markov"] = Field("history", description="Whether past steps stand in the prompt.")
     image_size: int = Field(64, ge=32, le=1024, description="Side of the square picture, pixels.")
+    answer_format: str = Field(
+        DEFAULT_FORMAT,
+        pattern=r"^(json|tags|[\w.]+:\w+)$",
+        description="How the policy answers: `json`, `tags`, or `module:Class` for a format of your own.",
+    )
 
     def for_reading(self) -> Self:
         """Returns the settings whose ``ood`` split a policy learns best to read from: what it shows is independent."""

@@ -69,7 +69,7 @@ def make_demonstrations(
     """
     request = with_absolute_paths(request)
     check_paths(request)
-    inputs = PolicyInputs.load(resolve_model(request.model))
+    inputs = PolicyInputs.load(resolve_model(request.model), request.task.answer_format)
     if folder.is_dir() and not (folder / MANIFEST).exists() and any(path.name != LOCK for path in folder.iterdir()):
         raise UserError(f"{folder}: is not empty, and holds no demonstrations; choose another --out")
     held = UserError(f"{folder}: another `gflowvlm demonstrate` is writing there; wait for it, or choose another --out")

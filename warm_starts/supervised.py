@@ -18,7 +18,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from gflowvlm.actors.demonstration_set import DemonstrationSet
 from gflowvlm.envs.base import SPLITS
 from gflowvlm.envs.registry import environment_class, make_env
-from gflowvlm.learner.sft import ExampleSource, SftProgress, SftSettings, SftTrainer, load_for_sft, scale_head
+from gflowvlm.learner.sft import (
+    ExampleSource,
+    SftProgress,
+    SftSettings,
+    SftTrainer,
+    check_demonstrations,
+    load_for_sft,
+    scale_head,
+)
 from gflowvlm.learner.tiny_policy import build_tiny_policy
 from gflowvlm.run.folder_lock import folder_lock
 from gflowvlm.run.interruption import STOPPING, handled_by, termination_as_interrupt
@@ -59,6 +67,7 @@ class SftRequest(Settings):
         noise: Probability that a demonstrated action is a random admissible one.
         detours: Probability that another action is played than the demonstrated one.
         with_done: Whether the stop action is demonstrated.
+        done_token: Whether a tokenizer that does not have `[DONE]` as one token gets it.
         ood: Whether out-of-distribution numbers are demonstrated too.
         reading_steps: First steps that teach reading only, see `Demonstrations`.
         fresh_steps: First steps whose demonstrations are played; later ones repeat them. 0: all steps.
@@ -74,6 +83,7 @@ class SftRequest(Settings):
     noise: Fraction = 0.5
     detours: Fraction = 0.0
     with_done: bool = True
+    done_token: bool = False
     ood: bool = True
     reading_steps: int = Field(0, ge=0, le=10_000_000)
     fresh_steps: int = Field(0, ge=0, le=10_000_000)
@@ -104,7 +114,8 @@ def start(request: SftRequest, out: Path, console: Console) -> bool:
             model = str(build_tiny_policy(folder, seed=request.sft.seed, lexicon=lexicon))
         else:
             model = resolve_model(request.model)
-        network, inputs = load_for_sft(model, request.sft)
+        network, inputs = load_for_sft(model, request.sft, request.task.answer_format, request.done_token)
+    check_demonstrations(source, inputs, request.sft)
     if request.head_scale != 1.0:
         scale_head(network, request.head_scale)
     report = {"command": shlex.join(["gflowvlm", *sys.argv[1:]]), "request": request.model_dump()}
@@ -143,7 +154,13 @@ def resume(out: Path, console: Console) -> bool:
     except (KeyError, ValidationError):
         raise UserError(f"{out}: its {_REPORT} holds no request; nothing there can be resumed") from None
     with _held(out):
-        return _train(SftTrainer.resume(out / _CHECKPOINT, request.sft), _source(request), request, out, console)
+        return _train(
+            SftTrainer.resume(out / _CHECKPOINT, request.sft, request.task.answer_format),
+            _source(request),
+            request,
+            out,
+            console,
+        )
 
 
 def _refuse_used(out: Path) -> None:

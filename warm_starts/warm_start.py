@@ -10,8 +10,8 @@ import torch
 
 from gflowvlm.envs.base import TaskEnv
 from gflowvlm.envs.registry import make_env
+from gflowvlm.shared.answer_formats import ParsedResponse
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.shared.response import ParsedResponse, parse_response
 from gflowvlm.shared.task_settings import TaskSettings
 
 _CHUNK = 64
@@ -87,7 +87,7 @@ def play_and_measure(
                 network, inputs, [e.prompt() for e in live], [e.image_png() for e in live], temperature, max_tokens
             )
             for environment, text in zip(live, texts, strict=True):
-                response = parse_response(text)
+                response = environment.answer_format.parse(text)
                 _count(environment, response, counts, actions)
                 environment.step(response.action or "")
     responses = counts["responses"]
@@ -142,7 +142,9 @@ def _count(environment: TaskEnv, response: ParsedResponse, counts: Counter[str],
     counts["inadmissible"] += response.action not in environment.admissible_actions
     counts["expert"] += response.action == environment.expert_action()
     demonstrations = [
-        parse_response(environment.demonstration(environment.expert_action(), np.random.default_rng(wording)))
+        environment.answer_format.parse(
+            environment.demonstration(environment.expert_action(), np.random.default_rng(wording))
+        )
         for wording in range(_WORDINGS)
     ]
     counts["reading"] += response.fields == demonstrations[0].fields

@@ -76,6 +76,9 @@ def register(app: typer.Typer) -> None:
             typer.Option(help="Share of steps at which a random action is played and the demonstrated one only shown."),
         ] = 0.0,
         with_done: Annotated[bool, typer.Option(help="Demonstrate the stop action.")] = True,
+        done_token: Annotated[
+            bool, typer.Option("--done-token", help="Give a tokenizer that lacks `[DONE]` a token of its own for it.")
+        ] = False,
         ood: Annotated[bool, typer.Option(help="Demonstrate out-of-distribution numbers too.")] = True,
         seed: Annotated[int, typer.Option(help="Seed of weights and demonstrations.")] = 0,
         dtype: Annotated[str, typer.Option(help="`float32` or `bfloat16`.")] = "float32",
@@ -101,8 +104,9 @@ def register(app: typer.Typer) -> None:
         """Teach a model the form of a task by demonstrations: the warm start of a GFlowNet training.
 
         The demonstrations are made by playing; nothing is downloaded. They read and reason rightly, and act
-        at random with probability `--noise`. A model whose tokenizer lacks `[DONE]` gets it. With
-        `--demonstrations` they are those of a set instead, in another order in each pass.
+        at random with probability `--noise`. Where `[DONE]` is no token of the model's, it is written in several,
+        unless `--done-token` adds it. With `--demonstrations` they are those of a set instead, in another order in
+        each pass.
 
         Make the shipped model again: `gflowvlm sft --out models/warm --noise 0.4`, then `gflowvlm sft --model
         models/warm --out models/tiny --head-scale 2 --noise 0.6 --steps 400 --lr 1e-3 --seed 1`
@@ -153,7 +157,7 @@ def _request(context: typer.Context) -> "SftRequest":
 
 
 _OF_TRAINING = ("micro_batch", "dtype", "gradient_checkpointing", "checkpoint_every", "seed")
-_OF_REQUEST = ("model", "head_scale", "with_done", "episodes")
+_OF_REQUEST = ("model", "head_scale", "with_done", "done_token", "episodes")
 _PLAYING = ("task_settings", "noise", "detours", "ood", "reading_steps", "fresh_steps", "image_size")
 """Options that say how demonstrations are made on the spot."""
 

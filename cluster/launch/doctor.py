@@ -238,15 +238,15 @@ def check_ray() -> Check:
 
 
 def check_model(name: str) -> Check:
-    """Loads the run's model and looks for its one `[DONE]` token."""
+    """Loads the run's model, and tells whether `[DONE]` is one token of it."""
     result = probe(_MODEL, name)
     if result.code != 0:
         advice = "check the checkout (`git status`) or the installation; `gflowvlm sft` makes the model again"
         return Check("model", Status.BROKEN, f"{name}: {result.error}", advice)
     parameters = result.values["parameters"] / 1e6
-    return Check(
-        "model", Status.OK, f"{name} loads: {parameters:.2f} M parameters, [DONE] is token {result.values['done_id']}"
-    )
+    done = result.values["done_id"]
+    stop = "[DONE] is written in several tokens" if done is None else f"[DONE] is token {done}"
+    return Check("model", Status.OK, f"{name} loads: {parameters:.2f} M parameters, {stop}")
 
 
 def check_disk(folder: Path) -> Check:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from gflowvlm.envs.base import TaskEnv
+from gflowvlm.envs.base import Reading, TaskEnv
 from gflowvlm.envs.blackjack import cards, prompts, rendering
 from gflowvlm.envs.blackjack.cards import Card
 from gflowvlm.envs.blackjack.settings import BlackjackSettings
@@ -41,7 +41,7 @@ class BlackjackEnv(TaskEnv):
 
     log_reward_floor = math.log(REWARD_FLOOR)
     goal = prompts.GOAL
-    answer = prompts.ANSWER
+    answer_fields = prompts.FIELDS
     settings: BlackjackSettings
 
     def __init__(self, settings: BlackjackSettings | None = None, render_mode: str | None = None) -> None:
@@ -75,9 +75,9 @@ class BlackjackEnv(TaskEnv):
             return HIT
         return (STAND, DONE_TOKEN)[int(self._rng(5).integers(2))]
 
-    def demonstrations(self, action: str) -> list[str]:
-        """Returns the responses that read the cards, compare their total with 17 and take the action."""
-        return prompts.demonstrations(action, self.deck[0], self.player)
+    def reading(self) -> Reading:
+        """Returns the cards and their total, and how it compares with 17."""
+        return prompts.reading(self.deck[0], self.player)
 
     def _start(self, rng: np.random.Generator) -> None:
         self.deck = cards.draw_deck(rng)

@@ -1,16 +1,17 @@
-"""Blackjack's prompt and demonstrations.
+"""Blackjack's prompt and what its demonstrations say.
 
 The policy has to read the cards from the picture: the prompt names none of the current ones.
 """
 
 from collections.abc import Sequence
 
+from gflowvlm.envs.base import Reading
 from gflowvlm.envs.blackjack.cards import DEALER_STANDS_AT, Card, total
 from gflowvlm.envs.wording import comparisons
-from gflowvlm.shared.response import format_response
+from gflowvlm.shared.answer_formats import FieldType
 
 GOAL = "Beat the dealer without going over 21. hit takes a card, stand and [DONE] end the hand."
-ANSWER = 'Answer: {"dealer": "", "player": "", "total": , "thoughts": "", "action": ""}'
+FIELDS: dict[str, FieldType] = {"dealer": str, "player": str, "total": int}
 
 
 def state_text(dealer: Card, player: Sequence[Card]) -> str:
@@ -18,11 +19,10 @@ def state_text(dealer: Card, player: Sequence[Card]) -> str:
     return f"dealer {dealer.text} player {_hand(player)}"
 
 
-def demonstrations(action: str, dealer: Card, player: Sequence[Card]) -> list[str]:
-    """Returns responses with the right cards and total, a thought on what the 17-rule asks, and the action."""
-    fields = {"dealer": dealer.text, "player": _hand(player), "total": total(player)}
-    thoughts = comparisons(total(player), DEALER_STANDS_AT)
-    return [format_response(action, thought, fields) for thought in thoughts]
+def reading(dealer: Card, player: Sequence[Card]) -> Reading:
+    """Returns the right cards and total, and thoughts on what the 17-rule asks."""
+    fields: dict[str, str | int] = {"dealer": dealer.text, "player": _hand(player), "total": total(player)}
+    return Reading(fields, comparisons(total(player), DEALER_STANDS_AT))
 
 
 def _hand(cards: Sequence[Card]) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
-from gflowvlm.envs.base import TaskEnv
+from gflowvlm.envs.base import Reading, TaskEnv
 from gflowvlm.envs.household import lexicon, prompts
 from gflowvlm.envs.household.games import (
     GAME_FILE,
@@ -55,7 +55,7 @@ class AlfworldEnv(TaskEnv):
     """
 
     log_reward_floor = math.log(REWARD_FLOOR)
-    answer = prompts.ANSWER
+    answer_fields = prompts.FIELDS
     settings: AlfworldSettings
     game: Game
 
@@ -88,7 +88,8 @@ class AlfworldEnv(TaskEnv):
     def prompt(self) -> str:
         """Returns the prompt, with or without history as the settings say."""
         past = list(zip(self._past_states, self.past_actions, strict=True))
-        return prompts.prompt(self.goal, past if self.settings.prompt == "history" else None, self.admissible_actions)
+        shown = past if self.settings.prompt == "history" else None
+        return prompts.prompt(self.goal, shown, self.admissible_actions, self.answer)
 
     def expert_action(self) -> str:
         """Returns the next command of the planner's plan; `[DONE]` at the goal, or where there is no way to it."""
@@ -97,10 +98,10 @@ class AlfworldEnv(TaskEnv):
         plan = self._session.plan()
         return plan[0] if plan else DONE_TOKEN
 
-    def demonstrations(self, action: str) -> list[str]:
-        """Returns responses that name place and thing in hand and what is left to do, one for each wording."""
+    def reading(self) -> Reading:
+        """Returns place and thing in hand, and what is left to do in several wordings."""
         session = self._session
-        return prompts.demonstrations(action, session.seen(), session.task, session.sub_goals())
+        return prompts.reading(session.seen(), session.task, session.sub_goals())
 
     def branch(self) -> Self:
         """Returns a copy that can go on differently: the same game, played to the same state."""

@@ -8,8 +8,9 @@ of text of which all prompts without history and all responses are made.
 import re
 
 from gflowvlm.envs.household.engine import INSTALL
-from gflowvlm.envs.household.prompts import ANSWER, NOTHING, NOWHERE, RULES, wordings
+from gflowvlm.envs.household.prompts import FIELDS, NOTHING, NOWHERE, RULES, wordings
 from gflowvlm.envs.household.tasks import TaskType
+from gflowvlm.shared.answer_formats.json_answers import JsonAnswers
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.lexicon import Lexicon
 from gflowvlm.shared.response import DONE_TOKEN
@@ -51,12 +52,12 @@ def phrases() -> tuple[str, ...]:
     """Returns the runs of text that stand between names and numbers, with the spaces around them, sorted."""
     from alfworld.gen.goal_library import gdict
 
-    rules = RULES.split(DONE_TOKEN)
+    rules, answer = RULES.split(DONE_TOKEN), JsonAnswers().instruction(FIELDS)
     found = {"user:", "assistant:\n", "\nYour task is to: ", f". {rules[0]}", f"{rules[1]}\nState: picture\nActions: "}
     found |= {*VERBS, *(f", {verb}" for verb in VERBS), *BARE_COMMANDS, *BETWEEN, *MARKS, NOWHERE, NOTHING}
     # The commands are sorted, and nothing comes between these.
-    found |= {", ".join(BARE_COMMANDS), f", {', '.join(BARE_COMMANDS)}", f"\n{ANSWER}"}
-    keys = re.findall(r'"\w+": ', ANSWER)
+    found |= {", ".join(BARE_COMMANDS), f", {', '.join(BARE_COMMANDS)}", f"\n{answer}"}
+    keys = re.findall(r'"\w+": ', answer)
     found |= {"{" + keys[0] + '"', *(f'", {key}"' for key in keys[1:]), '"}'}
     templates = [*wordings(), *(text for task in TaskType for text in gdict[task.value]["templates"])]
     # Between the blanks of the templates; what a template ends in stands before a full stop or a quotation mark.

@@ -1,4 +1,4 @@
-"""ALFWorld's prompts and demonstrations.
+"""ALFWorld's prompts and what its demonstrations say.
 
 What is to be done stands in the prompt, what the agent sees is in the picture. A response names the place
 and the thing in hand, thinks about what is left to do, and gives one of the admissible commands.
@@ -6,13 +6,14 @@ and the thing in hand, thinks about what is left to do, and gives one of the adm
 
 from collections.abc import Sequence
 
+from gflowvlm.envs.base import Reading
 from gflowvlm.envs.household.engine import Observation
 from gflowvlm.envs.household.tasks import SUB_GOALS, TREATED, Task, TaskType
 from gflowvlm.envs.household.view import View
-from gflowvlm.shared.response import format_response
+from gflowvlm.shared.answer_formats import FieldType
 
 RULES = "One command a step; [DONE] stops when the task is done."
-ANSWER = 'Answer: {"place": "", "hand": "", "thoughts": "", "action": ""}'
+FIELDS: dict[str, FieldType] = {"place": str, "hand": str}
 MAX_STATE_CHARS = 500
 """Longer game texts (only `help` has one) are cut in the history."""
 NOWHERE, NOTHING = "middle of the room", "nothing"
@@ -42,26 +43,26 @@ def state_text(observation: Observation) -> str:
     return line if len(line) <= MAX_STATE_CHARS else line[: MAX_STATE_CHARS - 1] + "…"
 
 
-def prompt(goal_line: str, past: Sequence[tuple[str, str]] | None, actions: Sequence[str]) -> str:
+def prompt(goal_line: str, past: Sequence[tuple[str, str]] | None, actions: Sequence[str], answer: str) -> str:
     """Returns the prompt.
 
     Args:
         goal_line: From `goal`.
         past: Text and action of the past states; None for a prompt without history.
         actions: The admissible actions.
+        answer: The last line.
     """
     lines = ["State: picture"]
     if past is not None:
         lines = [f"State {t}: {text} Action {t}: {action}" for t, (text, action) in enumerate(past)]
         lines.append(f"State {len(past)}: picture")
-    return "\n".join([goal_line, *lines, "Actions: " + ", ".join(actions), ANSWER])
+    return "\n".join([goal_line, *lines, "Actions: " + ", ".join(actions), answer])
 
 
-def demonstrations(action: str, seen: View, task: Task, reached: int) -> list[str]:
-    """Returns responses that read the picture rightly and take an action, one for each wording.
+def reading(seen: View, task: Task, reached: int) -> Reading:
+    """Returns what the picture shows, and what is left to do in several wordings.
 
     Args:
-        action: The action; what comes before it is the same for every action.
         seen: What the agent sees.
         task: What is to be done.
         reached: Sub-goals reached.
@@ -71,7 +72,7 @@ def demonstrations(action: str, seen: View, task: Task, reached: int) -> list[st
         "hand": ", ".join(" ".join([*thing.marks, thing.name]) for thing in seen.held) or NOTHING,
     }
     names = {"target": task.target.lower(), "receptacle": task.receptacle.lower(), "lamp": task.lamp.lower()}
-    return [format_response(action, words.format(**names), fields) for words in _left_to_do(task, reached, seen)]
+    return Reading(fields, [words.format(**names) for words in _left_to_do(task, reached, seen)])
 
 
 def wordings() -> list[str]:

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from gflowvlm.envs.base import TaskEnv
+from gflowvlm.envs.base import Reading, TaskEnv
 from gflowvlm.envs.numberline import prompts, rendering, target
 from gflowvlm.envs.numberline.settings import NumberLineSettings
 from gflowvlm.shared.response import DONE_TOKEN
@@ -27,7 +27,7 @@ class NumberLineEnv(TaskEnv):
     """
 
     goal = prompts.GOAL
-    answer = prompts.ANSWER
+    answer_fields = prompts.FIELDS
     settings: NumberLineSettings
 
     def __init__(self, settings: NumberLineSettings | None = None, render_mode: str | None = None) -> None:
@@ -52,9 +52,9 @@ class NumberLineEnv(TaskEnv):
             return DONE_TOKEN
         return "+" if self.current < self.target else "-"
 
-    def demonstrations(self, action: str) -> list[str]:
-        """Returns the responses that read both numbers and take the action, one for each wording of their relation."""
-        return prompts.demonstrations(action, self.current, self.target)
+    def reading(self) -> Reading:
+        """Returns both numbers, and their relation in several wordings."""
+        return prompts.reading(self.current, self.target)
 
     def target_distribution(self, reward_exponent: float) -> dict[str, float]:
         """Returns the exact R^β/Z over end numbers of the current instance, whatever the current state."""

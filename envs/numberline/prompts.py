@@ -1,17 +1,17 @@
-"""NumberLine's prompt and demonstrations.
+"""NumberLine's prompt and what its demonstrations say.
 
 The policy has to read the two numbers from the picture: the prompt names neither the target nor the
 current number.
 """
 
+from gflowvlm.envs.base import Reading
 from gflowvlm.envs.wording import comparisons
-from gflowvlm.shared.response import format_response
+from gflowvlm.shared.answer_formats import FieldType
 
 GOAL = "Make the current number equal to the target number. + adds 1, - takes 1 away, [DONE] stops."
-ANSWER = 'Answer: {"current": , "target": , "thoughts": "", "action": ""}'
+FIELDS: dict[str, FieldType] = {"current": int, "target": int}
 
 
-def demonstrations(action: str, current: int, target: int) -> list[str]:
-    """Returns responses with the right numbers, a thought about their relation, and the action."""
-    fields = {"current": current, "target": target}
-    return [format_response(action, thought, fields) for thought in comparisons(current, target)]
+def reading(current: int, target: int) -> Reading:
+    """Returns the right numbers, and thoughts about their relation."""
+    return Reading({"current": current, "target": target}, comparisons(current, target))

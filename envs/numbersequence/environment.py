@@ -5,7 +5,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from gflowvlm.envs.base import TaskEnv
+from gflowvlm.envs.base import Reading, TaskEnv
 from gflowvlm.envs.numbersequence import prompts, rendering, sequences
 from gflowvlm.envs.numbersequence.settings import NumberSequenceSettings
 from gflowvlm.shared.response import DONE_TOKEN
@@ -33,7 +33,7 @@ class NumberSequenceEnv(TaskEnv):
     """
 
     goal = prompts.GOAL
-    answer = prompts.ANSWER
+    answer_fields = prompts.FIELDS
     settings: NumberSequenceSettings
 
     def __init__(self, settings: NumberSequenceSettings | None = None, render_mode: str | None = None) -> None:
@@ -67,9 +67,9 @@ class NumberSequenceEnv(TaskEnv):
             return DONE_TOKEN
         return str(following[int(self._rng(5).integers(len(following)))])
 
-    def demonstrations(self, action: str) -> list[str]:
-        """Returns the responses that read the sequence, tell which rules fit and take the action."""
-        return prompts.demonstrations(action, self.numbers, self.missing, sequences.next_by_rule(self.numbers))
+    def reading(self) -> Reading:
+        """Returns the sequence, and which rules fit."""
+        return prompts.reading(self.numbers, self.missing, sequences.next_by_rule(self.numbers))
 
     def _start(self, rng: np.random.Generator) -> None:
         low, high = (self.settings.ood_low, self.settings.ood_high) if self.split == "ood" else (1, self.settings.n_max)

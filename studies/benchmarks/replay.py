@@ -26,7 +26,7 @@ _DIFFERENT_GROUPS = 16
 def bench_replay(config: RunConfig, model_path: str, scale: Scale, say: Say) -> list[Measurement]:
     """Appends groups one by one, then samples batches of the run's size; needs a connected Ray."""
     say(f"making {scale.replay_groups} groups of {config.rollout.group_size} trajectories")
-    inputs = PolicyInputs.load(model_path)
+    inputs = PolicyInputs.load(model_path, config.task.answer_format)
     groups = copied_groups(made_groups(config, inputs, _DIFFERENT_GROUPS), scale.replay_groups)
     batches = [to_record_batch(group) for group in groups]
     # Only now, when Arrow has loaded what it loads at its first use.

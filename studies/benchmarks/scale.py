@@ -188,7 +188,7 @@ class SimulatedRuns:
 
 def recorded_responses(config: RunConfig, model_path: str, *, stops: bool) -> tuple[RecordedResponse, ...]:
     """Returns the responses of demonstrated episodes, for `SimulatedEngine`; without `stops` none says `[DONE]`."""
-    groups = made_groups(config, PolicyInputs.load(model_path), RECORDED_GROUPS, stops=stops)
+    groups = made_groups(config, PolicyInputs.load(model_path, config.task.answer_format), RECORDED_GROUPS, stops=stops)
     return tuple(
         RecordedResponse(step.response_ids, [SIMULATED_LOG_PROB] * len(step.response_ids), step.response_text)
         for group in groups
@@ -199,7 +199,7 @@ def recorded_responses(config: RunConfig, model_path: str, *, stops: bool) -> tu
 
 def expected_responses(engine: SimulatedEngine, max_steps: int) -> float:
     """Returns the mean number of responses in an episode: each is drawn, and `[DONE]` or the step limit ends it."""
-    done = sum(f'"{DONE_TOKEN}"' in response.text for response in engine.responses) / len(engine.responses)
+    done = sum(DONE_TOKEN in response.text for response in engine.responses) / len(engine.responses)
     return sum((1.0 - done) ** step for step in range(max_steps))
 
 

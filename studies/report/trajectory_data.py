@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 
 from gflowvlm.envs.registry import make_env
 from gflowvlm.run.models import resolve_model
+from gflowvlm.shared.answer_formats import AnswerFormat, answer_format
 from gflowvlm.shared.config import RunConfig
-from gflowvlm.shared.response import parse_response
 from gflowvlm.shared.trajectory import Step, Trajectory
 from gflowvlm.studies.report.tree import Targets, sampled_tree
 
@@ -83,9 +83,10 @@ def trajectory_data(
         if targets is not None and first.task == config.task.name:
             target = targets.of(first.instance_seed, first.split)
         trees.append(sampled_tree(played, target))
+    answers = answer_format(config.task.answer_format)
     newest_first = list(reversed(by_instance))
     return {
-        "trajectories": [_plain(trajectory, pictures) for trajectory in trajectories],
+        "trajectories": [_plain(trajectory, pictures, answers) for trajectory in trajectories],
         "pieces": _pieces(config.policy.model, trajectories),
         "trees": trees,
         "instance": instance or max(newest_first, key=lambda name: len(by_instance[name]), default=None),
@@ -93,7 +94,7 @@ def trajectory_data(
     }
 
 
-def _plain(trajectory: Trajectory, pictures: Pictures) -> dict[str, Any]:
+def _plain(trajectory: Trajectory, pictures: Pictures, answers: AnswerFormat) -> dict[str, Any]:
     numbers = [pictures.number(image) for image in trajectory.images]
     return {
         "id": trajectory.trajectory_id,
@@ -108,19 +109,21 @@ def _plain(trajectory: Trajectory, pictures: Pictures) -> dict[str, Any]:
         "log_rewards": [_rounded(value) for value in trajectory.log_rewards],
         "rewards": [_rounded(value) for value in trajectory.original_rewards],
         "steps": [
-            _plain_step(step, previous, numbers)
+            _plain_step(step, previous, numbers, answers)
             for previous, step in zip(["", *(s.prompt for s in trajectory.steps)], trajectory.steps, strict=False)
         ],
     }
 
 
-def _plain_step(step: Step, previous_prompt: str, numbers: Sequence[int | None]) -> dict[str, Any]:
+def _plain_step(
+    step: Step, previous_prompt: str, numbers: Sequence[int | None], answers: AnswerFormat
+) -> dict[str, Any]:
     return {
         "prompt": new_lines(previous_prompt, step.prompt),
         "picture": numbers[step.image],
         "response": step.response_text,
         # A response that cannot be read is all chain of thought, as its tokens are.
-        "thoughts": step.response_text if step.action is None else parse_response(step.response_text).thoughts,
+        "thoughts": step.response_text if step.action is None else answers.parse(step.response_text).thoughts,
         "ids": step.response_ids,
         "cot_end": step.cot_end,
         "action_end": step.action_end,

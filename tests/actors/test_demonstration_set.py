@@ -16,10 +16,11 @@ from gflowvlm.learner.tiny_policy import build_processor
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.shared.response import DONE_TOKEN, parse_response
+from gflowvlm.shared.response import DONE_TOKEN
 from gflowvlm.shared.trajectory import Trajectory, to_record_batch, write_parquet
 from tests.actors.made_demonstrations import copied, damage, files, make_set, rewrite, stored, truncate
 from tests.actors.made_trajectories import make_trajectory
+from tests.shared.json_answers import parse_response
 
 
 @pytest.fixture(scope="module")

@@ -29,9 +29,9 @@ from gflowvlm.run.setup import new_run
 from gflowvlm.shared.cluster_settings import ClusterSettings
 from gflowvlm.shared.config import RunConfig, SamplerSettings
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.shared.response import parse_response
 from gflowvlm.shared.trajectory import EndReason
 from tests.actors.tiny_adapters import write_adapter
+from tests.shared.json_answers import parse_response
 from tests.whole_runs import MARK, ROOT, assert_nothing_is_left, processes_of, wait_for
 
 pytestmark = pytest.mark.slow

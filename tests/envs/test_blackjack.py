@@ -14,8 +14,9 @@ from gflowvlm.envs.blackjack import cards, rendering
 from gflowvlm.envs.blackjack.cards import RANKS, SUITS, Card
 from gflowvlm.envs.blackjack.environment import BlackjackEnv
 from gflowvlm.envs.blackjack.settings import BlackjackSettings
-from gflowvlm.shared.response import DONE_TOKEN, parse_response
+from gflowvlm.shared.response import DONE_TOKEN
 from gflowvlm.shared.trajectory import EndReason
+from tests.shared.json_answers import parse_response
 
 
 def dealt(ranks: str, **changes: object) -> BlackjackEnv:

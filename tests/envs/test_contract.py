@@ -16,10 +16,11 @@ from gflowvlm.envs.base import INVALID_OUTCOME, TaskEnv
 from gflowvlm.envs.registry import environment_class, gymnasium_id
 from gflowvlm.learner.tiny_policy import task_texts
 from gflowvlm.shared.errors import UserError
-from gflowvlm.shared.response import DONE_TOKEN, parse_response
+from gflowvlm.shared.response import DONE_TOKEN
 from gflowvlm.shared.task_settings import default_settings, task_names
 from gflowvlm.shared.trajectory import EndReason
 from tests.envs.contract import HOSTILE, PROBE, TASKS, enumerated, made, remembered, wild_responses
+from tests.shared.json_answers import parse_response
 
 ROOT = Path(__file__).resolve().parents[2]
 every_task = pytest.mark.parametrize("task", TASKS)

@@ -13,8 +13,9 @@ from gflowvlm.envs.base import TaskEnv
 from gflowvlm.envs.numberline.environment import NumberLineEnv
 from gflowvlm.envs.numberline.settings import NumberLineSettings
 from gflowvlm.envs.registry import make_env
-from gflowvlm.shared.response import DONE_TOKEN, parse_response
+from gflowvlm.shared.response import DONE_TOKEN
 from gflowvlm.shared.trajectory import EndReason
+from tests.shared.json_answers import parse_response
 
 
 def started(start: int, target: int, split: str = "id", **changes: object) -> NumberLineEnv:

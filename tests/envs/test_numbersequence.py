@@ -9,9 +9,10 @@ from pydantic import ValidationError
 from gflowvlm.envs.numbersequence import rendering, sequences
 from gflowvlm.envs.numbersequence.environment import NumberSequenceEnv
 from gflowvlm.envs.numbersequence.settings import NumberSequenceSettings
-from gflowvlm.shared.response import DONE_TOKEN, parse_response
+from gflowvlm.shared.response import DONE_TOKEN
 from gflowvlm.shared.trajectory import EndReason
 from tests.envs.contract import endings
+from tests.shared.json_answers import parse_response
 
 
 def started(prefix: tuple[int, ...], **changes: object) -> NumberSequenceEnv:

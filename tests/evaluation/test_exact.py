@@ -23,7 +23,8 @@ from gflowvlm.learner.packing import ScoredStep
 from gflowvlm.learner.scoring import Scorer
 from gflowvlm.learner.tiny_policy import build_tiny_policy
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.shared.response import DONE_TOKEN, format_response
+from gflowvlm.shared.response import DONE_TOKEN
+from tests.shared.json_answers import format_response
 
 BETA = 3.0
 SAMPLES = 2

@@ -14,8 +14,8 @@ from PIL import Image
 from gflowvlm.learner.tiny_policy import build_tiny_policy
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.shared.response import format_response
 from gflowvlm.shared.trajectory import EndReason, Step, Trajectory, Validity
+from tests.shared.json_answers import format_response
 
 
 @pytest.fixture(autouse=True, scope="session")

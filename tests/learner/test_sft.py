@@ -18,16 +18,16 @@ from gflowvlm.learner.sft import (
     SftProgress,
     SftSettings,
     SftTrainer,
-    content_spans,
     learning_rate,
     load_for_sft,
     scale_head,
     sft_loss,
 )
 from gflowvlm.learner.tiny_policy import build_tiny_policy
+from gflowvlm.shared.answer_formats.json_answers import JsonAnswers
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.shared.response import format_response
+from tests.shared.json_answers import format_response
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,12 @@ def train(trainer: SftTrainer, folder: Path, until: int | None = None) -> list[S
 
 def test_content_is_what_the_json_says() -> None:
     text = format_response("[DONE]", "3 equals 3", {"current": 13, "target": -2.5})
-    assert [text[left:right] for left, right in content_spans(text)] == ["13", "-2.5", "3 equals 3", "[DONE]"]
+    assert [text[left:right] for left, right in JsonAnswers().content_chars(text)] == [
+        "13",
+        "-2.5",
+        "3 equals 3",
+        "[DONE]",
+    ]
 
 
 def test_the_loss_is_the_weighted_cross_entropy_of_the_response_alone(tiny: Path) -> None:
@@ -165,13 +170,13 @@ def without_done(tiny: Path, folder: Path) -> Path:
     return folder
 
 
-def test_a_model_without_done_gets_it(tiny: Path, tmp_path: Path) -> None:
+def test_a_model_without_done_gets_it_where_that_is_asked(tiny: Path, tmp_path: Path) -> None:
     bare = without_done(tiny, tmp_path / "bare")
     assert len(PreTrainedTokenizerFast.from_pretrained(bare).encode("[DONE]")) > 1
     settings = SftSettings(
         steps=2, batch_size=4, micro_batch=2, dtype="bfloat16", gradient_checkpointing=True, learning_rate=1e-4
     )
-    network, inputs = load_for_sft(str(bare), settings)
+    network, inputs = load_for_sft(str(bare), settings, done_token=True)
     rows = network.get_input_embeddings().weight
     torch.testing.assert_close(rows[-1].float(), rows[:-1].float().mean(dim=0), rtol=0.02, atol=1e-3)
     trainer = SftTrainer(network, inputs, settings)

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 from gflowvlm.learner.tiny_policy import build_lexicon_tokenizer, build_tiny_policy
 from gflowvlm.shared.lexicon import Lexicon
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.shared.response import format_response
+from tests.shared.json_answers import format_response
 
 
 @pytest.fixture(scope="module")

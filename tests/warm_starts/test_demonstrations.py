@@ -13,7 +13,7 @@ from gflowvlm.envs.numbersequence.settings import NumberSequenceSettings
 from gflowvlm.envs.registry import make_env
 from gflowvlm.learner.sft import SftExample
 from gflowvlm.shared.errors import UserError
-from gflowvlm.shared.response import DONE_TOKEN, parse_response
+from gflowvlm.shared.response import DONE_TOKEN
 from gflowvlm.shared.task_settings import TaskSettings
 from gflowvlm.warm_starts.demonstrations import (
     Demonstrations,
@@ -23,6 +23,7 @@ from gflowvlm.warm_starts.demonstrations import (
     reading_source,
 )
 from tests.actors.made_demonstrations import make_set
+from tests.shared.json_answers import parse_response
 
 SETTINGS = NumberLineSettings()
 

@@ -14,12 +14,12 @@ from gflowvlm.envs.numberline.environment import NumberLineEnv
 from gflowvlm.envs.registry import make_env
 from gflowvlm.run.folder_lock import LOCK, folder_lock
 from gflowvlm.shared.errors import UserError
-from gflowvlm.shared.response import parse_response
 from gflowvlm.shared.task_settings import default_settings
 from gflowvlm.shared.trajectory import EndReason, Validity
 from gflowvlm.warm_starts import recording
 from gflowvlm.warm_starts.recording import make_demonstrations
 from tests.actors.made_demonstrations import content, files, make_set, stored
+from tests.shared.json_answers import parse_response
 
 TASKS = ("numberline", "blackjack", "numbersequence")
 

@@ -19,9 +19,10 @@ from gflowvlm.envs.household.tasks import SUB_GOALS, TaskType
 from gflowvlm.envs.registry import make_env as make_registered
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.instances import DEMONSTRATION_SEEDS, EVALUATION_SEEDS, TRAINING_SEEDS
-from gflowvlm.shared.response import DONE_TOKEN, parse_response
+from gflowvlm.shared.response import DONE_TOKEN
 from gflowvlm.shared.task_settings import default_settings
 from gflowvlm.shared.trajectory import EndReason
+from tests.shared.json_answers import parse_response
 
 MakeEnv = Callable[..., AlfworldEnv]
 

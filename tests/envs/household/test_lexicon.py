@@ -10,7 +10,8 @@ from gflowvlm.envs.household import lexicon
 from gflowvlm.envs.household.environment import AlfworldEnv
 from gflowvlm.envs.household.tasks import TaskType
 from gflowvlm.learner.tiny_policy import build_lexicon_tokenizer
-from gflowvlm.shared.response import DONE_TOKEN, parse_response
+from gflowvlm.shared.response import DONE_TOKEN
+from tests.shared.json_answers import parse_response
 
 
 @pytest.fixture(scope="module")

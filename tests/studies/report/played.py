@@ -13,8 +13,9 @@ from gflowvlm.run.folder import RunFolder
 from gflowvlm.run.log import append_row
 from gflowvlm.run.setup import new_run
 from gflowvlm.shared.config import BufferSettings, RunConfig
-from gflowvlm.shared.response import DONE_TOKEN, format_response
+from gflowvlm.shared.response import DONE_TOKEN
 from gflowvlm.shared.trajectory import Step, Trajectory, Validity, to_record_batch
+from tests.shared.json_answers import format_response
 
 HOSTILE = (
     "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> "
