@@ -48,12 +48,12 @@ class JsonAnswers(AnswerFormat):
         found, position, failed = MALFORMED, 0, 0
         while failed < _MAX_FAILED_OBJECTS and (start := _OBJECT_START.search(text, position)) is not None:
             try:
-                pairs, position = _DECODER.raw_decode(text, start.start())
+                pairs, end = _DECODER.raw_decode(text, start.start())
+                read = _read(text, start.start(), end, pairs)
             except (ValueError, RecursionError):
                 position, failed = start.start() + 1, failed + 1
                 continue
-            read = _read(text, start.start(), position, pairs)
-            found = found if read.malformed else read
+            position, found = end, found if read.malformed else read
         return found
 
     def with_action(self, text: str, parsed: ParsedResponse, action: str) -> str:
@@ -71,13 +71,20 @@ class JsonAnswers(AnswerFormat):
 
 
 def _read(text: str, start: int, end: int, pairs: Any) -> ParsedResponse:
-    """Reads one object, given as its pairs in order."""
+    """Reads one object, given as its pairs in order.
+
+    Raises:
+        ValueError: Its action is no text that could be written anywhere.
+        RecursionError: It is nested too deeply.
+    """
     keys = [key for key, _ in pairs]
     match = _ACTION_AT_END.search(text[start:end]) if keys[-1:] == ["action"] else None
     if match is None or len(set(keys)) != len(keys):
         return MALFORMED
     content = {key: _plain(value) for key, value in pairs}
     action = content.pop("action")
+    if isinstance(action, str):
+        action.encode()
     written = "text" if match["text"] is not None else "number"
     first, last = match.span(written)
     thoughts = content.pop("thoughts", "")

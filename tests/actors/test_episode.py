@@ -126,10 +126,8 @@ HOSTILE = {
     "deep list": '{"a": ' + "[" * 5000 + "]" * 5000 + ', "action": "+"}',
     "huge": '{"thoughts": "' + "x" * 30_000 + '", "action": "+"}',
     "huge number": '{"current": ' + "9" * 6000 + ', "action": "+"}',
-    "escaped action": '{"thoughts": "", "action": "\\u002b"}',
     "lone surrogate": '{"thoughts": "", "action": "\\ud800"}',
-    "text after": '{"thoughts": "", "action": "+"} and more',
-    "two objects": '{"action": "+"}{"action": "+"}',
+    "another key after": '{"thoughts": "", "action": "+", "more": 1}',
     "end token inside": '{"thoughts": "<end_of_utterance>", "action": "+"',
 }
 
@@ -141,6 +139,10 @@ ODD_BUT_READABLE = {
     "long action": ('{"thoughts": "", "action": "' + "+" * 5000 + '"}', "+" * 5000),
     "space around": ('{"thoughts": "", "action": " + "}', " + "),
     "special token": ('{"thoughts": "", "action": "<image>"}', "<image>"),
+    "escaped action": ('{"thoughts": "", "action": "\\u002b1"}', "+1"),
+    "text after": ('{"thoughts": "", "action": "jump"} and more', "jump"),
+    "two objects": ('{"action": "+"}{"action": "jump"}', "jump"),
+    "a number": ('{"thoughts": "", "action": 7}', "7"),
     "done inside": ('{"thoughts": "", "action": "[DONE][DONE]"}', "[DONE][DONE]"),
 }
 

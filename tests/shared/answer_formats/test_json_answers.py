@@ -43,6 +43,8 @@ def test_the_stop_action_is_read_like_any_other():
         '{"action": null}',
         '{"action": ["+"]}',
         '{"action": NaN}',
+        '{"action": "\\ud800"}',
+        '{"a": ' + "[" * 5000 + "]" * 5000 + ', "action": "+"}',
         '{"x": ' * 5000 + '{"action": "+"}' + "}" * 5000,
         '{"thoughts": "' + "x" * 30_000 + '", "action": "+"}',
         "\ud800\ud801",
@@ -98,10 +100,10 @@ def test_thoughts_that_look_like_an_action_are_not_taken_for_it():
     assert parse_response(text).action == "-"
 
 
-@pytest.mark.parametrize(
-    "text",
-    ['{"a":' * 3900, '{"' * 9900, '{"action":"' * 1800, '"action": "\\' * 1500, "[" * 19_000 + '{"action": "+"}'],
-)
+SLOW = ['{"a":' * 3900, '{"' * 9900, '{"action":"' * 1800, '"action": "\\' * 1500, "[" * 19_000 + '{"action": "+"}']
+
+
+@pytest.mark.parametrize("text", SLOW, ids=["objects", "braces", "actions", "escapes", "lists"])
 def test_no_response_takes_long_to_read(text):
     started = time.process_time()
     parse_response(text)
