@@ -1,7 +1,5 @@
 """Bad input is one line on stderr and exit status 2, and leaves nothing behind."""
 
-import json
-import shutil
 import socket
 import subprocess
 import sys
@@ -11,7 +9,6 @@ import pytest
 
 from gflowvlm.run.setup import new_run
 from gflowvlm.shared.config import RunConfig
-from gflowvlm.shared.policy_inputs import PolicyInputs
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,19 +65,9 @@ def test_wrong_arguments_are_one_line(arguments, parts, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_without_the_done_token_is_one_line(tmp_path):
-    from gflowvlm.run.models import resolve_model
-
-    model = tmp_path / "model"
-    shutil.copytree(resolve_model("numberline-tiny"), model)
-    tokenizer = json.loads((model / "tokenizer.json").read_text())
-    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["content"] != "[DONE]"]
-    tokenizer["model"]["vocab"].pop("[DONE]", None)
-    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    settings = json.loads((model / "tokenizer_config.json").read_text().replace("[DONE]", "[NONE]"))
-    (model / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert PolicyInputs.load(resolve_model("numberline-tiny")).done_id is not None
-    assert_one_line(gflowvlm("train", "policy.model=./model", cwd=tmp_path), "[DONE]", "gflowvlm sft")
+def test_an_answer_format_that_cannot_be_imported_is_one_line(tmp_path):
+    result = gflowvlm("train", "--run", "r", "task.answer_format=nowhere_at_all:Format", cwd=tmp_path)
+    assert_one_line(result, "task.answer_format", "nowhere_at_all", "PYTHONPATH")
 
 
 def test_a_port_in_use_is_one_line(tmp_path):
