@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,21 +37,31 @@ class Learner:
         rank: Number of this learner.
         world_size: Number of learners; with more than one `torch.distributed` must be initialised (and the
             GPU of this rank must be the current one).
+        made: A policy that was made already, on its device, and its inputs; nothing is loaded then.
 
     Raises:
         UserError: The model cannot be loaded, its LoRA targets are not in its language model, or there is no GPU
             where one was asked for.
     """
 
-    def __init__(self, config: RunConfig, model_path: str, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        model_path: str,
+        rank: int = 0,
+        world_size: int = 1,
+        made: tuple[Any, PolicyInputs] | None = None,
+    ) -> None:
         self.config = config
         self.device = torch.device(
             device_name(config.learner.gpus_per_worker, "learner.gpus_per_worker", torch.cuda.is_available())
         )
         self._ranks = Ranks(rank, world_size, self.device)
-        inputs = PolicyInputs.load(model_path)
         self._sharded = config.learner.sharding == "fsdp" and world_size > 1
-        if self._sharded:
+        inputs = PolicyInputs.load(model_path) if made is None else made[1]
+        if made is not None:
+            self.policy = made[0]
+        elif self._sharded:
             self.policy = load_sharded_policy(config.policy, model_path, seed=config.seed, ranks=self._ranks)
         else:
             self.policy = load_policy(config.policy, model_path, seed=config.seed, device=self.device)

@@ -48,8 +48,8 @@ def load_policy(settings: PolicySettings, model_path: str, *, seed: int, device:
             model.
     """
     if settings.load_in is not None:
-        return _adapted(load_quantized_model(model_path, settings.dtype, settings.load_in, device), settings, seed)
-    return _adapted(load_base_model(model_path, settings.dtype), settings, seed).to(device)
+        return adapted(load_quantized_model(model_path, settings.dtype, settings.load_in, device), settings, seed)
+    return adapted(load_base_model(model_path, settings.dtype), settings, seed).to(device)
 
 
 def empty_policy(settings: PolicySettings, model_path: str) -> Any:
@@ -65,11 +65,11 @@ def empty_policy(settings: PolicySettings, model_path: str) -> Any:
             model = AutoModelForImageTextToText.from_config(config, dtype=DTYPES[settings.dtype])
     except (ImportError, OSError, ValueError) as error:
         raise UserError(f"model {model_path!r}: cannot be built ({one_line(error)})") from None
-    return _adapted(model, settings, seed=0)
+    return adapted(model, settings, seed=0)
 
 
-def _adapted(model: Any, settings: PolicySettings, seed: int) -> Any:
-    """Returns the model with a fresh adapter on it, in evaluation mode."""
+def adapted(model: Any, settings: PolicySettings, seed: int) -> Any:
+    """Returns a base model with a fresh adapter on its language model, in evaluation mode; see `load_policy`."""
     targets = lora_target_names(model, settings.lora_targets)
     lora = LoraConfig(
         r=settings.lora_rank,
