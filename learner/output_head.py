@@ -12,8 +12,7 @@ scales it. That takes as many matrix products as keeping all logits would, and a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,11 +81,17 @@ class OutputHead:
         """Whether `log_probs` takes hidden states, as after `observe`; it takes the model's logits otherwise."""
         return self._map is not None
 
-    @contextmanager
-    def captured(self) -> Iterator[list[Tensor]]:
-        """Yields a list to which every pass of the model adds its output layer's input, (N, columns, features).
+    def passed(self, logits_of_a_pass: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Passes something through the model.
 
-        In chunks the layer itself is given a single state, so that the pass has next to no logits.
+        In chunks the output layer itself is given a single state, so that the pass has next to no logits.
+
+        Args:
+            logits_of_a_pass: Passes it and returns the model's logits.
+
+        Returns:
+            What `log_probs` takes of every column for which the model computes logits, (N, columns, features or
+            vocabulary); and the output layer's input, (N, columns, features), None where the model shows no such layer.
         """
         captured: list[Tensor] = []
 
@@ -95,13 +100,14 @@ class OutputHead:
             return (args[0][:1, -1:], *args[1:]) if self.in_chunks else None
 
         if self.layer is None:
-            yield captured
-            return
+            return logits_of_a_pass(), None
         hook = self.layer.register_forward_pre_hook(capture)
         try:
-            yield captured
+            logits = logits_of_a_pass()
         finally:
             hook.remove()
+        hidden = captured[-1] if captured else None
+        return (logits, hidden) if hidden is None or not self.in_chunks else (hidden, hidden)
 
     def observe(self, logits_of_a_pass: Callable[[], Tensor]) -> None:
         """Finds out what the model does behind its output layer, and computes in chunks from then on.
@@ -208,6 +214,9 @@ class _FrozenLinear(torch.autograd.Function):
         ctx: Any, states: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None, logit_map: LogitMap, rows: int
     ) -> Tensor:
         wants_direction = ctx.needs_input_grad[0]
+        if torch.is_autocast_enabled(states.device.type):
+            # Once, not for every chunk.
+            weight = weight.to(torch.get_autocast_dtype(states.device.type))
         found = torch.empty(len(ids), dtype=torch.float32, device=states.device)
         direction = torch.empty_like(states) if wants_direction else None
         for start in range(0, len(ids), rows):
@@ -238,8 +247,10 @@ def _through_layer(layer: nn.Module, logit_map: LogitMap, states: Tensor, ids: T
     def log_probs(states: Tensor, ids: Tensor) -> Tensor:
         return log_probs_of(logit_map(layer(states)), ids)
 
+    if len(ids) <= rows:
+        return log_probs(states, ids)
     parts = [
         checkpoint(log_probs, states[start : start + rows], ids[start : start + rows], use_reentrant=False)
         for start in range(0, len(ids), rows)
     ]
-    return torch.cat(parts) if parts else states.new_zeros(0, dtype=torch.float32)
+    return torch.cat(parts)

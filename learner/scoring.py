@@ -259,10 +259,9 @@ class Scorer:
         self, inputs: dict[str, Any], columns: int, with_hidden: bool, use_cache: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Returns what the head takes of the last columns, and the hidden states of the first of them if asked for."""
-        with self._head.captured() as captured:
-            logits = self._pass(inputs, columns, use_cache)
-        states = captured[-1] if self._head.in_chunks else logits
-        return states[:, -columns:], captured[-1][:, -columns] if with_hidden else None
+        states, hidden_states = self._head.passed(lambda: self._pass(inputs, columns, use_cache))
+        hidden = hidden_states[:, -columns] if with_hidden and hidden_states is not None else None
+        return states[:, -columns:], hidden
 
     def _pass(self, inputs: dict[str, Any], columns: int, use_cache: bool) -> Tensor:
         """Returns the model's logits, those of the last columns where it can leave out others."""

@@ -23,6 +23,8 @@ from torch import Tensor
 from transformers import AddedToken, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
+from gflowvlm.learner.continuation import Continuation
+from gflowvlm.learner.output_head import OutputHead
 from gflowvlm.shared.answer_formats import DEFAULT_FORMAT, answer_format
 from gflowvlm.shared.config import Precision
 from gflowvlm.shared.errors import UserError, one_line
@@ -148,6 +150,7 @@ def sft_loss(
     examples: Sequence[SftExample],
     content_weight: float,
     precision: Precision = "float32",
+    head: OutputHead | None = None,
 ) -> Tensor:
     """Returns the weighted sum of token cross-entropies over the responses and the sum of the weights.
 
@@ -157,6 +160,7 @@ def sft_loss(
         examples: N examples.
         content_weight: Weight of tokens that overlap a value of the answer; others, the end token among them, weigh 1.
         precision: What the model computes in, whatever its weights are in.
+        head: The model's output head, which may compute in chunks; by default all logits are held at once.
 
     Returns:
         Tensor of shape (2,), float32: the weighted sum (nats) and the sum of weights.
@@ -164,21 +168,15 @@ def sft_loss(
     batch = inputs.encode([e.prompt for e in examples], [e.image for e in examples]).to(network.device, network.dtype)
     tokens, weights = _pad_right([_response(inputs, e.response, content_weight) for e in examples])
     tokens, weights = tokens.to(network.device), weights.to(network.device)
-    present = (tokens != IGNORED).long()
-    length = tokens.shape[1]
-    model_inputs = dict(batch)
-    model_inputs["input_ids"] = torch.cat([batch["input_ids"], tokens.clamp(min=0)], dim=1)
-    model_inputs["attention_mask"] = torch.cat([batch["attention_mask"], present], dim=1)
-    for name in ("token_type_ids", "mm_token_type_ids"):
-        if name in model_inputs:
-            model_inputs[name] = torch.cat([batch[name], torch.zeros_like(tokens)], dim=1)
-    # One logit earlier predicts the first response token; the last predicts nothing.
+    present = tokens != IGNORED
+    columns = tokens.shape[1] + 1
+    model_inputs = Continuation(network).whole(dict(batch), tokens.clamp(min=0), present)
+    head = OutputHead(network) if head is None else head
     with torch.autocast(network.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        logits = network(**model_inputs, use_cache=False, logits_to_keep=length + 1).logits[:, -length - 1 : -1]
-    losses = torch.nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), tokens.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return torch.stack([(losses * weights.flatten()).sum(), weights.sum()])
+        states, _ = head.passed(lambda: network(**model_inputs, use_cache=False, logits_to_keep=columns).logits)
+        # One column earlier predicts the first response token; the last predicts nothing.
+        log_probs = head.log_probs(states[:, -columns:-1][present], tokens[present])
+    return torch.stack([-(log_probs * weights[present]).sum(), weights.sum()])
 
 
 def check_demonstrations(source: ExampleSource, inputs: PolicyInputs, settings: SftSettings) -> None:
@@ -217,6 +215,7 @@ class SftTrainer:
         self.inputs = inputs
         self.settings = settings
         self.step = 0
+        self._head: OutputHead | None = None
         self._parameters = [p for p in network.parameters() if p.requires_grad]
         # Decay would move the rows of a vocabulary that are not trained.
         undecayed = set() if settings.train_embeddings else {p for p in _vocabulary(network) if p.requires_grad}
@@ -325,14 +324,23 @@ class SftTrainer:
         examples = sorted(examples, key=lambda e: len(e.prompt))
         for first in range(0, len(examples), self.settings.micro_batch):
             part = examples[first : first + self.settings.micro_batch]
-            total = sft_loss(self.network, self.inputs, part, self.settings.content_weight, self.settings.dtype)[0]
-            total = total / weights
+            total = self._loss(part) / weights
             total.backward()
             loss += float(total.detach())
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.settings.grad_clip)
         self._optimizer.step()
         self.step += 1
         return SftProgress(self.step, loss, rate, float(norm))
+
+    def _loss(self, examples: Sequence[SftExample]) -> Tensor:
+        """Returns the weighted sum of cross-entropies."""
+        if self._head is None:
+            first = self.inputs.encode([examples[0].prompt], [examples[0].image])
+            first = first.to(self.network.device, self.network.dtype)
+            self._head = OutputHead(self.network)
+            self._head.observe(lambda: self.network(**first, use_cache=False, logits_to_keep=1).logits)
+        settings = self.settings
+        return sft_loss(self.network, self.inputs, examples, settings.content_weight, settings.dtype, self._head)[0]
 
     def _load_optimizer(self, tensors: dict[str, Tensor], checkpoint: Path) -> None:
         for index, parameter in enumerate(self._parameters):

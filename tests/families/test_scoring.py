@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoProcessor, GemmaConfig, PaliGemmaForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor, BatchFeature, GemmaConfig, PaliGemmaForConditionalGeneration
 
 from gflowvlm.learner.model import load_base_model
 from gflowvlm.learner.packing import Packer, ScoredStep
 from gflowvlm.learner.scoring import Scorer
+from gflowvlm.learner.sft import SftExample, sft_loss
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from tests.families.agreement import CPU, PROMPTS, SIZES, picture
 from tests.families.factory import FAMILIES
@@ -39,7 +40,7 @@ def policy_inputs(folder):
     if inputs.processor.chat_template is None:
         inputs.processor.chat_template = PLAIN_TEMPLATE
     encode = inputs.encode
-    inputs.encode = lambda *a: {k: v for k, v in encode(*a).items() if k != "labels"}
+    inputs.encode = lambda *a: BatchFeature({k: v for k, v in encode(*a).items() if k != "labels"})
     return inputs
 
 
@@ -115,6 +116,18 @@ def test_a_later_token_changes_no_earlier_log_probability(family):
     last = len(step.response_ids) - 1
     assert torch.equal(found[0][:last], found[1][:last])
     assert found[0][last] != found[1][last]
+
+
+def test_supervised_training_weighs_the_same_log_probabilities(family):
+    name, model, inputs = family
+    text = '{"thoughts": "3 is below 5", "action": "go up"}'
+    examples = [SftExample(step.prompt, step.image, text) for step in responses(inputs)[1:4]]
+    found = -sft_loss(model, inputs, examples, content_weight=1.0)[0].detach()
+    ids = inputs.encode_response(text)
+    alike = [ScoredStep(e.prompt, e.image, ids, 0, len(ids)) for e in examples]
+    response_type = 1 if name.startswith("paligemma") else 0
+    expected = sum(alone(model, inputs, step, response_type).sum() for step in alike)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -13,6 +13,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from gflowvlm.learner import output_head
+from gflowvlm.learner.output_head import OutputHead
 from gflowvlm.learner.sft import (
     SftExample,
     SftProgress,
@@ -96,6 +98,25 @@ def test_padding_changes_nothing(tiny: Path) -> None:
         together = sft_loss(network, inputs, examples, 5.0)
         alone = sum(sft_loss(network, inputs, [e], 5.0) for e in examples)
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_loss_in_chunks_is_that_of_all_logits(tiny: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    network, inputs = load_for_sft(str(tiny), SftSettings())
+    monkeypatch.setattr(output_head, "CHUNK_LOGITS", {"cpu": 7 * len(inputs.tokenizer)})
+    examples = [example(3), example(47, "[DONE]", " and a much longer prompt")]
+    in_chunks = OutputHead(network)
+    batch = inputs.encode([examples[0].prompt], [examples[0].image])
+    in_chunks.observe(lambda: network(**batch).logits)
+    found = []
+    for head in (in_chunks, OutputHead(network)):
+        network.zero_grad()
+        loss = sft_loss(network, inputs, examples, 5.0, precision, head)[0]
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in network.parameters() if p.grad is not None)])
+    assert in_chunks.in_chunks
+    bounds = {"float32": {"atol": 1e-4, "rtol": 1e-5}, "bfloat16": {"atol": 0.2, "rtol": 0.05}}[precision]
+    torch.testing.assert_close(found[0], found[1], **bounds)
 
 
 def test_micro_batches_give_the_same_step(tiny: Path, tmp_path: Path) -> None:
