@@ -192,6 +192,13 @@ class TaskEnv(gymnasium.Env, ABC):
             self._picture = self._draw(self._rng(2, len(self.past_actions)))
         return self._picture
 
+    def picture_words(self) -> list[str]:
+        """Returns the words and numbers that tell states apart in the current picture, in reading order.
+
+        Empty where pictures hold none. `gflowvlm make-model` teaches a new vision tower to read them.
+        """
+        return []
+
     @property
     def instance_id(self) -> str:
         """``task/split/seed``: everything that fixes the partition function Z(g)."""

@@ -370,7 +370,23 @@ def scale_head(network: Any, factor: float) -> None:
         head.weight.mul_(factor)
 
 
-def learning_rate(step: int, settings: SftSettings) -> float:
+class Schedule(Protocol):
+    """How a learning rate goes: `warmup_steps` of a linear rise to its peak, then a cosine to 0 at `steps`."""
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole training."""
+
+    @property
+    def warmup_steps(self) -> int:
+        """First steps, over which the rate rises."""
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak."""
+
+
+def learning_rate(step: int, settings: Schedule) -> float:
     """Returns the learning rate of a step (counted from 0): linear warm-up, then a cosine to 0."""
     warm = min(settings.warmup_steps, settings.steps - 1)
     if step < warm:

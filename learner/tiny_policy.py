@@ -136,17 +136,21 @@ def build_processor(
     texts: Sequence[str] | None = None, vocabulary: int = 1024, lexicon: Lexicon | None = None
 ) -> Idefics3Processor:
     """Returns the processor: own tokenizer, PIL image processor (needs no torchvision), chat template."""
-    image_processor = Idefics3ImageProcessorPil(
+    return Idefics3Processor(
+        build_image_processor(),
+        build_tokenizer(texts, vocabulary) if lexicon is None else build_lexicon_tokenizer(lexicon),
+        image_seq_len=_IMAGE_TOKENS,
+        chat_template=_CHAT_TEMPLATE,
+    )
+
+
+def build_image_processor() -> Idefics3ImageProcessorPil:
+    """Returns the image processor: one picture is one square of `IMAGE_SIZE` pixels, and torchvision is not needed."""
+    return Idefics3ImageProcessorPil(
         do_image_splitting=False,
         do_resize=False,
         size={"longest_edge": IMAGE_SIZE},
         max_image_size={"longest_edge": IMAGE_SIZE},
-    )
-    return Idefics3Processor(
-        image_processor,
-        build_tokenizer(texts, vocabulary) if lexicon is None else build_lexicon_tokenizer(lexicon),
-        image_seq_len=_IMAGE_TOKENS,
-        chat_template=_CHAT_TEMPLATE,
     )
 
 

@@ -53,7 +53,7 @@ TINY = "tiny"
 
 _EVALUATION_SEED = 20_000_003
 _MAX_RESPONSE_TOKENS = PolicySettings().max_response_tokens
-_REPORT = "training.json"
+REPORT = "training.json"
 _CHECKPOINT = "checkpoint"
 
 
@@ -103,7 +103,7 @@ def start(request: SftRequest, out: Path, console: Console) -> bool:
         UserError: `out` is in use or cannot be written, or the model, the demonstrations or what the final figures are
             played on cannot be loaded.
     """
-    _refuse_used(out)
+    refuse_used(out)
     request = with_absolute_paths(request, names=(TINY,))
     check_paths(request, names=(TINY,))
     source = _source(request)
@@ -119,18 +119,18 @@ def start(request: SftRequest, out: Path, console: Console) -> bool:
     if request.head_scale != 1.0:
         scale_head(network, request.head_scale)
     report = {"command": shlex.join(["gflowvlm", *sys.argv[1:]]), "request": request.model_dump()}
-    if (Path(model) / _REPORT).exists():
+    if (Path(model) / REPORT).exists():
         report["made_from"] = _read_report(Path(model))
     with _held(out):
         # Another training may have ended there since.
-        _refuse_used(out)
+        refuse_used(out)
         _write_report(out, report)
         return _train(SftTrainer(network, inputs, request.sft), source, request, out, console)
 
 
 def trained_embeddings(model: str) -> bool:
     """Returns whether a model's embeddings were trained by the `gflowvlm sft` that made it; False for other models."""
-    path = Path(resolve_model(model)) / _REPORT
+    path = Path(resolve_model(model)) / REPORT
     if model == TINY:
         return True
     if not path.exists():
@@ -152,7 +152,7 @@ def resume(out: Path, console: Console) -> bool:
     try:
         request = SftRequest.model_validate(_read_report(out)["request"])
     except (KeyError, ValidationError):
-        raise UserError(f"{out}: its {_REPORT} holds no request; nothing there can be resumed") from None
+        raise UserError(f"{out}: its {REPORT} holds no request; nothing there can be resumed") from None
     with _held(out):
         return _train(
             SftTrainer.resume(out / _CHECKPOINT, request.sft, request.task.answer_format),
@@ -163,7 +163,7 @@ def resume(out: Path, console: Console) -> bool:
         )
 
 
-def _refuse_used(out: Path) -> None:
+def refuse_used(out: Path) -> None:
     if (out / _CHECKPOINT).exists():
         raise UserError(f"{out}: holds an unfinished training; go on with --resume, or choose another --out")
     if (out / "config.json").exists():
@@ -333,7 +333,7 @@ def _interrupt_flag() -> Iterator[list[int]]:
 
 
 def _read_report(folder: Path) -> dict[str, Any]:
-    path = folder / _REPORT
+    path = folder / REPORT
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -345,6 +345,6 @@ def _read_report(folder: Path) -> dict[str, Any]:
 
 def _write_report(out: Path, report: dict[str, Any]) -> None:
     try:
-        write_whole(out / _REPORT, json.dumps(report, indent=2) + "\n")
+        write_whole(out / REPORT, json.dumps(report, indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"{out / _REPORT}: cannot be written ({error.strerror or error})") from None
+        raise UserError(f"{out / REPORT}: cannot be written ({error.strerror or error})") from None

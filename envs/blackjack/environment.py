@@ -79,6 +79,10 @@ class BlackjackEnv(TaskEnv):
         """Returns the cards and their total, and how it compares with 17."""
         return prompts.reading(self.deck[0], self.player)
 
+    def picture_words(self) -> list[str]:
+        """Returns what the dealer's open card counts and, below it, what the player's cards do."""
+        return [card.text for card in (self.deck[0], *self.player)]
+
     def _start(self, rng: np.random.Generator) -> None:
         self.deck = cards.draw_deck(rng)
         self.hits = 0

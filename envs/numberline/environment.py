@@ -56,6 +56,10 @@ class NumberLineEnv(TaskEnv):
         """Returns both numbers, and their relation in several wordings."""
         return prompts.reading(self.current, self.target)
 
+    def picture_words(self) -> list[str]:
+        """Returns the target number and, below it, the current one."""
+        return [str(self.target), str(self.current)]
+
     def target_distribution(self, reward_exponent: float) -> dict[str, float]:
         """Returns the exact R^β/Z over end numbers of the current instance, whatever the current state."""
         low, high = self.bounds

@@ -71,6 +71,10 @@ class NumberSequenceEnv(TaskEnv):
         """Returns the sequence, and which rules fit."""
         return prompts.reading(self.numbers, self.missing, sequences.next_by_rule(self.numbers))
 
+    def picture_words(self) -> list[str]:
+        """Returns the numbers so far, and a question mark for each that is missing."""
+        return [*(str(number) for number in self.numbers), *["?"] * self.missing]
+
     def _start(self, rng: np.random.Generator) -> None:
         low, high = (self.settings.ood_low, self.settings.ood_high) if self.split == "ood" else (1, self.settings.n_max)
         self.prefix = sequences.draw_prefix(rng, low, high, self.settings.ambiguous_share)

@@ -28,7 +28,8 @@ def test_every_preset_can_be_planned_and_its_model_is_shipped_or_the_users(name)
     plan = resource_plan(config)
     assert plan.cpus > 0
     assert (plan.gpus > 0) == name.endswith("-7b")
-    assert config.policy.model in ([f"./models/{name}"] if name.endswith("-7b") else shipped_models())
+    made = name.endswith(("-7b", "-smol"))
+    assert config.policy.model in ([f"./models/{name}"] if made else shipped_models())
     assert make_env(config.task).task == config.task.name
 
 
