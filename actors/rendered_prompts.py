@@ -35,8 +35,8 @@ class RenderedPrompts:
         self._inputs = inputs
         self._renderer = renderer
         self._longest = longest
-        # The chat template has written every special token; the learner's encoding adds none either.
-        self._tokenization = renderer.default_cmpl_tok_params.with_kwargs(add_special_tokens=False)
+        # As the learner's encoding: most chat templates have written every special token.
+        self._tokenization = renderer.default_cmpl_tok_params.with_kwargs(add_special_tokens=inputs.adds_beginning)
         self._cache: Any = MultiModalCache.get_lru_cache(CACHE_GIB, dict)
         # The renderer works in one thread: who waits here would wait there, and finds the prompt rendered.
         self._rendering = asyncio.Lock()

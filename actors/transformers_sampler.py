@@ -75,7 +75,7 @@ class TransformersSampler:
         Raises:
             UserError: The model cannot be loaded, or there is no GPU where one was asked for.
         """
-        self._inputs = PolicyInputs.load(model_path)
+        self._inputs = PolicyInputs.load(model_path, prompts=config.policy)
         self._settings = config.sampler
         self._device = torch.device(sampler_device(config, torch.cuda.is_available()))
         self._dtype: torch.dtype = getattr(torch, config.policy.dtype)
@@ -188,7 +188,7 @@ class TransformersSampler:
         settings = GenerationConfig(
             do_sample=False,
             max_new_tokens=max(limits),
-            eos_token_id=self._inputs.end_id,
+            eos_token_id=sorted(self._inputs.end_ids),
             pad_token_id=self._inputs.end_id,
         )
         with self._adapter(version):
@@ -205,7 +205,8 @@ class TransformersSampler:
 
     def _ended(self, ids: list[int], log_probs: list[float], limit: int) -> _Sampled:
         """Returns a response up to its end token or its limit, whichever comes first."""
-        end = ids.index(self._inputs.end_id) + 1 if self._inputs.end_id in ids else len(ids) + 1
+        ends = self._inputs.end_ids
+        end = next((place for place, token in enumerate(ids, start=1) if token in ends), len(ids) + 1)
         length = min(end, limit)
         return _Sampled(ids[:length], log_probs[:length], cut=end > limit)
 
@@ -287,7 +288,11 @@ def _load_model(model: str, dtype: torch.dtype) -> Any:
     # A bar for reading a local file would stand in the middle of what others show; downloads keep theirs.
     transformers_logging.disable_progress_bar()
     try:
-        return AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).eval()
+        loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).eval()
     except (ImportError, OSError, ValueError) as error:
         reason = one_line(error)
         raise UserError(f"model {model!r}: its weights cannot be loaded ({reason})") from None
+    # Sampling is what the request says; transformers takes what a call leaves open from the model's own settings, a
+    # repetition penalty for example.
+    loaded.generation_config = GenerationConfig()
+    return loaded

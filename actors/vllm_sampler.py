@@ -3,12 +3,15 @@
 import multiprocessing
 import os
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from gflowvlm.actors.process_guard import ProcessGuard
 from gflowvlm.actors.process_output import OutputTail, output_tail
@@ -23,6 +26,7 @@ from gflowvlm.actors.sampling import (
 from gflowvlm.actors.sleeping import LIKELIEST, PROBE_TOKENS, Probe, SleepCheck
 from gflowvlm.shared.config import MISMATCH_LIMITS, RunConfig
 from gflowvlm.shared.errors import UserError, one_line
+from gflowvlm.shared.lora_layers import ALL_LINEAR, lora_target_names
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.trajectory import BASE_VERSION
 
@@ -36,6 +40,9 @@ SHUTDOWN_S = 10.0
 """How long the engine's processes may take to end by themselves; vLLM kills them then."""
 
 GIB = 2**30
+
+MOST_BIASES = 1024
+"""Logit biases that vLLM's second model runner takes in one request; its first one takes any number."""
 
 _CAUSE_IS_ABOVE = "See root cause above"
 
@@ -59,13 +66,13 @@ class VllmSampler:
         Raises:
             UserError: vLLM is not installed, or cannot serve this model under these settings.
         """
-        self._inputs = PolicyInputs.load(model_path)
+        self._inputs = PolicyInputs.load(model_path, prompts=config.policy)
         self._slept: SleepCheck | None = None
         self._last: SampleRequest | None = None
         self._dtype = config.policy.dtype
         self._versions = AdapterVersions(self._add, self._remove, path_of, ADAPTERS)
-        self._forbidden = dict.fromkeys(self._inputs.forbidden_ids, float("-inf"))
-        self._engine = GuardedEngine(engine_arguments(config, self._inputs.model, len(self._forbidden)))
+        self._engine = GuardedEngine(engine_arguments(config, self._inputs))
+        self._biases = forbidding_biases(self._inputs.forbidden_ids)
         # Nearly all requests of a run sample alike, and vLLM copies what it is given.
         self._sampling_params = lru_cache(maxsize=16)(self._new_sampling_params)
         self._prompts = RenderedPrompts(self._inputs, self._engine.client.renderer, config.sampler.max_model_len)
@@ -187,8 +194,8 @@ class VllmSampler:
             max_tokens=max_tokens,
             seed=seed,
             logprobs=likeliest,
-            stop_token_ids=[self._inputs.end_id],
-            logit_bias=self._forbidden,
+            stop_token_ids=sorted(self._inputs.end_ids),
+            logit_bias=self._biases,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -269,21 +276,26 @@ def _why_not_started(error: Exception, output: OutputTail) -> str:
     return message if cause is None else cause
 
 
-def engine_arguments(config: RunConfig, model: str, forbidden: int) -> Any:
+def engine_arguments(config: RunConfig, inputs: PolicyInputs) -> Any:
     """Returns the `AsyncEngineArgs` of a policy, and sets the environment that its engine needs.
+
+    Where `forbidding_biases` gives none, the engine itself samples none of the forbidden tokens.
 
     Args:
         config: The run's configuration.
-        model: Model directory or hub name.
-        forbidden: How many tokens must not be sampled.
+        inputs: The policy's processor.
 
     Raises:
-        UserError: vLLM is not installed, or runs on GPUs only where none was asked for, or the other way round.
+        UserError: vLLM is not installed, or runs on GPUs only where none was asked for, or the other way round; or the
+            model has no such layers as ``policy.lora_targets`` names.
     """
-    _set_environment(config, forbidden)
+    _set_environment(config, len(inputs.forbidden_ids))
     try:
+        # Imported here: who only asks for figures of an engine can do without vLLM.
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
+
+        from gflowvlm.actors.forbidden_tokens import forbidding_arguments
     except ImportError as error:
         raise _not_importable(error) from None
     sampler = config.sampler
@@ -297,8 +309,10 @@ def engine_arguments(config: RunConfig, model: str, forbidden: int) -> Any:
             f"sampler.gpus_per_replica = {sampler.gpus_per_replica:g}, but the vLLM that is installed computes on CPUs "
             "only; set it to 0, or install the extra `gpu`"
         )
+    too_many = len(inputs.forbidden_ids) > MOST_BIASES
     return AsyncEngineArgs(
-        model=model,
+        **(forbidding_arguments(inputs.forbidden_ids) if too_many else {}),
+        model=inputs.model,
         dtype=config.policy.dtype,
         seed=new_engine_seed(),
         max_model_len=sampler.max_model_len,
@@ -316,19 +330,40 @@ def engine_arguments(config: RunConfig, model: str, forbidden: int) -> Any:
         # numbers back, which ends the engine on a CPU: its generators have no offset.
         enable_chunked_prefill=False if current_platform.is_cpu() else None,
         limit_mm_per_prompt={"image": 1},
+        mm_processor_kwargs=config.policy.pixel_bounds or None,
         mm_processor_cache_gb=IMAGE_CACHE_GIB,
         enable_lora=True,
         # One slot more than adapters: vLLM's CPU kernels apply whatever stands in the last slot to the
         # base model's requests of a mixed batch (their slot is -1), so it must stay empty.
         max_loras=ADAPTERS + 1,
         max_lora_rank=_lora_rank(config.policy.lora_rank),
-        lora_target_modules=config.policy.lora_targets,
+        lora_target_modules=_adapted_layers(config.policy.lora_targets, inputs.model),
         # The model's own log-probabilities: before masks, at temperature 1, whatever is sampled from.
         logprobs_mode="raw_logprobs",
         # Sampling is what the request says; a model's generation_config.json must not add to it.
         generation_config="vllm",
         disable_log_stats=True,
     )
+
+
+def forbidding_biases(token_ids: list[int]) -> dict[int, float] | None:
+    """Returns the logit biases with which a request samples none of these tokens.
+
+    None where they are more than vLLM may take: engines that `engine_arguments` describes need none then.
+    """
+    return dict.fromkeys(token_ids, float("-inf")) if len(token_ids) <= MOST_BIASES else None
+
+
+def _adapted_layers(targets: Sequence[str], model: str) -> list[str]:
+    """Returns the names, without what stands before the last dot, of the layers that an adapter may have."""
+    if ALL_LINEAR not in targets:
+        return list(targets)
+    try:
+        with torch.device("meta"):
+            empty = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(model))
+    except (ImportError, OSError, ValueError) as error:
+        raise UserError(f"model {model!r}: cannot be built ({one_line(error)})") from None
+    return sorted({name.rpartition(".")[2] for name in lora_target_names(empty, targets)})
 
 
 def _not_importable(error: ImportError) -> UserError:
@@ -354,8 +389,8 @@ def _set_environment(config: RunConfig, forbidden: int) -> None:
     if config.sampler.gpus_per_replica == 0:
         # Not a default: the engine's processes must not take a GPU that was not asked for.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if forbidden > 1024:
-        # Model runner V2 takes no more biased tokens than that.
+    if forbidden > MOST_BIASES:
+        # `ForbiddenTokens` is of the other model runner's interface.
         defaults["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     if _one_cpu_process(config):
         # Lets vLLM accept the executor without worker processes (see `_one_cpu_process`).

@@ -281,7 +281,7 @@ class Policy:
 
     @cached_property
     def _scorer(self) -> Scorer:
-        inputs = PolicyInputs.load(self._model)
+        inputs = PolicyInputs.load(self._model, prompts=self.config.policy)
         return Scorer(self._adapted, inputs, self._device, self.config.learner.token_budget)
 
     def _scored(self, trajectories: Sequence[Trajectory]) -> tuple[torch.Tensor, list[list[float]]]:

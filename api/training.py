@@ -90,7 +90,7 @@ def train(
     config = with_absolute_paths(load_config(source, overrides))
     check_paths(config)
     # What would fail minutes later is looked at before there is a folder.
-    PolicyInputs.load(resolve_model(config.policy.model), config.task.answer_format)
+    PolicyInputs.load(resolve_model(config.policy.model), config.task.answer_format, config.policy)
     DemonstrationSet.of_run(config)
     folder = new_run(config, None if run is None else Path(run).expanduser())
     train_to_the_end(folder, progress=progress)

@@ -67,7 +67,7 @@ class ExactCheck:
                 return
             self._trees.append(expand_tree(env))
         self._model = resolve_model(config.policy.model)
-        self._inputs = PolicyInputs.load(self._model, config.task.answer_format)
+        self._inputs = PolicyInputs.load(self._model, config.task.answer_format, config.policy)
         reference = self._probabilities(None, 0.0, "base model")
         weights = config.target.reference_weight, config.policy.cot_weight
         self._log_factors = [log_thought_factors(given, *weights) for given in reference]

@@ -125,7 +125,7 @@ async def _play(
     config: RunConfig, model: str, sampler: PolicySampler, plan: EvaluationPlan, version: int, console: Console
 ) -> list[list[PlayedGroup]]:
     """Returns the sampled and the greedy groups; instances whose environment fails are named and left out."""
-    inputs = PolicyInputs.load(model, config.task.answer_format)
+    inputs = PolicyInputs.load(model, config.task.answer_format, config.policy)
     source = BoundedSource(sampler, config.sampler.start_timeout_s + config.sampler.request_timeout_s)
     free = asyncio.Semaphore(GROUPS_AT_ONCE)
     with Progress(console=console, transient=True) as progress:

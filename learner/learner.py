@@ -58,7 +58,7 @@ class Learner:
         )
         self._ranks = Ranks(rank, world_size, self.device)
         self._sharded = config.learner.sharding == "fsdp" and world_size > 1
-        inputs = PolicyInputs.load(model_path) if made is None else made[1]
+        inputs = PolicyInputs.load(model_path, prompts=config.policy) if made is None else made[1]
         if made is not None:
             self.policy = made[0]
         elif self._sharded:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from gflowvlm.shared.config import FewerBits, PolicySettings
 from gflowvlm.shared.errors import UserError, one_line
+from gflowvlm.shared.lora_layers import lora_target_names
 from gflowvlm.shared.policy_inputs import directory_or_hub_name
 
 CPU = torch.device("cpu")
@@ -192,41 +193,6 @@ def load_adapted(model_path: str, dtype: str, adapter: Path | None, device: torc
     return model.eval().to(device)
 
 
-def lora_target_names(model: Any, targets: Sequence[str]) -> list[str]:
-    """Returns the full names of the language model's linear layers that `targets` name.
-
-    Vision towers often use the same layer names (``q_proj``); theirs are left alone, since vLLM silently
-    ignores an adapter there and the sampler would play another policy than the one that is trained.
-
-    Args:
-        model: A transformers vision-language model.
-        targets: Layer names, or dotted endings of full names.
-
-    Raises:
-        UserError: A target names no linear layer of the language model.
-    """
-    decoder = model.get_decoder()
-    if decoder is model or decoder is model.base_model:
-        raise UserError(f"policy.lora_targets: the language model inside {type(model).__name__} cannot be told apart")
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    text_modules = set(decoder.modules())
-    in_text = [name for name in linears if model.get_submodule(name) in text_modules]
-    found: set[str] = set()
-    for target in targets:
-        matching = [name for name in in_text if _ends_in(name, target)]
-        if not matching:
-            available = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in in_text}))
-            elsewhere = any(_ends_in(name, target) for name in linears)
-            problem = (
-                "is outside the language model; the sampler (vLLM) would ignore an adapter there"
-                if elsewhere
-                else "names no linear layer"
-            )
-            raise UserError(f"policy.lora_targets: {target!r} {problem}; choose from {available}")
-        found.update(matching)
-    return sorted(found)
-
-
 @contextmanager
 def reference_policy(policy: Any) -> Iterator[Any]:
     """Yields the policy with its adapter switched off: P_ref. No gradients inside."""
@@ -246,7 +212,3 @@ def _enable_checkpointing(policy: Any) -> None:
     for module in policy.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
-
-
-def _ends_in(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target)

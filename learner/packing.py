@@ -198,7 +198,10 @@ class Packer:
         if len(steps) == 0:
             return []
         texts = [self._inputs.render(step.prompt) for step in steps]
-        lengths = [len(ids) for ids in self._inputs.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        lengths = [
+            len(ids)
+            for ids in self._inputs.tokenizer(texts, add_special_tokens=self._inputs.adds_beginning)["input_ids"]
+        ]
         for i, step in enumerate(steps):
             size = image_size(step.image)
             if size not in self._image_tokens:

@@ -6,7 +6,9 @@ from pydantic import Field, model_validator
 
 from gflowvlm.shared.cluster_settings import ClusterSettings, ScalingSettings
 from gflowvlm.shared.instances import EVALUATION_SEEDS
+from gflowvlm.shared.lora_layers import ALL_LINEAR
 from gflowvlm.shared.objective_settings import ObjectiveSettings, TargetSettings
+from gflowvlm.shared.prompt_settings import PromptSettings
 from gflowvlm.shared.settings import CustomResources, Fraction, ModelName, NodeLabels, PathMarker, Settings
 from gflowvlm.shared.task_settings import AnyTaskSettings, default_settings
 
@@ -36,8 +38,8 @@ QUANTIZED_LIMITS: dict[FewerBits, MismatchLimits] = {
 """What a learner with rounded weights keeps: enough to tell it from another model."""
 
 
-class PolicySettings(Settings):
-    """The vision-language model and its LoRA adapter."""
+class PolicySettings(PromptSettings):
+    """The vision-language model, its prompts, and its LoRA adapter."""
 
     model: ModelName = Field(
         "numberline-tiny",
@@ -51,9 +53,9 @@ class PolicySettings(Settings):
     lora_rank: int = Field(16, ge=1, le=512, description="Rank r of the adapter's matrices.")
     lora_alpha: float = Field(32.0, gt=0, le=4096, description="lora_alpha / lora_rank scales what the adapter adds.")
     lora_targets: list[str] = Field(
-        default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        default=[ALL_LINEAR],
         min_length=1,
-        description="Names of the language model's linear layers that get an adapter.",
+        description="Names of the language model's linear layers that get an adapter; `all-linear` is all of them.",
     )
     cot_weight: Fraction = Field(0.4, description="Weight of log P_CoT in log P_F (GFlowVLM eq. 5).")
     max_response_tokens: int = Field(64, ge=4, le=4096, description="A response is cut off after so many tokens.")

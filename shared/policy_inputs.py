@@ -4,7 +4,6 @@ The sampler and the learner must see the same tokens and pixels, so the chat ren
 processor live here and nowhere else.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,13 +11,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from transformers import AutoProcessor, BatchFeature
 
 from gflowvlm.shared.answer_formats import DEFAULT_FORMAT, AnswerFormat, ParsedResponse, answer_format
 from gflowvlm.shared.errors import UserError, one_line
+from gflowvlm.shared.prompt_inputs import PromptInputs, bounded_processor_arguments
+from gflowvlm.shared.prompt_inputs import decode_image as decode_image
+from gflowvlm.shared.prompt_settings import PromptSettings
 from gflowvlm.shared.response import DONE_TOKEN, ResponseLayout
 from gflowvlm.shared.response_tokens import ResponseTokens
+from gflowvlm.shared.vocabulary import end_ids, spare_ids, special_ids
 
 
 @dataclass(frozen=True)
@@ -44,27 +46,36 @@ class PolicyInputs:
         model: Model directory or hub name, as it was loaded.
         processor: The transformers processor.
         answer_format: How the policy answers.
+        prompts: What the user says of prompts.
     """
 
     model: str
     processor: Any
     answer_format: AnswerFormat = field(default_factory=lambda: answer_format(DEFAULT_FORMAT))
+    prompts: PromptSettings = field(default_factory=PromptSettings)
 
     @classmethod
-    def load(cls, model: str, answers: str = DEFAULT_FORMAT) -> "PolicyInputs":
+    def load(cls, model: str, answers: str = DEFAULT_FORMAT, prompts: PromptSettings | None = None) -> "PolicyInputs":
         """Loads the processor of a model directory or hub name.
 
         Args:
             model: The model.
             answers: Name of the answer format (``task.answer_format``); only who reads or writes responses needs it.
+            prompts: System prompt and bounds of pictures (a run's ``policy``); only who puts prompts to the model needs
+                them.
 
         Raises:
-            UserError: No such model, no processor in it, or no such answer format.
+            UserError: No such model, no processor in it, no such answer format, or a processor without such bounds.
         """
+        settings = PromptSettings() if prompts is None else prompts
         path = directory_or_hub_name(model)
         try:
             processor = AutoProcessor.from_pretrained(path)
-        except (ImportError, OSError, ValueError) as error:
+            bounds = bounded_processor_arguments(processor, settings, model)
+            if bounds:
+                processor = AutoProcessor.from_pretrained(path, **bounds)
+        # RuntimeError: a torchvision that was built for another torch.
+        except (ImportError, OSError, ValueError, RuntimeError) as error:
             if Path(path).is_dir() and not (Path(path) / "config.json").exists():
                 raise UserError(
                     f"model {model!r}: no model in that folder (no config.json); if `gflowvlm sft` was stopped there, "
@@ -73,7 +84,7 @@ class PolicyInputs:
             reason = one_line(error)
             where = "" if Path(path).is_absolute() else "is no folder here, and at the hub "
             raise UserError(f"model {model!r}: {where}its processor cannot be loaded ({reason})") from None
-        return cls(path, processor, answer_format(answers))
+        return cls(path, processor, answer_format(answers), settings)
 
     @property
     def tokenizer(self) -> Any:
@@ -93,36 +104,46 @@ class PolicyInputs:
         return ResponseTokens(self.tokenizer, self.done_id)
 
     @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Every token that ends a response."""
+        return end_ids(self.model, self.tokenizer)
+
+    @cached_property
     def end_id(self) -> int:
-        """Token id that ends a response."""
-        return int(self.tokenizer.eos_token_id)
+        """The token that a demonstrated response ends with: the one that ends a turn in the chat template."""
+        behind = self.tokenizer.encode(self._prompts.end_of_turn(), add_special_tokens=False)
+        return next((token for token in behind if token in self.end_ids), int(self.tokenizer.eos_token_id))
 
     @cached_property
     def forbidden_ids(self) -> list[int]:
-        """Special tokens that must not be sampled inside a response: all but `[DONE]` and the end token."""
-        added = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        special = added | set(self.tokenizer.all_special_ids)
-        return sorted(special - {self.done_id, self.end_id})
+        """Tokens that must not be sampled inside a response: special ones but `[DONE]` and ends, and spare rows."""
+        forbidden = special_ids(self.tokenizer) | spare_ids(self.model, self.tokenizer)
+        return sorted(forbidden - {self.done_id} - self.end_ids)
+
+    @cached_property
+    def _prompts(self) -> PromptInputs:
+        return PromptInputs(self.model, self.processor, self.prompts)
+
+    @property
+    def adds_beginning(self) -> bool:
+        """Whether a rendered prompt still lacks the beginning of the text, which its tokenizer then has to add."""
+        return self._prompts.adds_beginning
+
+    @property
+    def plain_chat_template(self) -> str | None:
+        """The chat template that a model without one gets; None where it has its own."""
+        return self._prompts.plain_chat_template
 
     def render(self, prompt: str) -> str:
         """Returns the prompt as the model expects it: chat template, image placeholder, generation prompt."""
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        messages = [{"role": "user", "content": content}]
-        return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        return self._prompts.render(prompt)
 
     def encode(self, prompts: Sequence[str], images: Sequence[bytes]) -> BatchFeature:
         """Returns left-padded model inputs for prompts with one encoded image each.
 
         ``input_ids`` and ``attention_mask`` have shape (N, L); pixel tensors are the processor's own.
         """
-        return self.processor(
-            text=[self.render(prompt) for prompt in prompts],
-            images=[[decode_image(image)] for image in images],
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-            return_tensors="pt",
-        )
+        return self._prompts.encode(prompts, [[image] for image in images])
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Returns the text of response tokens, `[DONE]` kept, a last end token dropped."""
@@ -209,7 +230,7 @@ class PolicyInputs:
 
     def _without_end(self, token_ids: Sequence[int]) -> list[int]:
         ids = list(token_ids)
-        return ids[:-1] if ids and ids[-1] == self.end_id else ids
+        return ids[:-1] if ids and ids[-1] in self.end_ids else ids
 
 
 def directory_or_hub_name(model: str) -> str:
@@ -225,8 +246,3 @@ def directory_or_hub_name(model: str) -> str:
     if not absolute and (there or model.startswith((".", "~"))):
         raise UserError(f"model {model!r}: is a relative path; write the absolute path of its directory instead")
     return model
-
-
-def decode_image(image: bytes) -> Image.Image:
-    """Returns an encoded image as an RGB picture."""
-    return Image.open(io.BytesIO(image)).convert("RGB")

@@ -1,12 +1,15 @@
 """What a supervised policy can do: does it read, does it say the true relation, how does it act?"""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
 from gflowvlm.envs.base import TaskEnv
 from gflowvlm.envs.registry import make_env
@@ -126,11 +129,22 @@ def generate(
     for first in range(0, len(prompts), _CHUNK):
         batch = inputs.encode(prompts[first : first + _CHUNK], images[first : first + _CHUNK])
         batch = batch.to(network.device, network.dtype)
-        with torch.no_grad():
-            tokens = network.generate(**batch, eos_token_id=inputs.end_id, **options)
+        with torch.no_grad(), _no_generation_settings(network):
+            tokens = network.generate(**batch, eos_token_id=sorted(inputs.end_ids), **options)
         for row in tokens[:, batch["input_ids"].shape[1] :].tolist():
-            texts.append(inputs.decode(row[: row.index(inputs.end_id)] if inputs.end_id in row else row))
+            texts.append(inputs.decode(list(takewhile(lambda token: token not in inputs.end_ids, row))))
     return texts
+
+
+@contextmanager
+def _no_generation_settings(network: Any) -> Iterator[None]:
+    """Keeps the model's own generation settings, a repetition penalty for example, out of what it generates inside."""
+    own = network.generation_config
+    network.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        network.generation_config = own
 
 
 def _count(environment: TaskEnv, response: ParsedResponse, counts: Counter[str], actions: Counter[str]) -> None:

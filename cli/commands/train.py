@@ -94,7 +94,7 @@ def _train(console: Console, folder: RunFolder | None, config: RunConfig, direct
     from gflowvlm.shared.policy_inputs import PolicyInputs
 
     check_paths(config)
-    PolicyInputs.load(resolve_model(config.policy.model), config.task.answer_format)
+    PolicyInputs.load(resolve_model(config.policy.model), config.task.answer_format, config.policy)
     DemonstrationSet.of_run(config)
     if config.cluster.address is None:
         # Before there is a folder.

@@ -17,7 +17,7 @@ from vllm.entrypoints.launchers.cli_args import FrontendArgs
 from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from gflowvlm.actors.vllm_sampler import GuardedEngine, engine_arguments
+from gflowvlm.actors.vllm_sampler import GuardedEngine, engine_arguments, forbidding_biases
 from gflowvlm.cluster.serving.request_rules import RequestRules, RulesMiddleware
 from gflowvlm.cluster.serving.served_policy import ServedPolicy
 from gflowvlm.shared.errors import UserError, one_line
@@ -32,9 +32,9 @@ class PolicyEngine(AsyncLLM):
 
     _forbidden: Mapping[int, float]
 
-    def forbid(self, token_ids: list[int]) -> None:
-        """Names the tokens that no response may hold; call it before the first request."""
-        self._forbidden = dict.fromkeys(token_ids, float("-inf"))
+    def forbid(self, biases: Mapping[int, float]) -> None:
+        """Gives the logit biases of every request; call it before the first one."""
+        self._forbidden = biases
 
     def generate(self, prompt: Any, sampling_params: Any, *args: Any, **options: Any) -> AsyncGenerator[Any, None]:
         """Generates as `AsyncLLM.generate`; special tokens are never sampled, and `[DONE]` is never left out."""
@@ -75,12 +75,18 @@ class OpenAIServer:
         Raises:
             UserError: vLLM cannot serve this model under these settings.
         """
-        inputs = PolicyInputs.load(policy.model)
+        inputs = PolicyInputs.load(policy.model, prompts=policy.config.policy)
         self._policy, self._api_key = policy, api_key
         self._arguments = _engine_arguments(policy, inputs)
         self._engine = GuardedEngine(self._arguments, PolicyEngine)
-        self._engine.client.forbid(inputs.forbidden_ids)
-        self._rules = RequestRules(frozenset(inputs.forbidden_ids), _largest_side(inputs))
+        self._engine.client.forbid(forbidding_biases(inputs.forbidden_ids) or {})
+        self._plain_chat_template = inputs.plain_chat_template
+        self._rules = RequestRules(
+            frozenset(inputs.forbidden_ids),
+            _largest_side(inputs),
+            # vLLM adds none to a conversation of itself.
+            {"add_special_tokens": True} if inputs.adds_beginning else {},
+        )
 
     async def build_app(self) -> ASGIApp:
         """Loads the adapter and returns the API as an ASGI application.
@@ -93,6 +99,7 @@ class OpenAIServer:
             lora_modules=None if policy.adapter is None else [LoRAModulePath(policy.name, str(policy.adapter))],
             # Training gives the chat template a list of parts too.
             chat_template_content_format="openai",
+            chat_template=self._plain_chat_template,
             api_key=None if self._api_key is None else [self._api_key],
             disable_fastapi_docs=True,
             middleware=[f"{OpenRoutes.__module__}.{OpenRoutes.__qualname__}"],
@@ -132,7 +139,7 @@ def _largest_side(inputs: PolicyInputs) -> int | None:
 def _engine_arguments(policy: ServedPolicy, inputs: PolicyInputs) -> Any:
     config = policy.config
     return replace(
-        engine_arguments(config, inputs.model, len(inputs.forbidden_ids)),
+        engine_arguments(config, inputs),
         served_model_name=[policy.base_name],
         # What a request that says nothing gets; the length is also the longest that one can ask for.
         override_generation_config={

@@ -6,8 +6,8 @@ import hmac
 import io
 import json
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -31,10 +31,12 @@ class RequestRules:
     Attributes:
         forbidden_ids: Tokens that no response may hold.
         largest_side: Largest width and height of a picture that the model takes, pixels; None where it is resized.
+        defaults: What a request that does not say otherwise is taken to say.
     """
 
     forbidden_ids: frozenset[int]
     largest_side: int | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def refusal(self, request: object) -> str | None:
         """Returns why a request is not answered; None where it keeps to the rules."""
@@ -105,12 +107,17 @@ class RulesMiddleware:
             await self._app(scope, receive, send)
             return
         messages, body = await _read(receive)
+        request = None if body is None else _parsed(body)
         refusal = (
             f"the request has more than {MOST_BODY_BYTES // 2**20} MiB; send a smaller picture"
             if body is None
-            else self._rules.refusal(_parsed(body))
+            else self._rules.refusal(request)
         )
         if refusal is None:
+            if self._rules.defaults and isinstance(request, Mapping):
+                full = json.dumps({**self._rules.defaults, **request}).encode()
+                messages = [{"type": "http.request", "body": full, "more_body": False}]
+                scope = {**scope, "headers": _with_length(scope["headers"], len(full))}
             await self._app(scope, _replayed(messages, receive), send)
             return
         error = {"message": refusal, "type": "BadRequestError", "param": refusal.partition(":")[0], "code": 400}
@@ -172,6 +179,11 @@ def _parsed(body: bytes) -> object:
         return json.loads(body)
     except ValueError:
         return None
+
+
+def _with_length(headers: Sequence[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
+    kept = [(name, value) for name, value in headers if name.lower() != b"content-length"]
+    return [*kept, (b"content-length", str(length).encode())]
 
 
 def _replayed(messages: list[Message], receive: Receive) -> Receive:

@@ -36,7 +36,7 @@ def bench_learner(config: RunConfig, model_path: str, scale: Scale, say: Say) ->
 
 def _timed(config: RunConfig, model_path: str, scale: Scale, say: Say, threads: int) -> list[Measurement]:
     say(f"loading {config.policy.model}")
-    inputs = PolicyInputs.load(model_path, config.task.answer_format)
+    inputs = PolicyInputs.load(model_path, config.task.answer_format, config.policy)
     learner = Learner(config, model_path)
     groups = config.groups_per_batch
     seconds, trajectories, tokens = [], 0, 0

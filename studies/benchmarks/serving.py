@@ -43,7 +43,7 @@ def bench_serving(config: RunConfig, model_path: str, parts: set[str], scale: Sc
     neither is measured in quieter minutes or with warmer caches than the other.
     """
     say("making the requests and an adapter")
-    inputs = PolicyInputs.load(model_path, config.task.answer_format)
+    inputs = PolicyInputs.load(model_path, config.task.answer_format, config.policy)
     measurements: list[Measurement] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gflowvlm-bench-")))

@@ -233,7 +233,7 @@ def test_a_response_says_whether_a_limit_ended_it(policy: Path, run: Runner) -> 
 
 
 def test_every_start_of_an_engine_has_a_seed_of_its_own(policy: Path) -> None:
-    seeds = {engine_arguments(config("vllm"), str(policy / "model"), 0).seed for _ in range(3)}
+    seeds = {engine_arguments(config("vllm"), PolicyInputs.load(str(policy / "model"))).seed for _ in range(3)}
     assert len(seeds) == 3
 
 
@@ -285,7 +285,7 @@ def test_an_engine_that_computes_elsewhere_than_asked_for_is_refused(
     monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cpu=lambda: on_cpu), raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(UserError, match=f"sampler.gpus_per_replica = {asked:g}, but the vLLM that is installed"):
-        engine_arguments(config(gpus_per_replica=asked), str(policy / "model"), 0)
+        engine_arguments(config(gpus_per_replica=asked), PolicyInputs.load(str(policy / "model")))
     # Whoever asked for none sees none either.
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ("" if asked == 0 else "0")
 

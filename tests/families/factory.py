@@ -121,6 +121,12 @@ def _text(tokenizer: Any, spare: int = 0, **more: Any) -> dict[str, Any]:
     }
 
 
+def _qwen_text(tokenizer: Any, **more: Any) -> dict[str, Any]:
+    """Sizes where heads are as wide as the states divided by their number."""
+    sizes = {name: value for name, value in _text(tokenizer, spare=63, **more).items() if name != "head_dim"}
+    return {**sizes, "hidden_size": HEADS * HEAD_DIM}
+
+
 def _vision(**more: Any) -> dict[str, Any]:
     return {
         "hidden_size": 32,
@@ -258,7 +264,7 @@ _QWEN_GENERATION = {"do_sample": True, "repetition_penalty": 1.05, "temperature"
 
 def _onevision_config(tokenizer: Any) -> PretrainedConfig:
     return transformers.LlavaOnevisionConfig(
-        text_config={"model_type": "qwen2", **_text(tokenizer, spare=63)},
+        text_config={"model_type": "qwen2", **_qwen_text(tokenizer)},
         vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **_vision()},
         image_token_index=_image_id(tokenizer, "<image>"),
         video_token_index=_image_id(tokenizer, "<video>"),
@@ -291,10 +297,8 @@ def _mrope(theta: float, **more: Any) -> dict[str, Any]:
 
 
 def _qwen2_5_vl_config(tokenizer: Any) -> PretrainedConfig:
-    sizes = {name: value for name, value in _text(tokenizer, spare=63).items() if name != "head_dim"}
     return transformers.Qwen2_5_VLConfig(
-        # Its heads are as wide as its states divided by their number.
-        text_config={**sizes, "hidden_size": HEADS * HEAD_DIM, "rope_parameters": _mrope(1e6)},
+        text_config=_qwen_text(tokenizer, rope_parameters=_mrope(1e6)),
         vision_config={
             "depth": 2,
             "hidden_size": 32,
@@ -363,7 +367,7 @@ _INTERNVL = SpecialTokens(
 def _internvl_config(tokenizer: Any) -> PretrainedConfig:
     vision = _vision(image_size=[SIDE, SIDE], patch_size=[PATCH, PATCH])
     return transformers.InternVLConfig(
-        text_config={"model_type": "qwen2", **_text(tokenizer, spare=63)},
+        text_config={"model_type": "qwen2", **_qwen_text(tokenizer)},
         vision_config=vision,
         image_token_id=_image_id(tokenizer, "<IMG_CONTEXT>"),
         image_seq_length=(SIDE // PATCH // 2) ** 2,
@@ -509,10 +513,9 @@ _GLM4V = SpecialTokens(
 
 
 def _glm4v_config(tokenizer: Any) -> PretrainedConfig:
-    sizes = {name: value for name, value in _text(tokenizer, spare=63).items() if name != "head_dim"}
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}
     return transformers.Glm4vConfig(
-        text_config={**sizes, "hidden_size": HEADS * HEAD_DIM, "rope_parameters": rope},
+        text_config=_qwen_text(tokenizer, rope_parameters=rope),
         vision_config={
             "depth": 2,
             "hidden_size": 32,

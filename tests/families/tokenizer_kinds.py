@@ -1,11 +1,12 @@
 """Small tokenizers of the kinds that real models have, trained on the tasks' words: nothing is downloaded."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from gflowvlm.learner.tiny_policy import task_texts
@@ -60,6 +61,15 @@ def build_tokenizer(kind: TokenizerKind, special: SpecialTokens) -> PreTrainedTo
     """Returns a trained tokenizer of a kind with a family's special tokens."""
     tokenizer = Tokenizer.from_str(_trained(kind))
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special.all()])
+    if kind == "gemma":
+        # Runs of line breaks are tokens of their own, which vLLM's Gemma 3 asks for by name.
+        tokenizer.add_tokens([AddedToken("\n" * count, normalized=False, special=False) for count in range(1, 5)])
+    if special.bos is not None and kind != "smollm2":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{special.bos} $A",
+            pair=f"{special.bos} $A {special.bos} $B",
+            special_tokens=[(special.bos, tokenizer.token_to_id(special.bos))],
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=special.bos,
@@ -127,4 +137,7 @@ def _sentencepiece(kind: TokenizerKind) -> str:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         tokenizer.pre_tokenizer = None
         tokenizer.decoder = decoders.Sequence([*unspace, decoders.Strip(content=" ", left=1)])
-    return str(tokenizer.to_str())
+    trained = json.loads(tokenizer.to_str())
+    # The trainer takes bytes as special tokens only; they are ordinary ones.
+    trained["added_tokens"] = [token for token in trained["added_tokens"] if token["content"] == "<unk>"]
+    return json.dumps(trained)
