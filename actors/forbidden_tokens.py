@@ -18,7 +18,7 @@ def forbidding_arguments(token_ids: list[int]) -> dict[str, Any]:
 class ForbiddenTokens(LogitsProcessor):
     """Masks the same tokens in every request: no work for a request, whatever their number.
 
-    Of the first model runner's interface, which `gflowvlm.actors.vllm_sampler` chooses with it.
+    Of the first model runner's interface, which `gflowvlm.actors.vllm_arguments` chooses with it.
     """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:

@@ -83,12 +83,20 @@ def require_agreement(mismatch: Mismatch, config: RunConfig, model_path: str) ->
     if mismatch.mean <= limits.mean and mismatch.high <= limits.high:
         return
     worst = mismatch.worst[0]
-    token = PolicyInputs.load(model_path).decode([worst.token_id])
+    inputs = PolicyInputs.load(model_path)
+    token = inputs.decode([worst.token_id])
+    on_cpu = config.sampler.engine == "vllm" and config.sampler.gpus_per_replica == 0
+    advice = (
+        "tokens of a picture see each other in this model, and vLLM's CPU backend has no such attention; set "
+        "sampler.engine=transformers, or sample on a GPU"
+        if on_cpu and inputs.has_token_types
+        else "check policy.dtype and the model's processor"
+    )
     raise UserError(
         f"sampler and learner disagree by {mismatch.mean:.2g} nats in the mean (sampler.mismatch_mean_tolerance is "
         f"{limits.mean:g}) and {mismatch.high:.2g} at the {QUANTILE:.0%} quantile (sampler.mismatch_tolerance is "
         f"{limits.high:g}), most at the token {token!r}: sampler {worst.sampler:.4f}, learner {worst.learner:.4f}; "
-        "check policy.dtype and the model's processor"
+        f"{advice}"
     )
 
 

@@ -15,7 +15,7 @@ from transformers import AutoProcessor, BatchFeature
 
 from gflowvlm.shared.answer_formats import DEFAULT_FORMAT, AnswerFormat, ParsedResponse, answer_format
 from gflowvlm.shared.errors import UserError, one_line
-from gflowvlm.shared.prompt_inputs import PromptInputs, bounded_processor_arguments
+from gflowvlm.shared.prompt_inputs import PromptInputs, bound_pictures
 from gflowvlm.shared.prompt_inputs import decode_image as decode_image
 from gflowvlm.shared.prompt_settings import PromptSettings
 from gflowvlm.shared.response import DONE_TOKEN, ResponseLayout
@@ -71,9 +71,7 @@ class PolicyInputs:
         path = directory_or_hub_name(model)
         try:
             processor = AutoProcessor.from_pretrained(path)
-            bounds = bounded_processor_arguments(processor, settings, model)
-            if bounds:
-                processor = AutoProcessor.from_pretrained(path, **bounds)
+            bound_pictures(processor, settings, model)
         # RuntimeError: a torchvision that was built for another torch.
         except (ImportError, OSError, ValueError, RuntimeError) as error:
             if Path(path).is_dir() and not (Path(path) / "config.json").exists():
@@ -128,6 +126,11 @@ class PolicyInputs:
     def adds_beginning(self) -> bool:
         """Whether a rendered prompt still lacks the beginning of the text, which its tokenizer then has to add."""
         return self._prompts.adds_beginning
+
+    @property
+    def has_token_types(self) -> bool:
+        """Whether tokens of a picture or of the whole prompt see each other, as in Gemma 3 and PaliGemma."""
+        return self._prompts.has_token_types
 
     @property
     def plain_chat_template(self) -> str | None:

@@ -101,6 +101,11 @@ class PromptInputs:
             messages.insert(0, {"role": "system", "content": system})
         return messages
 
+    @property
+    def has_token_types(self) -> bool:
+        """Whether the model is told of each token what it is, and lets tokens of a picture or prompt see each other."""
+        return "token_type_ids" in self._processor.model_input_names
+
     @cached_property
     def plain_chat_template(self) -> str | None:
         """The template of a model that has none, PaliGemma for example: pictures first, then what is said; else None.
@@ -128,11 +133,11 @@ class PromptInputs:
         return str(rendered)
 
 
-def bounded_processor_arguments(processor: Any, settings: PromptSettings, model: str) -> dict[str, int]:
-    """Returns the picture bounds as arguments of a processor.
+def bound_pictures(processor: Any, settings: PromptSettings, model: str) -> None:
+    """Makes a processor keep to the bounds of a picture's size.
 
     Raises:
-        UserError: Its processor has no such bounds.
+        UserError: It has no such bounds.
     """
     pictures = getattr(processor, "image_processor", None)
     known = getattr(getattr(pictures, "valid_kwargs", None), "__annotations__", {})
@@ -142,7 +147,11 @@ def bounded_processor_arguments(processor: Any, settings: PromptSettings, model:
                 f"policy.{name}: the pictures of {model!r} are prepared by {type(pictures).__name__}, which has no "
                 "such bound; leave it out, and set task.image_size instead"
             )
-    return settings.pixel_bounds
+    # Where there are such bounds, they are what the two edges of the size mean.
+    edges = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
+    for edge, value in edges.items():
+        if value is not None:
+            setattr(pictures.size, edge, value)
 
 
 def decode_image(image: bytes) -> Image.Image:

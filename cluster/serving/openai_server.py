@@ -17,7 +17,8 @@ from vllm.entrypoints.launchers.cli_args import FrontendArgs
 from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from gflowvlm.actors.vllm_sampler import GuardedEngine, engine_arguments, forbidding_biases
+from gflowvlm.actors.vllm_arguments import engine_arguments, forbidding_biases
+from gflowvlm.actors.vllm_sampler import GuardedEngine
 from gflowvlm.cluster.serving.request_rules import RequestRules, RulesMiddleware
 from gflowvlm.cluster.serving.served_policy import ServedPolicy
 from gflowvlm.shared.errors import UserError, one_line

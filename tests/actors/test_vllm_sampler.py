@@ -24,7 +24,8 @@ from gflowvlm.actors.sampling import (
     SamplerUnavailableError,
     UnknownVersionError,
 )
-from gflowvlm.actors.vllm_sampler import VllmSampler, engine_arguments
+from gflowvlm.actors.vllm_arguments import engine_arguments
+from gflowvlm.actors.vllm_sampler import VllmSampler
 from gflowvlm.learner.tiny_policy import build_tiny_policy
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import PolicyInputs, decode_image

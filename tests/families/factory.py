@@ -97,7 +97,10 @@ def _make_lively(model: torch.nn.Module) -> None:
     """Makes weights larger than a new model's, so that positions, pictures and adapters show in the logits."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2:
+            if parameter.ndim >= 2 and not parameter.any():
+                # Gemma 3 begins with a connector of zeros.
+                parameter.normal_(0.0, 0.2)
+            elif parameter.ndim >= 2:
                 parameter.mul_(3.0)
             elif "norm" in name and "bias" not in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))

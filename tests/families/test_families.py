@@ -1,0 +1,167 @@
+"""Every family, in transformers alone: what is played is what is scored, adapters, gradients, supervised steps."""
+
+import asyncio
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+from gflowvlm.actors.samplers import make_sampler
+from gflowvlm.learner.model import adapter_parameters
+from gflowvlm.learner.packing import Packer
+from gflowvlm.learner.scoring import Scorer
+from gflowvlm.learner.sft import SftExample, SftSettings, SftTrainer, load_for_sft, sft_loss
+from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.policy_inputs import PolicyInputs
+from tests.families.agreement import CPU, SIZES, difference, lively_policy, picture, requests, scored
+from tests.families.factory import FAMILIES
+
+TOLERANCE = 1e-4
+ANSWER = '{"current": 3, "target": 5, "thoughts": "3 is below 5", "action": "+"}'
+
+WINDOWED = {"gemma3", "paligemma2"}
+"""Families whose layers forget, so that a prompt's keys are not all there for its responses."""
+
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    return RunConfig.model_validate({"sampler": {"engine": "transformers", "max_model_len": 512, "max_num_seqs": 8}})
+
+
+@every_family
+def test_what_is_played_is_what_is_scored_with_and_without_an_adapter(name, family_folder, config, tmp_path):
+    folder = family_folder(name)
+    policy, inputs = lively_policy(config, folder), PolicyInputs.load(str(folder))
+    policy.save_pretrained(tmp_path)
+    sampler = make_sampler(config, str(folder), "transformers")
+
+    async def both() -> list[float]:
+        await sampler.load(1, tmp_path)
+        return [await difference(sampler, policy, inputs, version) for version in (0, 1)]
+
+    try:
+        assert max(asyncio.run(both())) <= TOLERANCE
+    finally:
+        sampler.shutdown()
+
+
+@every_family
+def test_responses_that_share_a_state_and_pictures_of_two_sizes_score_as_each_alone(name, family_folder, config):
+    folder = family_folder(name)
+    policy, inputs = lively_policy(config, folder), PolicyInputs.load(str(folder))
+    ids = inputs.encode_response(ANSWER)
+    steps = [scored(asked, ids[: len(ids) - number]) for number, asked in enumerate(requests(0))]
+    together = Scorer(policy, inputs, CPU, token_budget=100_000)
+    (batch,) = together.pack(steps)
+    assert len(batch.states) == (len(steps) if name in WINDOWED else 3)
+    alone = Scorer(policy, inputs, CPU, token_budget=100_000)
+    alone._packer = Packer(inputs, 100_000, shares_prompts=False)
+    gradients = []
+    expected = {}
+    for scorer, groups in ((alone, [[step] for step in steps]), (together, [steps])):
+        policy.zero_grad()
+        for group in groups:
+            (packed,) = scorer.pack(group)
+            scores = scorer.score_steps(packed)
+            scores.log_cot.sum().backward()
+            for row, step in enumerate(packed.steps):
+                found = scores.token_log_probs[row, : len(step.response_ids)]
+                place = next(i for i, other in enumerate(steps) if other is step)
+                torch.testing.assert_close(found, expected.setdefault(place, found), atol=TOLERANCE, rtol=0.0)
+        gradients.append([parameter.grad.clone() for _, parameter in adapter_parameters(policy)])
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-3, rtol=1e-3)
+
+
+@every_family
+def test_a_later_token_changes_no_earlier_log_probability(name, family_folder, config):
+    folder = family_folder(name)
+    policy, inputs = lively_policy(config, folder), PolicyInputs.load(str(folder))
+    asked = requests(0)[0]
+    ids = inputs.encode_response(ANSWER)
+    other = [*ids[:-2], ids[0], ids[1]]
+    scorer = Scorer(policy, inputs, CPU, token_budget=100_000)
+    with torch.no_grad():
+        rows = [scorer.score_steps(scorer.pack([scored(asked, one)])[0]).token_log_probs[0] for one in (ids, other)]
+    torch.testing.assert_close(rows[0][:-2], rows[1][:-2], atol=1e-6, rtol=0.0)
+    assert not torch.allclose(rows[0][-2:], rows[1][-2:], atol=1e-3)
+
+
+@every_family
+def test_a_saved_adapter_is_the_same_policy_in_plain_peft(name, family_folder, config, tmp_path):
+    folder = family_folder(name)
+    policy, inputs = lively_policy(config, folder), PolicyInputs.load(str(folder))
+    policy.save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(folder), tmp_path).eval()
+    encoded = inputs.encode(["What now?"], [picture(0, SIZES[0])])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**encoded).logits, policy(**encoded).logits, atol=1e-5, rtol=1e-5)
+        with plain.disable_adapter():
+            assert not torch.allclose(plain(**encoded).logits, policy(**encoded).logits, atol=1e-2)
+
+
+@every_family
+def test_all_linear_layers_of_the_language_model_and_no_others_get_an_adapter(name, family_folder, config):
+    policy = lively_policy(config, family_folder(name))
+    adapted = {key.partition(".lora_")[0].rpartition(".")[2] for key, _ in adapter_parameters(policy)}
+    mlp = {"gate_up_proj", "down_proj"} if name == "glm4v" else {"gate_proj", "up_proj", "down_proj"}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"} | mlp
+    assert not any("vision" in key or "visual" in key for key, _ in adapter_parameters(policy))
+
+
+@every_family
+def test_supervised_loss_is_what_the_learner_scores(name, family_folder, config):
+    folder = str(family_folder(name))
+    asked = requests(0)[2]
+    network, inputs = load_for_sft(folder, SftSettings(steps=1))
+    policy = network.eval()
+    scorer = Scorer(policy, inputs, CPU, token_budget=100_000)
+    with torch.no_grad():
+        loss, tokens = sft_loss(policy, inputs, [SftExample(asked.prompt, asked.image, ANSWER)], content_weight=1.0)
+        ids = inputs.encode_response(ANSWER)
+        found = scorer.score_steps(scorer.pack([scored(asked, ids)])[0]).log_cot
+    assert int(tokens) == len(ids)
+    torch.testing.assert_close(loss, -found[0], atol=TOLERANCE, rtol=0.0)
+
+
+@every_family
+def test_pictures_change_what_is_said(name, family_folder):
+    folder = family_folder(name)
+    inputs = PolicyInputs.load(str(folder))
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    with torch.no_grad():
+        first, second = (model(**inputs.encode([""], [picture(seed, SIZES[0])])).logits[0, -1] for seed in (0, 1))
+    assert float((first - second).abs().max()) > 0.1
+
+
+@every_family
+def test_supervised_steps_lower_the_loss_and_the_saved_model_loads_again(name, family_folder, tmp_path):
+    settings = SftSettings(steps=6, batch_size=4, micro_batch=4, warmup_steps=0, learning_rate=3e-3)
+    network, inputs = load_for_sft(str(family_folder(name)), settings)
+    trainer = SftTrainer(network, inputs, settings)
+    examples = [SftExample(asked.prompt, asked.image, ANSWER) for asked in requests(0)[:4]]
+    losses = []
+
+    class Source:
+        def batch(self, step: int, size: int) -> list[SftExample]:
+            return examples
+
+    trainer.train(Source(), tmp_path / "checkpoint", lambda progress: losses.append(progress.loss), lambda: False)
+    assert losses[-1] < 0.9 * losses[0]
+    trainer.save_model(tmp_path / "model")
+    # Under the names that the model came with: who serves it knows no others.
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    for (key, one), (other_key, other) in zip(loaded.named_parameters(), network.named_parameters(), strict=True):
+        assert key == other_key
+        assert torch.equal(one, other)
+    assert saved_names(tmp_path / "model") == saved_names(family_folder(name))
+    assert PolicyInputs.load(str(tmp_path / "model")).encode_response(ANSWER) == inputs.encode_response(ANSWER)
+
+
+def saved_names(folder):
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        return set(weights.keys())
