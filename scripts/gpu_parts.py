@@ -13,10 +13,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from gflowvlm.learner.learner import Learner
-from gflowvlm.learner.model import adapted, lora_target_names
+from gflowvlm.learner.model import adapted
 from gflowvlm.learner.output_head import LogitMap, frozen_log_probs, log_probs_of
 from gflowvlm.learner.packing import ScoredStep, steps_of
 from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.lora_layers import lora_target_names
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.trajectory import Trajectory
 

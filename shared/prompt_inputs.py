@@ -139,7 +139,7 @@ def bound_pictures(processor: Any, settings: PromptSettings, model: str) -> None
     Raises:
         UserError: It has no such bounds.
     """
-    pictures = getattr(processor, "image_processor", None)
+    pictures: Any = getattr(processor, "image_processor", None)
     known = getattr(getattr(pictures, "valid_kwargs", None), "__annotations__", {})
     for name in settings.pixel_bounds:
         if name not in known:

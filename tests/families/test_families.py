@@ -9,19 +9,14 @@ from transformers import AutoModelForImageTextToText
 
 from gflowvlm.actors.samplers import make_sampler
 from gflowvlm.learner.model import adapter_parameters
-from gflowvlm.learner.packing import Packer
-from gflowvlm.learner.scoring import Scorer
-from gflowvlm.learner.sft import SftExample, SftSettings, SftTrainer, load_for_sft, sft_loss
+from gflowvlm.learner.sft import SftExample, SftSettings, SftTrainer, load_for_sft
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from tests.families.agreement import CPU, SIZES, difference, lively_policy, picture, requests, scored
+from tests.families.agreement import SIZES, difference, lively_policy, picture, requests
 from tests.families.factory import FAMILIES
 
 TOLERANCE = 1e-4
 ANSWER = '{"current": 3, "target": 5, "thoughts": "3 is below 5", "action": "+"}'
-
-WINDOWED = {"gemma3", "paligemma2"}
-"""Families whose layers forget, so that a prompt's keys are not all there for its responses."""
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -49,47 +44,6 @@ def test_what_is_played_is_what_is_scored_with_and_without_an_adapter(name, fami
 
 
 @every_family
-def test_responses_that_share_a_state_and_pictures_of_two_sizes_score_as_each_alone(name, family_folder, config):
-    folder = family_folder(name)
-    policy, inputs = lively_policy(config, folder), PolicyInputs.load(str(folder))
-    ids = inputs.encode_response(ANSWER)
-    steps = [scored(asked, ids[: len(ids) - number]) for number, asked in enumerate(requests(0))]
-    together = Scorer(policy, inputs, CPU, token_budget=100_000)
-    (batch,) = together.pack(steps)
-    assert len(batch.states) == (len(steps) if name in WINDOWED else 3)
-    alone = Scorer(policy, inputs, CPU, token_budget=100_000)
-    alone._packer = Packer(inputs, 100_000, shares_prompts=False)
-    gradients = []
-    expected = {}
-    for scorer, groups in ((alone, [[step] for step in steps]), (together, [steps])):
-        policy.zero_grad()
-        for group in groups:
-            (packed,) = scorer.pack(group)
-            scores = scorer.score_steps(packed)
-            scores.log_cot.sum().backward()
-            for row, step in enumerate(packed.steps):
-                found = scores.token_log_probs[row, : len(step.response_ids)]
-                place = next(i for i, other in enumerate(steps) if other is step)
-                torch.testing.assert_close(found, expected.setdefault(place, found), atol=TOLERANCE, rtol=0.0)
-        gradients.append([parameter.grad.clone() for _, parameter in adapter_parameters(policy)])
-    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-3, rtol=1e-3)
-
-
-@every_family
-def test_a_later_token_changes_no_earlier_log_probability(name, family_folder, config):
-    folder = family_folder(name)
-    policy, inputs = lively_policy(config, folder), PolicyInputs.load(str(folder))
-    asked = requests(0)[0]
-    ids = inputs.encode_response(ANSWER)
-    other = [*ids[:-2], ids[0], ids[1]]
-    scorer = Scorer(policy, inputs, CPU, token_budget=100_000)
-    with torch.no_grad():
-        rows = [scorer.score_steps(scorer.pack([scored(asked, one)])[0]).token_log_probs[0] for one in (ids, other)]
-    torch.testing.assert_close(rows[0][:-2], rows[1][:-2], atol=1e-6, rtol=0.0)
-    assert not torch.allclose(rows[0][-2:], rows[1][-2:], atol=1e-3)
-
-
-@every_family
 def test_a_saved_adapter_is_the_same_policy_in_plain_peft(name, family_folder, config, tmp_path):
     folder = family_folder(name)
     policy, inputs = lively_policy(config, folder), PolicyInputs.load(str(folder))
@@ -109,21 +63,6 @@ def test_all_linear_layers_of_the_language_model_and_no_others_get_an_adapter(na
     mlp = {"gate_up_proj", "down_proj"} if name == "glm4v" else {"gate_proj", "up_proj", "down_proj"}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"} | mlp
     assert not any("vision" in key or "visual" in key for key, _ in adapter_parameters(policy))
-
-
-@every_family
-def test_supervised_loss_is_what_the_learner_scores(name, family_folder, config):
-    folder = str(family_folder(name))
-    asked = requests(0)[2]
-    network, inputs = load_for_sft(folder, SftSettings(steps=1))
-    policy = network.eval()
-    scorer = Scorer(policy, inputs, CPU, token_budget=100_000)
-    with torch.no_grad():
-        loss, tokens = sft_loss(policy, inputs, [SftExample(asked.prompt, asked.image, ANSWER)], content_weight=1.0)
-        ids = inputs.encode_response(ANSWER)
-        found = scorer.score_steps(scorer.pack([scored(asked, ids)])[0]).log_cot
-    assert int(tokens) == len(ids)
-    torch.testing.assert_close(loss, -found[0], atol=TOLERANCE, rtol=0.0)
 
 
 @every_family

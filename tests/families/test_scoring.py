@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoProcessor, BatchFeature, GemmaConfig, PaliGemmaForConditionalGeneration
+from transformers import AutoConfig, GemmaConfig, PaliGemmaForConditionalGeneration
 
 from gflowvlm.learner.model import load_base_model
 from gflowvlm.learner.packing import Packer, ScoredStep
@@ -29,25 +29,10 @@ SHARED = {
 """Families whose language model keeps the keys of all tokens, so that prompts can be passed once."""
 
 
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}\n"
-)
-
-
-def policy_inputs(folder):
-    inputs = PolicyInputs(str(folder), AutoProcessor.from_pretrained(folder))
-    if inputs.processor.chat_template is None:
-        inputs.processor.chat_template = PLAIN_TEMPLATE
-    encode = inputs.encode
-    inputs.encode = lambda *a: BatchFeature({k: v for k, v in encode(*a).items() if k != "labels"})
-    return inputs
-
-
 @pytest.fixture(params=FAMILIES)
 def family(request, family_folder):
     folder = family_folder(request.param)
-    return request.param, load_base_model(str(folder), "float32").eval(), policy_inputs(folder)
+    return request.param, load_base_model(str(folder), "float32").eval(), PolicyInputs.load(str(folder))
 
 
 def responses(inputs):
@@ -140,7 +125,7 @@ def test_a_prompt_that_sees_all_of_itself_is_shared_among_responses_that_do_not(
     config.text_config = GemmaConfig(**{name: sizes[name] for name in kept}, num_key_value_heads=2)
     torch.manual_seed(0)
     model = PaliGemmaForConditionalGeneration(config).eval()
-    inputs = policy_inputs(folder)
+    inputs = PolicyInputs.load(str(folder))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3.0 if parameter.ndim >= 2 else 1.0)
