@@ -49,6 +49,9 @@ def register(app: typer.Typer) -> None:
         lr: Annotated[float, typer.Option(help="Peak learning rate of the warm start.")] = 3e-4,
         noise: Annotated[float, typer.Option(help="Share of random actions: how weak the policy is to be.")] = 0.4,
         ood: Annotated[bool, typer.Option(help="Demonstrate out-of-distribution numbers too.")] = True,
+        done_token: Annotated[
+            bool, typer.Option(help="Add `[DONE]` to the tokenizer as one token; without, it is written in several.")
+        ] = True,
         dtype: Annotated[str, typer.Option(help="`float32` or `bfloat16`.")] = "bfloat16",
         seed: Annotated[int, typer.Option(help="Seed of weights, pictures and demonstrations.")] = 0,
         checkpoint_every: Annotated[int, typer.Option(help="Steps of the warm start between checkpoints.")] = 50,
@@ -94,7 +97,7 @@ def _request(options: dict[str, Any]) -> "MakeModelRequest":
         "alignment": {"steps": options["reading_steps"], "seed": options["seed"]},
         "sft": {
             "task": override_task(default_settings(options["task"]), options["task_settings"] or []),
-            **{name: options[name] for name in ("noise", "ood", "episodes")},
+            **{name: options[name] for name in ("noise", "ood", "done_token", "episodes")},
             "sft": training,
         },
     }

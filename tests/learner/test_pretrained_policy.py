@@ -54,7 +54,7 @@ def test_without_a_picture_it_says_what_the_language_model_says(folder: Path) ->
 
 
 def test_a_prompt_has_a_picture_and_chatml_and_can_be_answered(folder: Path) -> None:
-    network, inputs = load_for_sft(str(folder), SftSettings(train_embeddings=False))
+    network, inputs = load_for_sft(str(folder), SftSettings(train_embeddings=False), done_token=True)
     env = make_env(default_settings("numberline"))
     env.reset(seed=3)
     rendered = inputs.render(env.prompt())
@@ -70,7 +70,7 @@ def test_a_prompt_has_a_picture_and_chatml_and_can_be_answered(folder: Path) -> 
 
 
 def test_a_response_keeps_its_text_and_the_spans_of_its_action(folder: Path) -> None:
-    _, inputs = load_for_sft(str(folder), SftSettings(train_embeddings=False))
+    _, inputs = load_for_sft(str(folder), SftSettings(train_embeddings=False), done_token=True)
     text = '{"current": 3, "target": 15, "thoughts": "3 is below 15", "action": "[DONE]"}'
     read = inputs.read(inputs.encode_response(text))
     assert read.text == text
