@@ -43,10 +43,10 @@ def register(app: typer.Typer) -> None:
         ] = None,
         pictures: Annotated[int, typer.Option(help="Pictures that the vision tower learns reading from.")] = 16_384,
         reading_steps: Annotated[int, typer.Option(min=1, help="Steps of that, 64 pictures each.")] = 1200,
-        steps: Annotated[int, typer.Option(help="Optimiser steps of the warm start.")] = 100,
-        batch: Annotated[int, typer.Option(help="Demonstrations in one of them.")] = 16,
-        micro_batch: Annotated[int, typer.Option(help="Demonstrations in one forward pass.")] = 8,
-        lr: Annotated[float, typer.Option(help="Peak learning rate of the warm start.")] = 3e-4,
+        steps: Annotated[int, typer.Option(help="Optimiser steps of the warm start.")] = 60,
+        batch: Annotated[int, typer.Option(help="Demonstrations in one of them.")] = 12,
+        micro_batch: Annotated[int, typer.Option(help="Demonstrations in one forward pass.")] = 12,
+        lr: Annotated[float, typer.Option(help="Peak learning rate of the warm start.")] = 4e-4,
         noise: Annotated[float, typer.Option(help="Share of random actions: how weak the policy is to be.")] = 0.4,
         ood: Annotated[bool, typer.Option(help="Demonstrate out-of-distribution numbers too.")] = True,
         done_token: Annotated[
@@ -54,8 +54,8 @@ def register(app: typer.Typer) -> None:
         ] = True,
         dtype: Annotated[str, typer.Option(help="`float32` or `bfloat16`.")] = "bfloat16",
         seed: Annotated[int, typer.Option(help="Seed of weights, pictures and demonstrations.")] = 0,
-        checkpoint_every: Annotated[int, typer.Option(help="Steps of the warm start between checkpoints.")] = 50,
-        episodes: Annotated[int, typer.Option(help="Episodes for each of the figures at the end; 0: none.")] = 20,
+        checkpoint_every: Annotated[int, typer.Option(help="Steps of the warm start between checkpoints.")] = 20,
+        episodes: Annotated[int, typer.Option(help="Episodes for each of the figures at the end; 0: none.")] = 16,
     ) -> None:
         """Make a vision-language model around a pretrained language model, ready to be trained.
 
