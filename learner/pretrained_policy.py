@@ -4,6 +4,8 @@ The language model and its tokenizer are read from one GGUF file, the vision tow
 between them is new; `gflowvlm.learner.alignment` teaches it to write words that the language model knows.
 """
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +57,10 @@ def read_gguf(gguf: Path) -> tuple[Any, PreTrainedTokenizerFast]:
     # Bars for reading local files say nothing.
     transformers_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        language = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # The bar for the conversion is not transformers' own, and goes to whatever stderr is.
+        with contextlib.redirect_stderr(io.StringIO()):
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            language = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     except (ImportError, OSError, ValueError) as error:
         raise UserError(f"{gguf}: cannot be read as a language model ({one_line(error)})") from None
     if language.config.model_type != "llama":

@@ -79,9 +79,11 @@ def test_a_response_keeps_its_text_and_the_spans_of_its_action(folder: Path) -> 
 
 
 @needs_gguf
-def test_a_gguf_file_gives_the_very_weights_and_tokens(tmp_path: Path) -> None:
+def test_a_gguf_file_gives_the_very_weights_and_tokens(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     written = write_gguf(tmp_path / "tiny.gguf")
+    capfd.readouterr()
     language, tokenizer = read_gguf(tmp_path / "tiny.gguf")
+    assert capfd.readouterr() == ("", "")
     for name, weight in written.state_dict().items():
         assert torch.equal(language.state_dict()[name], weight), name
     text = 'Answer: {"current": 37, "action": "+"} ü木'
