@@ -20,6 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gflowvlm.learner.liger import is_available as liger_is_available
+from gflowvlm.learner.liger import liger_log_probs
+
 log = logging.getLogger(__name__)
 
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}
@@ -27,6 +30,9 @@ CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}
 
 PROBE_RANGE = (-60.0, 50.0)
 """Values of the output layer between which a model is asked what it does with them; their mean is not 0, either."""
+
+PROBE_TOKENS = 8
+"""Tokens on which Liger's kernel is compared at the start."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class OutputHead:
         self._candidates = _logit_maps(model.config)
         self._map: LogitMap | None = None
         self._vocabulary = 0
+        self._uses_liger = False
         self._name = type(model).__name__
 
     @property
@@ -143,6 +150,7 @@ class OutputHead:
                 "at once (a smaller learner.token_budget takes less memory)",
                 self._name,
             )
+        self._uses_liger = self._liger_agrees()
 
     def log_probs(self, states: Tensor, ids: Tensor) -> Tensor:
         """Returns the log-probability of one token behind each state: (M,) float32, nats; differentiable.
@@ -154,8 +162,35 @@ class OutputHead:
         if self._map is None or self.layer is None:
             return log_probs_of(states, ids)
         if isinstance(self.layer, nn.Linear) and _is_frozen_linear(self.layer):
+            if self._uses_liger:
+                return liger_log_probs(states, ids, self.layer.weight)
             return frozen_log_probs(states, ids, self.layer.weight, self.layer.bias, self._map)
         return _through_layer(self.layer, self._map, states, ids, chunk_rows(states.device, self._vocabulary))
+
+    def _liger_agrees(self) -> bool:
+        """Whether Liger's kernel is to be used: it is there, it fits, and it gives the same numbers and gradients."""
+        layer = self.layer
+        if not isinstance(layer, nn.Linear) or not _is_frozen_linear(layer) or layer.bias is not None:
+            return False
+        if self._map != LogitMap() or not liger_is_available(layer.weight.device):
+            return False
+        weight = layer.weight
+        ids = torch.arange(PROBE_TOKENS, device=weight.device) % self._vocabulary
+        found = []
+        for compute in (
+            liger_log_probs,
+            lambda states, ids, weight: frozen_log_probs(states, ids, weight, None, LogitMap()),
+        ):
+            states = weight[ids].detach().clone().requires_grad_()
+            # Another token than the one that the state speaks for, so that the gradient is not 0.
+            log_probs = compute(states, ids.roll(1), weight)
+            (gradient,) = torch.autograd.grad(log_probs.sum(), states)
+            found.append((log_probs.detach(), gradient.float()))
+        bounds = {"atol": 1e-4, "rtol": 1e-4} if weight.dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+        agrees = all(torch.allclose(one, other, **bounds) for one, other in zip(*found, strict=True))
+        if not agrees:
+            log.warning("liger-kernel gives other log-probabilities of %s and is not used", self._name)
+        return agrees
 
 
 def chunk_rows(device: torch.device, vocabulary: int) -> int:

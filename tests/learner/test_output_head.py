@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gflowvlm.learner import output_head
+from gflowvlm.learner import liger, output_head
 from gflowvlm.learner.output_head import LogitMap, OutputHead
 from gflowvlm.studies.benchmarks.memory import peak_memory
 
@@ -174,3 +174,34 @@ def test_a_large_vocabulary_takes_a_quarter_of_the_memory_of_all_its_logits(monk
     chunked = peak(head.log_probs)
     assert full > 2 * tokens * vocabulary * 4
     assert chunked < 0.25 * full
+
+
+def by_chunks(states, ids, weight):
+    return output_head.frozen_log_probs(states, ids, weight, None, LogitMap())
+
+
+@pytest.mark.parametrize("kernel", [by_chunks, lambda *case: 0.5 * by_chunks(*case)])
+def test_ligers_kernel_is_used_where_it_agrees(monkeypatch, caplog, kernel):
+    """The kernel itself needs a GPU; what stands in for it here is right, or wrong."""
+    monkeypatch.setattr(output_head, "liger_is_available", lambda device: True)
+    monkeypatch.setattr(output_head, "liger_log_probs", kernel)
+    agrees = kernel is by_chunks
+    assert observed(make_model())._uses_liger == agrees
+    assert ("liger-kernel gives other log-probabilities" in caplog.text) != agrees
+    # A cap or a bias it would round otherwise, and for a trained layer it has no gradient.
+    for model in (make_model("capped"), make_model(bias=True), make_model(frozen=False)):
+        assert not observed(model)._uses_liger
+
+
+@pytest.mark.skipif(not liger.is_available(torch.device("cuda")) or not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ligers_kernel_gives_the_numbers_and_gradients_of_chunks(dtype):
+    weight = make_model(dtype=dtype).lm_head.weight.cuda()
+    found = []
+    for compute in (liger.liger_log_probs, by_chunks):
+        states, ids, weights = (tensor.detach().cuda() for tensor in case(dtype))
+        log_probs = compute(states.requires_grad_(), ids, weight)
+        (log_probs * weights).sum().backward()
+        found.append((log_probs.detach(), states.grad))
+    bounds = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.05}
+    torch.testing.assert_close(found[0], found[1], **bounds)
