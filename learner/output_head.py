@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from gflowvlm.learner.liger import is_available as liger_is_available
@@ -84,6 +85,10 @@ class OutputHead:
         self._name = type(model).__name__
 
     @property
+    def _is_sharded(self) -> bool:
+        return self.layer is not None and isinstance(self.layer.weight, DTensor)
+
+    @property
     def in_chunks(self) -> bool:
         """Whether `log_probs` takes hidden states, as after `observe`; it takes the model's logits otherwise."""
         return self._map is not None
@@ -114,7 +119,12 @@ class OutputHead:
         finally:
             hook.remove()
         hidden = captured[-1] if captured else None
-        return (logits, hidden) if hidden is None or not self.in_chunks else (hidden, hidden)
+        if hidden is None or not self.in_chunks:
+            return logits, hidden
+        if self._is_sharded:
+            # A divided model's backward pass begins where its pass ended: there it gathers its last layers again.
+            hidden = hidden + 0.0 * logits.sum().to(hidden.dtype)
+        return hidden, hidden
 
     def observe(self, logits_of_a_pass: Callable[[], Tensor]) -> None:
         """Finds out what the model does behind its output layer, and computes in chunks from then on.
@@ -162,9 +172,11 @@ class OutputHead:
         if self._map is None or self.layer is None:
             return log_probs_of(states, ids)
         if isinstance(self.layer, nn.Linear) and _is_frozen_linear(self.layer):
+            weight, bias = _whole_tensor(self.layer.weight), _whole_tensor(self.layer.bias)
+            assert weight is not None
             if self._uses_liger:
-                return liger_log_probs(states, ids, self.layer.weight)
-            return frozen_log_probs(states, ids, self.layer.weight, self.layer.bias, self._map)
+                return liger_log_probs(states, ids, weight)
+            return frozen_log_probs(states, ids, weight, bias, self._map)
         return _through_layer(self.layer, self._map, states, ids, chunk_rows(states.device, self._vocabulary))
 
     def _liger_agrees(self) -> bool:
@@ -174,7 +186,8 @@ class OutputHead:
             return False
         if self._map != LogitMap() or not liger_is_available(layer.weight.device):
             return False
-        weight = layer.weight
+        weight = _whole_tensor(layer.weight)
+        assert weight is not None
         ids = torch.arange(PROBE_TOKENS, device=weight.device) % self._vocabulary
         found = []
         for compute in (
@@ -210,6 +223,11 @@ def _logit_maps(config: Any) -> list[LogitMap]:
     if divisor is not None:
         maps.append(LogitMap(divisor=float(divisor)))
     return maps + ([] if cap is None else [LogitMap(m.multiplier, m.divisor, float(cap)) for m in maps])
+
+
+def _whole_tensor(tensor: Tensor | None) -> Tensor | None:
+    """Returns a tensor, gathered from all ranks where it is divided among them; then all of them must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _is_frozen_linear(layer: nn.Linear) -> bool:

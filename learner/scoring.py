@@ -100,13 +100,11 @@ class Scorer:
         pad = inputs.tokenizer.pad_token_id
         self._pad_id = inputs.end_id if pad is None else int(pad)
 
+        filler = self._prompts(self._filler())
+        self._head.observe(lambda: self._pass(filler, 1, use_cache=False))
         # Sharded, all ranks must make as many passes, whatever their steps have in common.
         shares = sharded_over is None and _keeps_all_keys(base)
-        if sharded_over is None:
-            # What is divided has its output layer's weights only while it is passed.
-            filler = self._prompts(self._filler())
-            self._head.observe(lambda: self._pass(filler, 1, use_cache=False))
-            shares = shares and self._continuation.prompt_positions(filler) is not None
+        shares = shares and self._continuation.prompt_positions(filler) is not None
         self._packer = Packer(inputs, token_budget, shares_prompts=shares, with_stops=with_stops)
 
     def pack(self, steps: Sequence[ScoredStep]) -> list[MicroBatch]:
