@@ -91,11 +91,16 @@ class PolicyInputs:
 
     @cached_property
     def done_id(self) -> int | None:
-        """Token id of `[DONE]`, or None when the tokenizer does not have it as one token."""
+        """Token id of `[DONE]`, or None when the tokenizer does not have it as one token.
+
+        A token that brings a space along does not count: it cannot stand behind a quotation mark.
+        """
         done = self.tokenizer.convert_tokens_to_ids(DONE_TOKEN)
         if done is None or done == self.tokenizer.unk_token_id:
             return None
-        return int(done)
+        tokens = ResponseTokens(self.tokenizer, None)
+        before = self.tokenizer.encode("a", add_special_tokens=False)
+        return int(done) if tokens.decode([*before, done]) == tokens.decode(before) + DONE_TOKEN else None
 
     @cached_property
     def _tokens(self) -> ResponseTokens:
@@ -206,19 +211,25 @@ class PolicyInputs:
         return None if written is None else [*ids[:kept], *written, self.end_id]
 
     def _layout(self, ids: list[int], text: str, parsed: ParsedResponse, frame: tuple[int, int]) -> ResponseLayout:
-        cot_end, last = self._tokens.token_of(ids, text, frame[0]), self._tokens.token_of(ids, text, frame[1] - 1)
+        cot_end = self._tokens.token_of(ids, text, frame[0])
+        last = self._tokens.token_of(ids, text, frame[1] - 1, first=cot_end)
         if parsed.action == DONE_TOKEN:
             action_end = self._end_of_stop(ids, cot_end, last)
             return ResponseLayout(cot_end, action_end, ids[cot_end:action_end])
+        return ResponseLayout(cot_end, last + 1, self._stop_ids(ids[:cot_end], text, parsed))
+
+    def _stop_ids(self, thought: list[int], text: str, parsed: ParsedResponse) -> list[int]:
+        """Returns the tokens of the stop action behind a chain of thought; none where there are none."""
         stopping = self.answer_format.with_action(text, parsed, DONE_TOKEN)
-        written = self._behind(ids[:cot_end], text, stopping)
-        stop_ids = []
-        if written is not None:
-            whole = [*ids[:cot_end], *written]
-            _, end = self.answer_format.parse(stopping).frame_chars or frame
-            closing = self._tokens.token_of(whole, stopping, end - 1)
-            stop_ids = whole[cot_end : self._end_of_stop(whole, cot_end, closing)]
-        return ResponseLayout(cot_end, last + 1, stop_ids)
+        _, end = self.answer_format.parse(stopping).frame_chars or (0, len(stopping))
+        if self.done_id is not None:
+            # It ends there: what follows is not asked for.
+            stopping = stopping[: stopping.rindex(DONE_TOKEN, 0, end) + len(DONE_TOKEN)]
+        written = self._behind(thought, text, stopping)
+        if written is None or self.done_id is not None:
+            return written or []
+        whole = [*thought, *written]
+        return whole[len(thought) : self._tokens.token_of(whole, stopping, end - 1, first=len(thought)) + 1]
 
     def _end_of_stop(self, ids: list[int], start: int, last: int) -> int:
         """Returns where a stop action ends: behind its own token where it has one, else behind what closes it."""

@@ -18,6 +18,9 @@ _TOKENS_BEFORE = (1, 2, 4, 8, 16)
 """How many tokens before the cut are encoded with a continuation where the whole text does not have a border there."""
 
 
+_BYTES_OF_A_CHARACTER = 4
+
+
 @dataclass(frozen=True)
 class ResponseTokens:
     """A tokenizer, as it is used on responses. End tokens are no part of them here.
@@ -37,24 +40,41 @@ class ResponseTokens:
         )
 
     def reach(self, token_ids: Sequence[int], text: str) -> int:
-        """Returns how many characters of a text the tokens, which begin it, give in full."""
-        given = self.decode(token_ids)
-        if text.startswith(given):
-            return len(given)
-        # What was given of a character in part is another one.
-        pairs = zip(given, text, strict=False)
-        return next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(given), len(text)))
+        """Returns how many characters of a text the tokens, which begin it, give in full; never fewer for more tokens.
 
-    def token_of(self, token_ids: Sequence[int], text: str, char: int) -> int:
-        """Returns the index of the token with which a character of their text is complete."""
-        low, high = 1, len(token_ids)
+        Tokens that end in a part of a character are decoded to others, and some tokenizers then decode the whole
+        characters before it, given byte by byte, to others, too: fewer tokens may say more.
+        """
+        most = 0
+        for count in range(len(token_ids), max(len(token_ids) - _BYTES_OF_A_CHARACTER, -1), -1):
+            given = self.decode(token_ids[:count])
+            if text.startswith(given):
+                return max(most, len(given))
+            pairs = enumerate(zip(given, text, strict=False))
+            most = max(most, next((number for number, (one, other) in pairs if one != other), 0))
+        return most
+
+    def token_of(self, token_ids: Sequence[int], text: str, char: int, first: int = 0) -> int:
+        """Returns the index of the token with which a character of their text is complete.
+
+        Args:
+            token_ids: The tokens.
+            text: Their text.
+            char: Index of the character.
+            first: A token before which it is not complete.
+        """
+        low, high = first, max(len(token_ids) - 1, 0)
+        reached_low, reached_high = self.reach(token_ids[:low], text) if low > 0 else 0, len(text)
         while low < high:
-            middle = (low + high) // 2
-            if self.reach(token_ids[:middle], text) > char:
-                high = middle
+            # Where it would be if all tokens between had as many characters: nearly always right after a few tries.
+            guess = low + (char - reached_low) * (high - low) // max(reached_high - reached_low, 1)
+            middle = min(max(guess, low), high - 1)
+            reached = self.reach(token_ids[: middle + 1], text)
+            if reached > char:
+                high, reached_high = middle, reached
             else:
-                low = middle + 1
-        return low - 1
+                low, reached_low = middle + 1, reached
+        return low
 
     def encode(self, text: str) -> list[int] | None:
         """Returns the tokens of a text, the stop action as one token where it is one; None if they do not give it back.
@@ -91,7 +111,7 @@ class ResponseTokens:
         """Returns tokens of a text without a stop action behind others, as the tokenizer would write it there."""
         if more == "":
             return []
-        for anchor in dict.fromkeys(self._anchors(before, text)):
+        for anchor in self._anchors(before, text):
             ids = self._encoded(anchor + more)
             border = self.token_of(ids, anchor + more, len(anchor) - 1) + 1 if anchor else 0
             written = ids[border:]
@@ -101,10 +121,14 @@ class ResponseTokens:
         return None
 
     def _anchors(self, before: list[int], text: str) -> Iterator[str]:
+        """Yields texts behind which a continuation may be written as behind all of them."""
+        counts = [count for count in _TOKENS_BEFORE if count < len(before)]
+        # Most often the last few tokens are enough, and soon encoded.
+        if counts:
+            yield text[self.reach(before[: -counts[-1]], text) :]
         yield text
-        for count in _TOKENS_BEFORE:
-            if count < len(before):
-                yield text[self.reach(before[:-count], text) :]
+        for count in counts[:-1]:
+            yield text[self.reach(before[:-count], text) :]
         yield from _NEIGHBOURS
 
     def _encoded(self, text: str) -> list[int]:
