@@ -118,7 +118,6 @@ DONE = {
     "no [DONE]": None,
     "[DONE]": AddedToken(DONE_TOKEN, normalized=False, special=False),
     "[DONE] normalized": AddedToken(DONE_TOKEN, normalized=True, special=False),
-    "[DONE] special": AddedToken(DONE_TOKEN, normalized=False, special=True),
 }
 
 

@@ -46,7 +46,25 @@ def check_actions(inputs: PolicyInputs, response: Sequence[int], actions: Iterab
         if action != DONE_TOKEN:
             branches[action] = ids[layout.cot_end : layout.action_end]
     check_no_prefixes(branches)
+    assert largest_mass(branches.values()) <= 1 + 1e-5
     return len(branches)
+
+
+def largest_mass(branches: Iterable[Sequence[int]]) -> float:
+    """Returns what the branches' probabilities add up to under a model that goes on as one of them as long as it can.
+
+    1 where no branch begins another, and more where one does.
+    """
+    waiting, total = [(1.0, [tuple(branch) for branch in branches])], 0.0
+    while waiting:
+        here, among = waiting.pop()
+        total += here * among.count(())
+        following: dict[int, list[tuple[int, ...]]] = {}
+        for branch in among:
+            if branch:
+                following.setdefault(branch[0], []).append(branch[1:])
+        waiting += [(here / len(following), rest) for rest in following.values()]
+    return total
 
 
 def check_no_prefixes(branches: dict[str, list[int]]) -> None:
