@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -155,6 +156,11 @@ def _with_bytes_as_pieces(tokenizer: Tokenizer) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(content))
 
 
-def inputs_of(tokenizer: object, answers_as: str) -> PolicyInputs:
-    """Returns what a policy's responses are read with, for a tokenizer alone."""
-    return PolicyInputs("made", SimpleNamespace(tokenizer=tokenizer), answer_format(answers_as))
+def inputs_of(tokenizer: Any, answers_as: str) -> PolicyInputs:
+    """Returns what a policy's responses are read with, for a tokenizer alone: nobody is shown a picture."""
+    ends = "{% for message in messages %}{{ message['content'][-1]['text'] }}EOS{% endfor %}"
+    tokenizer.chat_template = ends.replace("EOS", tokenizer.eos_token)
+    processor = SimpleNamespace(
+        tokenizer=tokenizer, chat_template=ends, apply_chat_template=tokenizer.apply_chat_template
+    )
+    return PolicyInputs("/nowhere", processor, answer_format(answers_as))
