@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,8 +69,17 @@ def empty_policy(settings: PolicySettings, model_path: str) -> Any:
     return adapted(model, settings, seed=0)
 
 
-def adapted(model: Any, settings: PolicySettings, seed: int) -> Any:
-    """Returns a base model with a fresh adapter on its language model, in evaluation mode; see `load_policy`."""
+def adapted(
+    model: Any, settings: PolicySettings, seed: int, trained_rows: Mapping[str, Sequence[int]] | None = None
+) -> Any:
+    """Returns a base model with a fresh adapter on its language model, in evaluation mode; see `load_policy`.
+
+    Args:
+        model: The base model.
+        settings: Precision, adapter and checkpointing.
+        seed: Seed of the adapter's initialisation.
+        trained_rows: Rows of embeddings and output layers that are trained too, by the layer's name.
+    """
     targets = lora_target_names(model, settings.lora_targets)
     lora = LoraConfig(
         r=settings.lora_rank,
@@ -78,6 +87,7 @@ def adapted(model: Any, settings: PolicySettings, seed: int) -> Any:
         lora_dropout=0.0,
         bias="none",
         target_modules=targets,
+        trainable_token_indices={name: list(rows) for name, rows in trained_rows.items()} if trained_rows else None,
     )
     # The fork keeps the caller's random state; on the CPU, so that the adapter is the same on every device.
     with torch.random.fork_rng(devices=[]):

@@ -3,15 +3,16 @@
 All parameters are trained, the vocabulary's matrices only where that is asked for. Batches are a function of the step,
 so a resumed run sees what an uninterrupted one would have seen.
 
-Weights are in float32 while they are trained, in bfloat16 too: there, most updates would be rounded away.
+Weights are in float32 while they are trained, in bfloat16 too: there, most updates would be rounded away. That takes 16
+bytes for each with gradients and AdamW's moments; an adapter takes next to none beside the model's own.
 """
 
 import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,17 +21,28 @@ from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AddedToken, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 from gflowvlm.learner.continuation import Continuation
 from gflowvlm.learner.output_head import OutputHead
+from gflowvlm.learner.sft_weights import (
+    freeze_vocabulary,
+    load_trained_tensors,
+    trained_tensors,
+    vocabulary,
+    with_adapter,
+    with_done_token,
+    without_adapter,
+)
 from gflowvlm.shared.answer_formats import DEFAULT_FORMAT, answer_format
 from gflowvlm.shared.config import Precision
 from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.shared.response import DONE_TOKEN
 from gflowvlm.shared.settings import Settings
+
+_TRAINED = "trained.safetensors"
+"""An adapter's file in a checkpoint, which then holds no model."""
 
 _CHECKED_STEPS = 16
 """First steps whose demonstrations are looked at before training."""
@@ -63,6 +75,12 @@ class SftSettings(Settings):
     )
     train_embeddings: bool = Field(
         True, description="Train input embeddings and output head too; without, `[DONE]`'s rows alone, if it has any."
+    )
+    lora_rank: int = Field(
+        0,
+        ge=0,
+        le=512,
+        description="Train an adapter of this rank beside weights in `dtype`, merged at the end; 0: all.",
     )
     gradient_checkpointing: bool = False
     checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.")
@@ -129,15 +147,18 @@ def load_for_sft(
     transformers_logging.disable_progress_bar()
     try:
         processor = AutoProcessor.from_pretrained(model)
-        network = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
+        dtype = torch.float32 if settings.lora_rank == 0 else getattr(torch, settings.dtype)
+        network = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
     except (ImportError, OSError, ValueError, SafetensorError) as error:
         reason = one_line(error)
         raise UserError(f"model {model!r}: cannot be loaded ({reason})") from None
     inputs = PolicyInputs(model, processor, answer_format(answers))
     if done_token and inputs.done_id is None:
-        inputs = _with_done(network, inputs)
-    if not settings.train_embeddings:
-        _freeze_vocabulary(network, inputs.done_id)
+        inputs = with_done_token(network, inputs)
+    if settings.lora_rank > 0:
+        network = with_adapter(network, settings.lora_rank, settings.dtype, settings.seed, inputs.done_id)
+    elif not settings.train_embeddings:
+        freeze_vocabulary(network, inputs.done_id)
     if settings.gradient_checkpointing:
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         network.config.use_cache = False
@@ -170,8 +191,8 @@ def sft_loss(
     tokens, weights = tokens.to(network.device), weights.to(network.device)
     present = tokens != IGNORED
     columns = tokens.shape[1] + 1
-    model_inputs = Continuation(network).whole(dict(batch), tokens.clamp(min=0), present)
-    head = OutputHead(network) if head is None else head
+    model_inputs = Continuation(without_adapter(network)).whole(dict(batch), tokens.clamp(min=0), present)
+    head = OutputHead(without_adapter(network)) if head is None else head
     with torch.autocast(network.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         states, _ = head.passed(lambda: network(**model_inputs, use_cache=False, logits_to_keep=columns).logits)
         # One column earlier predicts the first response token; the last predicts nothing.
@@ -218,7 +239,8 @@ class SftTrainer:
         self._head: OutputHead | None = None
         self._parameters = [p for p in network.parameters() if p.requires_grad]
         # Decay would move the rows of a vocabulary that are not trained.
-        undecayed = set() if settings.train_embeddings else {p for p in _vocabulary(network) if p.requires_grad}
+        masked = not settings.train_embeddings and settings.lora_rank == 0
+        undecayed = {p for p in vocabulary(network) if p.requires_grad} if masked else set()
         self.trained = sum(p.shape[1] if p in undecayed else p.numel() for p in self._parameters)
         decays = {True: 0.0, False: settings.weight_decay}
         groups: list[dict[str, Any]] = [
@@ -245,7 +267,14 @@ class SftTrainer:
         changed = [k for k, v in settings.model_dump(mode="json").items() if not made_with or made_with.get(k) != v]
         if changed:
             raise UserError(f"{checkpoint}: was made with another {changed[0]}; resume with the same settings")
-        network, inputs = load_for_sft(str(checkpoint), settings, answers)
+        if settings.lora_rank == 0:
+            network, inputs = load_for_sft(str(checkpoint), settings, answers)
+        else:
+            network, inputs = load_for_sft(state["base"], settings, answers, state["done_token"])
+            try:
+                load_trained_tensors(network, load_file(checkpoint / _TRAINED))
+            except (OSError, ValueError, SafetensorError) as error:
+                raise UserError(f"{checkpoint}: no readable checkpoint to resume from ({error})") from None
         trainer = cls(network, inputs, settings)
         trainer._load_optimizer(tensors, checkpoint)
         trainer.step = int(state["step"])
@@ -280,26 +309,34 @@ class SftTrainer:
         return True
 
     def round_weights(self) -> None:
-        """Brings the trained weights to the precision that the model computes in, and is saved in."""
-        self.network.to(getattr(torch, self.settings.dtype))
+        """Brings the trained weights to the precision that the model computes in, and is saved in; not an adapter's."""
+        if self.settings.lora_rank == 0:
+            self.network.to(getattr(torch, self.settings.dtype))
 
     def save_model(self, directory: Path) -> None:
-        """Writes the trained model, its weights rounded, and its processor as safetensors and JSON."""
+        """Writes the trained model, its weights rounded, its adapter merged, and its processor; ends the training."""
         self.round_weights()
+        if self.settings.lora_rank > 0:
+            self.network = self.network.merge_and_unload()
         self._write_model(directory)
 
     def save_checkpoint(self, checkpoint: Path) -> None:
         """Writes model, optimiser and step; an older checkpoint stands until the new one is whole."""
         partial = checkpoint.with_name(checkpoint.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        self._write_model(partial)
+        state: dict[str, Any] = {"step": self.step, "settings": self.settings.model_dump(mode="json")}
+        if self.settings.lora_rank == 0:
+            self._write_model(partial)
+        else:
+            partial.mkdir(parents=True)
+            save_file(trained_tensors(self.network), partial / _TRAINED)
+            state |= {"base": self.inputs.model, "done_token": self.inputs.done_id is not None}
         tensors = {
             f"{index}.{name}": value.contiguous()
             for index, parameter in enumerate(self._parameters)
             for name, value in self._optimizer.state[parameter].items()
         }
         save_file(tensors, partial / "optimizer.safetensors")
-        state = {"step": self.step, "settings": self.settings.model_dump(mode="json")}
         (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
         shutil.rmtree(checkpoint, ignore_errors=True)
         partial.rename(checkpoint)
@@ -337,7 +374,7 @@ class SftTrainer:
         if self._head is None:
             first = self.inputs.encode([examples[0].prompt], [examples[0].image])
             first = first.to(self.network.device, self.network.dtype)
-            self._head = OutputHead(self.network)
+            self._head = OutputHead(without_adapter(self.network))
             self._head.observe(lambda: self.network(**first, use_cache=False, logits_to_keep=1).logits)
         settings = self.settings
         return sft_loss(self.network, self.inputs, examples, settings.content_weight, settings.dtype, self._head)[0]
@@ -351,23 +388,6 @@ class SftTrainer:
             self._optimizer.state[parameter] = {
                 name: value if name == "step" else value.to(parameter.device) for name, value in state.items()
             }
-
-
-def scale_head(network: Any, factor: float) -> None:
-    """Multiplies the output head, and so every logit, by a factor.
-
-    Training that follows brings the probabilities that demonstrations show back to where they belong; what
-    stays is that tokens never demonstrated are exponentially less likely. A tiny model needs it: the noise
-    that reinforcement puts into its weights otherwise turns some responses malformed.
-
-    Raises:
-        UserError: The head shares its weights with the input embedding.
-    """
-    head = network.get_output_embeddings()
-    if head is None or head.weight is network.get_input_embeddings().weight:
-        raise UserError("--head-scale: this model's output head is its input embedding and cannot be scaled alone")
-    with torch.no_grad():
-        head.weight.mul_(factor)
 
 
 class Schedule(Protocol):
@@ -416,41 +436,3 @@ def _pad_right(rows: Sequence[tuple[list[int], list[float]]]) -> tuple[Tensor, T
         tokens[row, : len(ids)] = torch.tensor(ids)
         weights[row, : len(values)] = torch.tensor(values)
     return tokens, weights
-
-
-def _vocabulary(network: Any) -> list[Any]:
-    """Returns the weights of the input embedding and the output head, which may be one tensor."""
-    layers = (network.get_input_embeddings(), network.get_output_embeddings())
-    return [layer.weight for layer in layers if layer is not None]
-
-
-def _freeze_vocabulary(network: Any, trained_row: int | None) -> None:
-    """Freezes the vocabulary's matrices but for one row, whose gradient alone is let through."""
-    for weight in set(_vocabulary(network)):
-        if trained_row is None:
-            weight.requires_grad_(False)
-        else:
-            weight.register_hook(partial(_only_row, trained_row))
-
-
-def _only_row(row: int, gradient: Tensor) -> Tensor:
-    kept = torch.zeros_like(gradient)
-    kept[row] = gradient[row]
-    return kept
-
-
-def _with_done(network: Any, inputs: PolicyInputs) -> PolicyInputs:
-    """Adds `[DONE]` to tokenizer and embeddings; its rows start as the mean of the others."""
-    # A token that is normalised is found in some tokenizers at the beginning of a text only. Not a special one:
-    # decoding that skips those keeps the action.
-    inputs.tokenizer.add_tokens([AddedToken(DONE_TOKEN, normalized=False, special=False)])
-    made = replace(inputs)
-    if made.done_id is None:
-        raise UserError(f"model {inputs.model!r}: its tokenizer cannot hold {DONE_TOKEN!r} as one token")
-    # Some embeddings have spare rows past the tokenizer's last token; never cut those off.
-    if made.done_id >= network.get_input_embeddings().weight.shape[0]:
-        network.resize_token_embeddings(made.done_id + 1, mean_resizing=False)
-    with torch.no_grad():
-        for layer in (network.get_input_embeddings(), network.get_output_embeddings()):
-            layer.weight[made.done_id] = layer.weight[: made.done_id].float().mean(dim=0).to(layer.weight.dtype)
-    return made

@@ -25,8 +25,8 @@ from gflowvlm.learner.sft import (
     SftTrainer,
     check_demonstrations,
     load_for_sft,
-    scale_head,
 )
+from gflowvlm.learner.sft_weights import scale_head
 from gflowvlm.learner.tiny_policy import build_tiny_policy
 from gflowvlm.run.folder_lock import folder_lock
 from gflowvlm.run.interruption import STOPPING, handled_by, termination_as_interrupt
@@ -106,6 +106,7 @@ def start(request: SftRequest, out: Path, console: Console) -> bool:
     refuse_used(out)
     request = with_absolute_paths(request, names=(TINY,))
     check_paths(request, names=(TINY,))
+    _check_adapter(request)
     source = _source(request)
     _check_instances(request)
     with tempfile.TemporaryDirectory(prefix="gflowvlm-tiny-") as folder:
@@ -168,6 +169,17 @@ def refuse_used(out: Path) -> None:
         raise UserError(f"{out}: holds an unfinished training; go on with --resume, or choose another --out")
     if (out / "config.json").exists():
         raise UserError(f"{out}: holds a model, which would be written over; choose another --out")
+
+
+def _check_adapter(request: SftRequest) -> None:
+    if request.sft.lora_rank == 0:
+        return
+    if request.model == TINY:
+        raise UserError("--lora-rank: all weights of a new model are random; leave it out, and all are trained")
+    if request.head_scale != 1.0:
+        raise UserError("--head-scale: not with --lora-rank, which leaves the output head as it is")
+    if request.sft.train_embeddings:
+        raise UserError("--train-embeddings: not with --lora-rank, which trains an adapter of the language model")
 
 
 def _held(out: Path) -> AbstractContextManager[int]:

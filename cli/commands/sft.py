@@ -53,7 +53,10 @@ def register(app: typer.Typer) -> None:
         batch: Annotated[int, typer.Option(help="Examples in a step.")] = 32,
         micro_batch: Annotated[int, typer.Option(help="Examples in one forward pass.")] = 8,
         lr: Annotated[
-            float | None, typer.Option(help="Peak learning rate; 3e-3 for `tiny`, 1e-5 otherwise.", show_default=False)
+            float | None,
+            typer.Option(
+                help="Peak learning rate; 3e-3 for `tiny`, 2e-4 for an adapter, 1e-5 else.", show_default=False
+            ),
         ] = None,
         reading_steps: Annotated[
             int | None,
@@ -89,6 +92,13 @@ def register(app: typer.Typer) -> None:
                 show_default=False,
             ),
         ] = None,
+        lora_rank: Annotated[
+            int,
+            typer.Option(
+                help="Train an adapter of this rank instead, merged at the end: for models that do not fit a GPU with "
+                "16 bytes for each weight; 0: all weights."
+            ),
+        ] = 0,
         gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
         image_size: Annotated[int, typer.Option(help="Side of the pictures, pixels.")] = 64,
         checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
@@ -112,7 +122,7 @@ def register(app: typer.Typer) -> None:
         models/warm --out models/tiny --head-scale 2 --noise 0.6 --steps 400 --lr 1e-3 --seed 1`
 
         Prepare a 7B model: `gflowvlm sft --model HUB/NAME --out models/7b --dtype bfloat16
-        --gradient-checkpointing --micro-batch 4 --image-size 336`
+        --lora-rank 64 --gradient-checkpointing --micro-batch 4 --image-size 336`
         """
         # Imported here: torch and transformers take seconds, and `--help` does not need them.
         from gflowvlm.warm_starts import supervised
@@ -129,7 +139,7 @@ def _request(context: typer.Context) -> "SftRequest":
     Raises:
         UserError: They do not fit together, or one is out of its bounds.
     """
-    from gflowvlm.warm_starts.supervised import TINY, SftRequest, trained_embeddings
+    from gflowvlm.warm_starts.supervised import TINY, SftRequest
 
     options = context.params
     fresh = options["model"] == TINY
@@ -141,10 +151,8 @@ def _request(context: typer.Context) -> "SftRequest":
     training = {
         "steps": _given(options["steps"], 2400 if fresh else 1500),
         "batch_size": options["batch"],
-        "learning_rate": _given(options["lr"], 3e-3 if fresh else 1e-5),
-        "train_embeddings": (
-            trained_embeddings(options["model"]) if options["train_embeddings"] is None else options["train_embeddings"]
-        ),
+        "learning_rate": _given(options["lr"], 3e-3 if fresh else 2e-4 if options["lora_rank"] > 0 else 1e-5),
+        "train_embeddings": _trains_embeddings(options),
         **{name: options[name] for name in _OF_TRAINING},
     }
     whole = {"task": task, **{name: options[name] for name in _OF_REQUEST}, "sft": training, **shown}
@@ -156,7 +164,7 @@ def _request(context: typer.Context) -> "SftRequest":
         raise UserError(first_problem(error, {"batch_size": "batch", "learning_rate": "lr"})) from None
 
 
-_OF_TRAINING = ("micro_batch", "dtype", "gradient_checkpointing", "checkpoint_every", "seed")
+_OF_TRAINING = ("micro_batch", "dtype", "lora_rank", "gradient_checkpointing", "checkpoint_every", "seed")
 _OF_REQUEST = ("model", "head_scale", "with_done", "done_token", "episodes")
 _PLAYING = ("task_settings", "noise", "detours", "ood", "reading_steps", "fresh_steps", "image_size")
 """Options that say how demonstrations are made on the spot."""
@@ -168,6 +176,14 @@ def _played(options: dict[str, Any], fresh: bool) -> tuple[TaskSettings, dict[st
     task = override_task(default_settings(options["task"] or DEFAULT_TASK), changes)
     shown: dict[str, object] = {name: options[name] for name in ("noise", "detours", "ood", "fresh_steps")}
     return task, {**shown, "reading_steps": _given(options["reading_steps"], 1000 if fresh else 0)}
+
+
+def _trains_embeddings(options: dict[str, Any]) -> bool:
+    from gflowvlm.warm_starts.supervised import trained_embeddings
+
+    if options["train_embeddings"] is not None:
+        return bool(options["train_embeddings"])
+    return options["lora_rank"] == 0 and trained_embeddings(options["model"])
 
 
 def _given(value: float | None, default: float) -> float:

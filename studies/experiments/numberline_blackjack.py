@@ -30,7 +30,7 @@ def _starts(task: Task) -> dict[str, Mapping[Scale, WarmStart]]:
     """
     taught = ("--model", f"{task}-tiny", "--noise", "0", "--no-ood", "--steps", "400", "--lr", "1e-3")
     bare = ("--model", HUB_MODEL, "--dtype", "bfloat16", "--image-size", "336", "--steps", "1", "--lr", "1e-9")
-    memory = ("--gradient-checkpointing", "--micro-batch", "4")
+    memory = ("--lora-rank", "64", "--gradient-checkpointing", "--micro-batch", "4")
     common = ("--task", task, "--episodes", "0")
     return {
         "SFT start": {"tiny": WarmStart(f"{task}-taught", (*common, *taught))},

@@ -157,6 +157,30 @@ def test_embeddings_are_trained_where_those_of_the_model_were_or_where_asked_for
     assert trained == {"new": True, "again": True, "of-hub": False, "asked": True}
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "--lora-rank: all weights of a new model are random"),
+        (("--model", "numberline-tiny", "--head-scale", "2"), "--head-scale: not with --lora-rank"),
+        (("--model", "numberline-tiny", "--train-embeddings"), "--train-embeddings: not with --lora-rank"),
+    ],
+)
+def test_what_contradicts_an_adapter_is_a_user_error(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    result = run("--out", str(tmp_path / "made"), "--steps", "1", "--lora-rank", "4", *options, *QUIET)
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception).startswith(message)
+
+
+def test_an_adapter_is_merged_into_the_model_that_is_made(tmp_path: Path) -> None:
+    options = ("--model", "numberline-tiny", "--lora-rank", "4", "--dtype", "bfloat16", "--episodes", "1")
+    result = run("--out", str(tmp_path / "made"), "--steps", "2", "--batch", "2", *options)
+    assert result.exit_code == 0, result.output
+    request = json.loads((tmp_path / "made" / "training.json").read_text())["request"]["sft"]
+    assert (request["lora_rank"], request["learning_rate"], request["train_embeddings"]) == (4, 2e-4, False)
+    assert not (tmp_path / "made" / "adapter_config.json").exists()
+    assert json.loads((tmp_path / "made" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_shipped_models_resolve_to_loadable_directories() -> None:
     assert "numberline-tiny" in shipped_models()
     assert PolicyInputs.load(resolve_model("numberline-tiny")).done_id is not None

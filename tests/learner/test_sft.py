@@ -22,9 +22,9 @@ from gflowvlm.learner.sft import (
     SftTrainer,
     learning_rate,
     load_for_sft,
-    scale_head,
     sft_loss,
 )
+from gflowvlm.learner.sft_weights import scale_head
 from gflowvlm.learner.tiny_policy import build_tiny_policy
 from gflowvlm.shared.answer_formats.json_answers import JsonAnswers
 from gflowvlm.shared.errors import UserError
@@ -313,3 +313,53 @@ def test_of_embeddings_that_are_not_to_be_trained_the_stop_actions_rows_alone_mo
     assert resumed.trained == size
     name = "model.text_model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(resumed.network.get_parameter(name), before[name])
+
+
+LORA = {"batch_size": 4, "warmup_steps": 1, "lora_rank": 4, "train_embeddings": False, "learning_rate": 1e-2}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_is_trained_beside_frozen_weights_and_merged_at_the_end(
+    tiny: Path, tmp_path: Path, dtype: str
+) -> None:
+    settings = SftSettings(steps=8, dtype=dtype, **LORA)
+    network, inputs = load_for_sft(str(tiny), settings)
+    before = weights(AutoModelForImageTextToText.from_pretrained(tiny, dtype=getattr(torch, dtype)))
+    trainer = SftTrainer(network, inputs, settings)
+    assert {p.dtype for p in network.parameters() if p.requires_grad} == {torch.float32}
+    trainer.train(Stops(), tmp_path / "checkpoint", lambda progress: None, lambda: False)
+    with torch.no_grad():
+        found = sft_loss(trainer.network, inputs, [example(1)], 5.0, settings.dtype)
+    trainer.save_model(tmp_path / "made")
+    made = AutoModelForImageTextToText.from_pretrained(tmp_path / "made")
+    after = weights(made)
+    assert after.keys() == before.keys()
+    moved = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    layers = {name for name in before if ".text_model.layers." in name and name.endswith("proj.weight")}
+    rows = {name for name in before if name.endswith(("embed_tokens.weight", "lm_head.weight"))}
+    assert moved == layers | rows
+    for name in rows:
+        assert (after[name] != before[name]).any(dim=1).nonzero().flatten().tolist() == [inputs.done_id]
+    with torch.no_grad():
+        merged = sft_loss(made, PolicyInputs.load(str(tmp_path / "made")), [example(1)], 5.0, settings.dtype)
+    assert float(merged[0]) == pytest.approx(float(found[0]), rel=1e-4 if dtype == "float32" else 0.05)
+
+
+def test_an_adapters_training_goes_on_from_a_checkpoint_that_holds_no_model(tiny: Path, tmp_path: Path) -> None:
+    bare = without_done(tiny, tmp_path / "bare")
+    settings = SftSettings(steps=6, checkpoint_every=100, **LORA)
+    whole = SftTrainer(*load_for_sft(str(bare), settings, done_token=True), settings)
+    whole.train(Stops(), tmp_path / "whole", lambda progress: None, lambda: False)
+    begun = SftTrainer(*load_for_sft(str(bare), settings, done_token=True), settings)
+    begun.train(Stops(), tmp_path / "checkpoint", lambda progress: None, lambda: begun.step == 3)
+    assert not (tmp_path / "checkpoint" / "model.safetensors").exists()
+    resumed = SftTrainer.resume(tmp_path / "checkpoint", settings)
+    resumed.train(Stops(), tmp_path / "checkpoint", lambda progress: None, lambda: False)
+    for ours, theirs in zip(resumed.network.parameters(), whole.network.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    (tmp_path / "checkpoint").mkdir(exist_ok=True)
+    resumed.save_checkpoint(tmp_path / "checkpoint")
+    file = tmp_path / "checkpoint" / "trained.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="no readable checkpoint"):
+        SftTrainer.resume(tmp_path / "checkpoint", settings)
