@@ -202,9 +202,7 @@ def test_it_learns_from_a_set_and_says_so(tmp_path: Path) -> None:
 def test_a_set_is_learned_from_and_nothing_is_played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, shown = make_set(tmp_path / "set"), []
 
-    def keep(
-        network: object, inputs: object, examples: list[SftExample], weight: float, precision: str
-    ) -> torch.Tensor:
+    def keep(network: object, inputs: object, examples: list[SftExample], *_: object) -> torch.Tensor:
         shown.extend(examples)
         return torch.ones(2, requires_grad=True)
 
