@@ -16,6 +16,7 @@ import argparse
 import json
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,8 +107,9 @@ def main() -> int:
             report.content["device"] = found
             clock = Clock(device, started + limit_s)
             rate = found["sheet_tflops"] or found["product_tflops"]
-            for name in options.shapes:
-                check_shape(SHAPES[name], clock, rate, options.checkpointing, report.add)
+            with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+                for name in options.shapes:
+                    check_shape(SHAPES[name], clock, rate, options.checkpointing, Path(folder), report.add)
     except OutOfTimeError:
         report.add("all", "limit", {"why_not": f"the limit of {options.limit_s:.0f} s came first"})
     print(f"{time.monotonic() - started:.0f} s; figures: {options.out}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
-def check_shape(shape: Shape, clock: Clock, rate: float, checkpointing: bool, add: Add) -> None:
+def check_shape(shape: Shape, clock: Clock, rate: float, checkpointing: bool, folder: Path, add: Add) -> None:
     """Measures all parts of a shape; a part that fails gives its reason, and the next ones go on.
 
     Args:
@@ -104,6 +105,7 @@ def check_shape(shape: Shape, clock: Clock, rate: float, checkpointing: bool, ad
         clock: Measures time and memory on the device.
         rate: Operations a second that count as all of the device, 10^12.
         checkpointing: Whether activations are computed again instead of kept.
+        folder: Where the model's configuration may stand.
         add: Takes the figures of each part: shape, part, figures.
     """
 
@@ -117,13 +119,13 @@ def check_shape(shape: Shape, clock: Clock, rate: float, checkpointing: bool, ad
         if clock.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    inputs = make_inputs(shape)
+    inputs = make_inputs(shape, folder)
     config = run_config(shape, clock.device, checkpointing)
     model: list[Any] = []
 
     def build() -> dict[str, Any]:
         started = time.perf_counter()
-        model.append(make_model(make_config(shape, inputs), clock.device, torch.bfloat16))
+        model.append(make_model(make_config(shape, inputs.tokenizer), clock.device, torch.bfloat16))
         numbers = sum(parameter.numel() for parameter in model[0].parameters())
         return {"seconds": time.perf_counter() - started, "parameters": numbers, "held_gib": clock.held_gib()}
 
@@ -232,7 +234,7 @@ def measure_learner(
     """Returns rates and memory of the learner's step; the model is left as it was."""
     policy = adapted(model, config.policy, seed=0).to(clock.device)
     try:
-        learner = Learner(config, shape.name, made=(policy, inputs))
+        learner = Learner(config, inputs.model, made=(policy, inputs))
         batch = make_trajectories(shape, inputs)
         difference = _score_difference(learner, batch, inputs)
         metrics: dict[str, float] = {}

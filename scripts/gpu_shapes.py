@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast, Qwen2_5_VLConfig
+from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig
 
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.trajectory import EndReason, Step, Trajectory, Validity
@@ -92,13 +93,17 @@ class BytesAndPictures:
         side: Of the pictures, pixels; a multiple of `PATCH` x `MERGE`.
     """
 
+    chat_template = "as `apply_chat_template` writes it"
+    image_token = "<|image_pad|>"
+    model_input_names = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
+
     def __init__(self, side: int) -> None:
         self.tokenizer = _byte_tokenizer()
         self._side = side
         self._patches = side // PATCH
         self._image_id = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> str:
+    def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool, **_: Any) -> str:
         """Returns the conversation as Qwen2.5-VL is shown it."""
         shown = []
         for message in messages:
@@ -107,7 +112,7 @@ class BytesAndPictures:
                 for part in message["content"]
             )
             shown.append(f"<|im_start|>{message['role']}\n{content}<|im_end|>\n")
-        return "".join(shown) + "<|im_start|>assistant\n"
+        return "".join(shown) + ("<|im_start|>assistant\n" if add_generation_prompt else "")
 
     def __call__(self, text: list[str], images: list[Any], **_: Any) -> dict[str, Tensor]:
         """Returns left-padded inputs of N texts with pictures."""
@@ -139,14 +144,17 @@ class BytesAndPictures:
         return parts.permute(2, 5, 3, 6, 1, 0, 4, 7).reshape(self._patches**2, 3 * FRAMES * PATCH**2)
 
 
-def make_inputs(shape: Shape) -> PolicyInputs:
-    """Returns the inputs of a shape's model."""
-    return PolicyInputs(shape.name, BytesAndPictures(shape.side))
+def make_inputs(shape: Shape, folder: Path) -> PolicyInputs:
+    """Returns the inputs of a shape's model, whose configuration is written into a folder; nothing is looked up."""
+    processor = BytesAndPictures(shape.side)
+    make_config(shape, processor.tokenizer).save_pretrained(folder)
+    GenerationConfig(eos_token_id=processor.tokenizer.eos_token_id).save_pretrained(folder)
+    return PolicyInputs(str(folder), processor)
 
 
-def make_config(shape: Shape, inputs: PolicyInputs) -> Qwen2_5_VLConfig:
+def make_config(shape: Shape, tokenizer: Any) -> Qwen2_5_VLConfig:
     """Returns the configuration of a shape's model."""
-    ids = {token: inputs.tokenizer.convert_tokens_to_ids(token) for token in (*SPECIAL, VIDEO)}
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (*SPECIAL, VIDEO)}
     half = shape.hidden // shape.heads // 2
     return Qwen2_5_VLConfig(
         text_config={

@@ -38,7 +38,7 @@ RESULTS = "What it reaches"
 NAVIGATION = {
     "Start": ("quickstart", "concepts", "tasks", "python"),
     "Use": ("objectives", "demonstrations", "recipe", "experiments", "alfworld", "report", "serving"),
-    "Operate": ("cluster", "watching", "scale", "operations"),
+    "Operate": ("cluster", "one-gpu", "watching", "scale", "operations"),
     "Reference": ("configuration", "commands", "api", "metrics"),
     "Evidence": ("results", "proving", "compare-torchgfn", "benchmarks"),
     "Develop": ("contributing",),

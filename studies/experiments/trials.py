@@ -264,7 +264,8 @@ def check_models(trials: Iterable[Trial]) -> None:
     configs = {t.run.config.policy.model: t.run.config for t in trials if _warm_start(t) is None}
     for model, config in configs.items():
         if Path(model).is_absolute() and not Path(model).is_dir():
-            memory = " --lora-rank 64 --gradient-checkpointing --micro-batch 4" if config.policy.gradient_checkpointing else ""
+            saving = " --lora-rank 64 --gradient-checkpointing --micro-batch 4"
+            memory = saving if config.policy.gradient_checkpointing else ""
             raise UserError(
                 f"policy.model = {model!r}: no such folder; make it: gflowvlm sft --task {config.task.name} --model "
                 f"HUB/NAME --out {shlex.quote(model)} --dtype {config.policy.dtype} "

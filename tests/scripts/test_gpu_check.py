@@ -87,7 +87,7 @@ def test_it_measures_all_parts_without_ray_vllm_or_an_installation(packages: Pat
 def test_what_was_measured_before_the_limit_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def slow(shape: Shape, clock: object, rate: float, checkpointing: bool, add: Add) -> None:
+    def slow(shape: Shape, clock: object, rate: float, checkpointing: bool, folder: Path, add: Add) -> None:
         add(shape.name, "build", {"seconds": 1.5})
         time.sleep(60)
 
@@ -101,14 +101,18 @@ def test_what_was_measured_before_the_limit_is_kept(
     assert "without figures: all limit" in capsys.readouterr().out
 
 
-def test_a_part_that_fails_says_why_and_the_next_one_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_fails_says_why_and_the_next_one_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def too_large(*_: object) -> dict[str, Any]:
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(gpu_parts, "measure_learner", too_large)
     parts: dict[str, dict[str, Any]] = {}
     clock = gpu_parts.Clock(torch.device("cpu"), deadline=time.monotonic() + 60)
-    gpu_parts.check_shape(SHAPES["tiny"], clock, 1.0, True, lambda shape, name, figures: parts.update({name: figures}))
+    gpu_parts.check_shape(
+        SHAPES["tiny"], clock, 1.0, True, tmp_path, lambda shape, name, figures: parts.update({name: figures})
+    )
     assert parts["learner"] == {"why_not": "out of memory"}
     assert parts["plain"]["seconds"] > 0
 
@@ -130,8 +134,8 @@ def test_a_machine_without_a_gpu_is_one_line(
 
 
 @pytest.mark.parametrize(("name", "billions"), [("3b", 3.75), ("7b", 8.29)])
-def test_the_shapes_are_as_large_as_the_published_models(name: str, billions: float) -> None:
+def test_the_shapes_are_as_large_as_the_published_models(name: str, billions: float, tmp_path: Path) -> None:
     shape = SHAPES[name]
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(make_config(shape, make_inputs(shape)))
+        model = AutoModelForImageTextToText.from_config(make_config(shape, make_inputs(shape, tmp_path).tokenizer))
     assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
