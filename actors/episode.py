@@ -38,12 +38,14 @@ class PlayedGroup:
         trajectories: The rollouts in order, the expert's last where there is one.
         env_seconds: Time waiting for the environments, encoding their pictures included, summed over the rollouts.
         wait_seconds: Time waiting for responses, summed over the rollouts.
+        unexplored: Responses whose action was to be replaced by another, for which the tokenizer has no tokens there.
     """
 
     group_id: str
     trajectories: list[Trajectory] = field(default_factory=list)
     env_seconds: float = 0.0
     wait_seconds: float = 0.0
+    unexplored: int = 0
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,7 @@ class _Rollout:
         kept = read.layout.cot_end
         token_ids = self._inputs.with_action(response.token_ids, actions[int(self._rng.integers(len(actions)))])
         if token_ids is None:
+            self._group.unexplored += 1
             return response
         forced = [math.nan] * (len(token_ids) - kept)
         return _Response(token_ids, response.log_probs[:kept] + forced, response.version)

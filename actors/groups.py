@@ -94,6 +94,7 @@ class GroupSummary:
         versions: Policy versions that answered, ascending.
         env_seconds: Time spent in the environments.
         wait_seconds: Time spent waiting for the policy, summed over the group's rollouts.
+        unexplored: Responses whose action exploration could not replace.
     """
 
     request: GroupRequest
@@ -113,6 +114,7 @@ class GroupSummary:
     versions: list[int] = field(default_factory=list)
     env_seconds: float = 0.0
     wait_seconds: float = 0.0
+    unexplored: int = 0
 
     @property
     def permanent(self) -> bool:

@@ -361,4 +361,5 @@ def summarise(request: GroupRequest, group: PlayedGroup, accepted: int) -> Group
         versions=sorted(answered),
         env_seconds=group.env_seconds,
         wait_seconds=group.wait_seconds,
+        unexplored=group.unexplored,
     )

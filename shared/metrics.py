@@ -105,6 +105,11 @@ ROLLOUT_METRICS = (
     MetricSpec(
         "prompts_too_long", "trajectories", "Trajectories cut off by a prompt beyond sampler.max_model_len, in total."
     ),
+    MetricSpec(
+        "responses_unexplored",
+        "responses",
+        "Responses whose action rollout.epsilon was to replace, and the tokenizer has no tokens for another one there.",
+    ),
     MetricSpec("worker_restarts", "restarts", "Rollout worker restarts in total."),
     MetricSpec("rollout_workers", "workers", "Rollout workers in service now."),
     MetricSpec(

@@ -77,6 +77,7 @@ class TrainingRun:
         self._response_tokens = self.record.saved.response_tokens
         self._report_rows: list[Row] = []
         self._tokens_since_start = 0
+        self._unexplored = 0
         self._token_limits = TokenLimits(config, self.display.say)
         self._started = time.monotonic()
         self._snapshot_at = 0.0
@@ -234,10 +235,19 @@ class TrainingRun:
             self._response_tokens += tokens
             self._tokens_since_start += tokens
             self._token_limits.note(summary.end)
+            self._note_unexplored(summary.unexplored)
             invalid = [m + i > 0 for m, i in zip(summary.malformed, summary.inadmissible, strict=True)]
             cut = [end.by_token_limit for end in summary.end]
             rollouts = zip(summary.expert, summary.success, invalid, cut, summary.length, strict=True)
             self._newest.extend(played for expert, *played in rollouts if not expert)
+
+    def _note_unexplored(self, responses: int) -> None:
+        if responses > 0 and self._unexplored == 0:
+            self.display.say(
+                "exploration (rollout.epsilon) leaves some responses as they are: the tokenizer has no tokens that "
+                "write another action behind their chain of thought; they count as responses_unexplored"
+            )
+        self._unexplored += responses
 
     def _note_evaluation(self, job: EvaluationJob) -> None:
         if not (job.sampled and job.greedy):
@@ -272,6 +282,7 @@ class TrainingRun:
             "groups_failed": self.scheduler.groups_failed,
             "groups_set_aside": self.scheduler.groups_set_aside,
             **self._token_limits.counts,
+            "responses_unexplored": self._unexplored,
             "worker_restarts": self._actors.workers.deaths,
             "rollout_workers": len(self._actors.workers.serving),
             "rollout_workers_wanted": self.scaling.size.workers,

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,19 @@ def test_exploration_keeps_sampled_thoughts_that_are_not_the_tokenizers_own_toke
         assert step.response_text == f'{{"thoughts": "below", "action": "{step.action}"}}'
         assert step.sampler_log_probs[:kept] == [-0.25] * kept
         assert math.isnan(step.sampler_log_probs[kept])
+
+
+def test_a_response_whose_action_no_tokens_can_replace_stays_and_is_counted(inputs: PolicyInputs) -> None:
+    class Rigid(PolicyInputs):
+        def with_action(self, token_ids: Sequence[int], action: str) -> list[int] | None:
+            return None
+
+    rigid = Rigid(inputs.model, inputs.processor)
+    source = Texts(rigid, ['{"thoughts": "below", "action": "+"}'])
+    group = play(source, rigid, group_size=3, epsilon=1.0, task=NumberLineSettings(max_steps=2))
+    assert group.unexplored == 6
+    assert all(t.actions == ("+", "+") for t in group.trajectories)
+    assert play(source, inputs, group_size=3, epsilon=1.0).unexplored == 0
 
 
 def test_a_malformed_response_is_not_explored_away(inputs: PolicyInputs) -> None:
