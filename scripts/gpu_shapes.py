@@ -68,7 +68,7 @@ class Shape:
     groups: int = 4
     group_size: int = 8
     steps: int = 3
-    token_budget: int = 16_384
+    token_budget: int = 8192
 
 
 SHAPES = {
