@@ -170,7 +170,7 @@ class InstanceSlot:
             task=env.task,
             instance_id=env.instance_id,
             prompt="" if ended else _text(env.prompt()),
-            image=b"" if ended else bytes(env.image_png()),
+            image=b"" if ended else bytes(env.shown()),
             admissible_actions=[_text(action) for action in env.admissible_actions],
             log_reward=log_reward,
             reward=reward,

@@ -6,7 +6,8 @@ import time
 from typing import Any
 
 from gflowvlm.actors.sampling import PromptTooLongError
-from gflowvlm.shared.policy_inputs import PolicyInputs, decode_image
+from gflowvlm.shared.pictures import decode_pictures
+from gflowvlm.shared.policy_inputs import PolicyInputs
 
 CACHE_GIB = 0.25
 """Rendered prompts kept, least recently used dropped first. The K rollouts of a group begin in the same state."""
@@ -60,11 +61,12 @@ class RenderedPrompts:
         return {**found, "arrival_time": time.time()}
 
     async def _render(self, prompt: str, image: bytes, picture: str) -> dict[str, Any]:
+        pictures = decode_pictures(image)
         raw = {
-            "prompt": self._inputs.render(prompt),
-            "multi_modal_data": {"image": decode_image(image)},
-            # Names the picture in vLLM's caches; without it every pixel of the decoded one is hashed.
-            "multi_modal_uuids": {"image": [picture]},
+            "prompt": self._inputs.render(prompt, len(pictures)),
+            "multi_modal_data": {"image": pictures},
+            # Names the pictures in vLLM's caches; without it every pixel of the decoded ones is hashed.
+            "multi_modal_uuids": {"image": [f"{picture}-{number}" for number in range(len(pictures))]},
         }
         from vllm.exceptions import VLLMValidationError
 

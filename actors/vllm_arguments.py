@@ -78,7 +78,7 @@ def engine_arguments(config: RunConfig, inputs: PolicyInputs) -> Any:
         # Where a step has room for a part of a seeded request's prompt, vLLM samples and then takes the random
         # numbers back, which ends the engine on a CPU: its generators have no offset.
         enable_chunked_prefill=False if current_platform.is_cpu() else None,
-        limit_mm_per_prompt={"image": 1},
+        limit_mm_per_prompt={"image": config.task.pictures},
         mm_processor_kwargs=config.policy.pixel_bounds or None,
         mm_processor_cache_gb=IMAGE_CACHE_GIB,
         enable_lora=True,

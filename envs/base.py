@@ -22,6 +22,7 @@ from PIL import Image
 from gflowvlm.shared.answer_formats import FieldType, answer_format
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.lexicon import Lexicon
+from gflowvlm.shared.pictures import join_pictures
 from gflowvlm.shared.response import DONE_TOKEN
 from gflowvlm.shared.task_settings import TaskSettings
 from gflowvlm.shared.trajectory import EndReason
@@ -104,6 +105,7 @@ class TaskEnv(gymnasium.Env, ABC):
         self.past_actions: list[str] = []
         self._past_states: list[str] = []
         self._picture: Image.Image | None = None
+        self._past_pictures: list[bytes] = []
         self._leaves: list[Leaf] | None = None
 
     def reset(
@@ -125,6 +127,7 @@ class TaskEnv(gymnasium.Env, ABC):
         self.instance_seed = int(self.np_random.integers(2**31)) if seed is None else int(seed)
         self.split = split
         self._leaves = None
+        self._past_pictures = []
         self._begin()
         return self._observation(), self._info()
 
@@ -140,7 +143,9 @@ class TaskEnv(gymnasium.Env, ABC):
         return self._observation(), reward, terminated, truncated, self._info()
 
     def advance(self, action: str) -> float:
-        """Takes one action as `step` does, draws nothing, and returns the original reward.
+        """Takes one action as `step` does and returns the original reward.
+
+        Draws nothing, unless past pictures are shown (``task.pictures``): that of the state that it leaves then.
 
         Raises:
             gymnasium.error.ResetNeeded: The episode has ended, or none was started.
@@ -154,6 +159,8 @@ class TaskEnv(gymnasium.Env, ABC):
         if self.end is not None:
             return self._apply(None)
         self._past_states.append(self._state_text())
+        if self.settings.pictures > 1:
+            self._past_pictures.append(self.image_png())
         self.past_actions.append(action)
         self._picture = None
         reward = self._apply(action)
@@ -184,6 +191,11 @@ class TaskEnv(gymnasium.Env, ABC):
         buffer = io.BytesIO()
         self.picture().save(buffer, format="PNG", compress_level=1)
         return buffer.getvalue()
+
+    def shown(self) -> bytes:
+        """Returns what the policy is shown: the pictures of the last ``task.pictures`` states (`shared.pictures`)."""
+        past = self._past_pictures[-(self.settings.pictures - 1) :] if self.settings.pictures > 1 else []
+        return join_pictures([*past, self.image_png()])
 
     def picture(self) -> Image.Image:
         """Returns the current picture, drawn at the first call."""

@@ -64,7 +64,7 @@ def expand_tree(env: TaskEnv) -> list[TreeState]:
         forced = here.end is not None
         children = _children(here)
         waiting.extend(children.values())
-        prompt, image = here.prompt(), here.image_png()
+        prompt, image = here.prompt(), here.shown()
         responses = {action: here.demonstrations(action) for action in children}
         log_reward, outcome = here.log_reward, here.outcome
         if not forced:

@@ -96,7 +96,7 @@ class PolicyPlayer:
         """Returns the policy's action and response."""
         request = SampleRequest(
             prompt=env.prompt(),
-            image=env.image_png(),
+            image=env.shown(),
             max_tokens=self._config.policy.max_response_tokens,
             temperature=self._config.sampler.temperature,
             version=self._version,

@@ -16,7 +16,8 @@ from pydantic import Field
 from torch import Tensor
 
 from gflowvlm.learner.sft import learning_rate
-from gflowvlm.shared.policy_inputs import PolicyInputs, decode_image
+from gflowvlm.shared.pictures import decode_pictures
+from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.settings import Settings
 
 _BLANK = "\n"
@@ -148,7 +149,7 @@ class VisionAlignment:
         return torch.cdist(said, self._words.to(said.device)).square() / self._spread
 
     def _read(self, images: Sequence[bytes]) -> Tensor:
-        pictures = [[decode_image(image)] for image in images]
+        pictures = [decode_pictures(image) for image in images]
         return self._processor.image_processor(pictures, return_tensors="pt")["pixel_values"].half()
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from PIL import Image
 from torch import Tensor
 
+from gflowvlm.shared.pictures import picture_sizes
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.trajectory import Step, Trajectory
 
@@ -128,7 +127,7 @@ class Packer:
         self._budget = token_budget
         self._shares_prompts = shares_prompts
         self._with_stops = with_stops
-        self._image_tokens: dict[tuple[int, int], int] = {}
+        self._image_tokens: dict[tuple[tuple[int, int], ...], int] = {}
 
     def pack(self, steps: Sequence[ScoredStep]) -> list[MicroBatch]:
         """Returns the steps in micro-batches: similar lengths together, the longest first."""
@@ -197,24 +196,16 @@ class Packer:
         """
         if len(steps) == 0:
             return []
-        texts = [self._inputs.render(step.prompt) for step in steps]
-        lengths = [
-            len(ids)
-            for ids in self._inputs.tokenizer(texts, add_special_tokens=self._inputs.adds_beginning)["input_ids"]
-        ]
-        for i, step in enumerate(steps):
-            size = image_size(step.image)
+        sizes = [picture_sizes(step.image) for step in steps]
+        texts = [self._inputs.render(step.prompt, len(size)) for step, size in zip(steps, sizes, strict=True)]
+        tokens = self._inputs.tokenizer(texts, add_special_tokens=self._inputs.adds_beginning)["input_ids"]
+        lengths = [len(ids) for ids in tokens]
+        for i, (step, size) in enumerate(zip(steps, sizes, strict=True)):
             if size not in self._image_tokens:
                 full = self._inputs.encode([step.prompt], [step.image])["input_ids"].shape[1]
                 self._image_tokens[size] = int(full) - lengths[i]
             lengths[i] += self._image_tokens[size]
         return lengths
-
-
-def image_size(image: bytes) -> tuple[int, int]:
-    """Returns width and height of an encoded image, pixels, without decoding it."""
-    with Image.open(io.BytesIO(image)) as opened:
-        return opened.size
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from transformers import AutoProcessor, BatchFeature
 from gflowvlm.shared.answer_formats import DEFAULT_FORMAT, AnswerFormat, ParsedResponse, answer_format
 from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.prompt_inputs import PromptInputs, bound_pictures
-from gflowvlm.shared.prompt_inputs import decode_image as decode_image
 from gflowvlm.shared.prompt_settings import PromptSettings
 from gflowvlm.shared.response import DONE_TOKEN, ResponseLayout
 from gflowvlm.shared.response_tokens import ResponseTokens
@@ -142,16 +141,16 @@ class PolicyInputs:
         """The chat template that a model without one gets; None where it has its own."""
         return self._prompts.plain_chat_template
 
-    def render(self, prompt: str) -> str:
-        """Returns the prompt as the model expects it: chat template, image placeholder, generation prompt."""
-        return self._prompts.render(prompt)
+    def render(self, prompt: str, pictures: int = 1) -> str:
+        """Returns the prompt as the model expects it: chat template, picture placeholders, generation prompt."""
+        return self._prompts.render(prompt, pictures)
 
     def encode(self, prompts: Sequence[str], images: Sequence[bytes]) -> BatchFeature:
-        """Returns left-padded model inputs for prompts with one encoded image each.
+        """Returns left-padded model inputs for prompts with what is shown with each (`shared.pictures`).
 
         ``input_ids`` and ``attention_mask`` have shape (N, L); pixel tensors are the processor's own.
         """
-        return self._prompts.encode(prompts, [[image] for image in images])
+        return self._prompts.encode(prompts, images)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Returns the text of response tokens, `[DONE]` kept, a last end token dropped."""

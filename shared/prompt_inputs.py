@@ -1,15 +1,14 @@
 """From prompt and pictures to model inputs: chat template, beginning of the text, picture placeholders, pixels."""
 
-import io
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
-from PIL import Image
 from transformers import BatchFeature
 
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.pictures import decode_pictures
 from gflowvlm.shared.prompt_settings import PromptSettings
 
 _ANSWER = "ANSWER"
@@ -52,14 +51,15 @@ class PromptInputs:
                 f"model {self._model!r}: its chat template does not take a prompt with a picture: {error}{advice}"
             ) from None
 
-    def encode(self, prompts: Sequence[str], pictures: Sequence[Sequence[bytes]]) -> BatchFeature:
-        """Returns left-padded model inputs for prompts with their encoded pictures.
+    def encode(self, prompts: Sequence[str], images: Sequence[bytes]) -> BatchFeature:
+        """Returns left-padded model inputs for prompts with what is shown with each (`shared.pictures`).
 
         ``input_ids`` and ``attention_mask`` have shape (N, L); pixel tensors are the processor's own.
         """
+        pictures = [decode_pictures(image) for image in images]
         inputs = self._processor(
             text=[self.render(prompt, len(shown)) for prompt, shown in zip(prompts, pictures, strict=True)],
-            images=[[decode_image(picture) for picture in shown] for shown in pictures],
+            images=pictures,
             padding=True,
             padding_side="left",
             add_special_tokens=self.adds_beginning,
@@ -152,8 +152,3 @@ def bound_pictures(processor: Any, settings: PromptSettings, model: str) -> None
     for edge, value in edges.items():
         if value is not None:
             setattr(pictures.size, edge, value)
-
-
-def decode_image(image: bytes) -> Image.Image:
-    """Returns an encoded image as an RGB picture."""
-    return Image.open(io.BytesIO(image)).convert("RGB")

@@ -46,6 +46,9 @@ class TaskSettings(Settings):
     max_steps: int = Field(10, ge=1, le=64, description="Step limit.")
     prompt: Literal["history", "markov"] = Field("history", description="Whether past steps stand in the prompt.")
     image_size: int = Field(64, ge=32, le=1024, description="Side of the square picture, pixels.")
+    pictures: int = Field(
+        1, ge=1, le=16, description="Pictures in a prompt: those of the last so many states, the current one last."
+    )
     answer_format: str = Field(
         DEFAULT_FORMAT,
         pattern=r"^(json|tags|[\w.]+:\w+)$",

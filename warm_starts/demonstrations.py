@@ -141,7 +141,7 @@ class Demonstrations:
                 if action is None:
                     break
                 examples.append(
-                    SftExample(environment.prompt(), environment.image_png(), environment.demonstration(action, rng))
+                    SftExample(environment.prompt(), environment.shown(), environment.demonstration(action, rng))
                 )
                 environment.step(self._played(environment, action, rng))
         return examples[:count]

@@ -87,7 +87,7 @@ def play_and_measure(
         torch.manual_seed(seed)
         while live := [e for e in environments if e.end is None]:
             texts = generate(
-                network, inputs, [e.prompt() for e in live], [e.image_png() for e in live], temperature, max_tokens
+                network, inputs, [e.prompt() for e in live], [e.shown() for e in live], temperature, max_tokens
             )
             for environment, text in zip(live, texts, strict=True):
                 response = environment.answer_format.parse(text)

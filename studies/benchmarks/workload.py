@@ -79,7 +79,7 @@ def _made_trajectory(
         action = env.expert_action() if rng.random() < EXPERT_SHARE else actions[int(rng.integers(len(actions)))]
         if action not in actions:
             action = actions[0]
-        image = images.setdefault(env.image_png(), len(images))
+        image = images.setdefault(env.shown(), len(images))
         steps.append(_made_step(inputs, env.prompt(), image, env.demonstration(action, rng)))
         original_rewards.append(float(env.step(action)[1]))
         if env.end is not EndReason.DONE:

@@ -14,11 +14,15 @@ from gflowvlm.envs.registry import make_env
 from gflowvlm.run.models import resolve_model
 from gflowvlm.shared.answer_formats import AnswerFormat, answer_format
 from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.pictures import newest_picture
 from gflowvlm.shared.trajectory import Step, Trajectory
 from gflowvlm.studies.report.tree import Targets, sampled_tree
 
 PICTURE_CHARS = 12_000_000
 """Room for pictures in a page, characters of their data URIs; those of later trajectories are left out."""
+
+_PAGES = (b"II*\x00", b"MM\x00*")
+"""How a value of several pictures begins: a TIFF."""
 
 _SIGNATURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 
@@ -43,7 +47,8 @@ class Pictures:
             self._numbers[image] = self._add(image)
         return self._numbers[image]
 
-    def _add(self, image: bytes) -> int | None:
+    def _add(self, shown: bytes) -> int | None:
+        image = newest_picture(shown) if shown.startswith(_PAGES) else shown
         kind = next((kind for start, kind in _SIGNATURES.items() if image.startswith(start)), None)
         if kind is None:
             return None

@@ -16,6 +16,7 @@ from gflowvlm.learner.model import adapter_parameters, load_policy, reference_po
 from gflowvlm.learner.packing import ScoredStep
 from gflowvlm.learner.scoring import Scorer
 from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.pictures import join_pictures
 from gflowvlm.shared.policy_inputs import PolicyInputs
 
 CPU = torch.device("cpu")
@@ -33,13 +34,24 @@ def picture(seed: int, size: tuple[int, int]) -> bytes:
 
 
 def requests(version: int, max_tokens: int = 10) -> list[SampleRequest]:
-    """Returns requests of three states in two picture sizes, two for each state."""
-    states = [(PROMPTS[0], SIZES[0]), (PROMPTS[1], SIZES[1]), (PROMPTS[0], SIZES[1])]
+    """Returns requests of four states in two picture sizes, one with two pictures; two requests for each."""
+    states = [
+        (PROMPTS[0], picture(0, SIZES[0])),
+        (PROMPTS[1], picture(1, SIZES[1])),
+        (PROMPTS[0], picture(2, SIZES[1])),
+        (PROMPTS[0], join_pictures([picture(3, SIZES[0]), picture(4, SIZES[1])])),
+    ]
     return [
-        SampleRequest(prompt, picture(number, size), max_tokens=max_tokens, temperature=1.0, version=version, seed=seed)
-        for number, (prompt, size) in enumerate(states)
+        SampleRequest(prompt, shown, max_tokens=max_tokens, temperature=1.0, version=version, seed=seed)
+        for prompt, shown in states
         for seed in (1, 2)
     ]
+
+
+def sampling(engine: str) -> RunConfig:
+    """Returns the configuration of a small engine that takes these requests."""
+    sampler = {"engine": engine, "max_model_len": 640, "kv_cache_gib": 0.05, "max_num_seqs": 8}
+    return RunConfig.model_validate({"sampler": sampler, "task": {"pictures": 2}})
 
 
 def scored(request: SampleRequest, token_ids: Sequence[int]) -> ScoredStep:

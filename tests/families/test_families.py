@@ -12,7 +12,7 @@ from gflowvlm.learner.model import adapter_parameters
 from gflowvlm.learner.sft import SftExample, SftSettings, SftTrainer, load_for_sft
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from tests.families.agreement import SIZES, difference, lively_policy, picture, requests
+from tests.families.agreement import SIZES, difference, lively_policy, picture, requests, sampling
 from tests.families.factory import FAMILIES
 
 TOLERANCE = 1e-4
@@ -23,7 +23,7 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 
 @pytest.fixture
 def config() -> RunConfig:
-    return RunConfig.model_validate({"sampler": {"engine": "transformers", "max_model_len": 512, "max_num_seqs": 8}})
+    return sampling("transformers")
 
 
 @every_family

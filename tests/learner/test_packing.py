@@ -2,7 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from gflowvlm.learner.packing import Packer, image_size, steps_of
+from gflowvlm.learner.packing import Packer, steps_of
+from gflowvlm.shared.pictures import picture_sizes
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_a_step_beyond_the_budget_is_a_micro_batch_of_its_own(tiny_inputs, steps
 
 
 def test_the_size_of_a_picture(steps):
-    assert image_size(steps[0].image) == (64, 64)
+    assert picture_sizes(steps[0].image) == ((64, 64),)
 
 
 @pytest.mark.parametrize("shared", [True, False])
