@@ -84,7 +84,12 @@ def load_trained_tensors(network: Any, tensors: dict[str, Tensor]) -> None:
 
 
 def with_done_token(network: Any, inputs: PolicyInputs) -> PolicyInputs:
-    """Adds `[DONE]` to tokenizer and embeddings; its rows start as the mean of the others."""
+    """Adds `[DONE]` to tokenizer and embeddings; its rows start as the mean of those that wrote it until then.
+
+    The mean of all rows is nearly 0 where a vocabulary is large and was pretrained, and far from what a short training
+    reaches: the token is then demonstrated and never played.
+    """
+    written = inputs.tokenizer.encode(DONE_TOKEN, add_special_tokens=False)
     # A token that is normalised is found in some tokenizers at the beginning of a text only. Not a special one:
     # decoding that skips those keeps the action.
     inputs.tokenizer.add_tokens([AddedToken(DONE_TOKEN, normalized=False, special=False)])
@@ -96,7 +101,7 @@ def with_done_token(network: Any, inputs: PolicyInputs) -> PolicyInputs:
         network.resize_token_embeddings(made.done_id + 1, mean_resizing=False)
     with torch.no_grad():
         for layer in (network.get_input_embeddings(), network.get_output_embeddings()):
-            layer.weight[made.done_id] = layer.weight[: made.done_id].float().mean(dim=0).to(layer.weight.dtype)
+            layer.weight[made.done_id] = layer.weight[written].float().mean(dim=0).to(layer.weight.dtype)
     return made
 
 
