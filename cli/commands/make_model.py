@@ -51,7 +51,7 @@ def register(app: typer.Typer) -> None:
         ood: Annotated[bool, typer.Option(help="Demonstrate out-of-distribution numbers too.")] = True,
         done_token: Annotated[
             bool, typer.Option(help="Add `[DONE]` to the tokenizer as one token; without, it is written in several.")
-        ] = True,
+        ] = False,
         dtype: Annotated[str, typer.Option(help="`float32` or `bfloat16`.")] = "bfloat16",
         seed: Annotated[int, typer.Option(help="Seed of weights, pictures and demonstrations.")] = 0,
         checkpoint_every: Annotated[int, typer.Option(help="Steps of the warm start between checkpoints.")] = 20,

@@ -32,7 +32,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[MakeModelRequest]:
 
 
 def test_options_and_settings_of_the_task_reach_the_request(tmp_path: Path, asked: list[MakeModelRequest]) -> None:
-    options = ("--steps", "40", "--reading-steps", "7", "--seed", "3", "--no-ood", "--no-done-token")
+    options = ("--steps", "40", "--reading-steps", "7", "--seed", "3", "--no-ood", "--done-token")
     result = run("smollm2-135m", "prompt=markov", "--out", str(tmp_path), *options, "--vision", "blackjack-tiny")
     assert result.exit_code == 0, result.output
     (request,) = asked
@@ -40,14 +40,14 @@ def test_options_and_settings_of_the_task_reach_the_request(tmp_path: Path, aske
     assert (request.alignment.steps, request.alignment.seed) == (7, 3)
     assert (request.sft.task.prompt, request.sft.ood, request.sft.sft.steps) == ("markov", False, 40)
     assert not request.sft.sft.train_embeddings
-    assert not request.sft.done_token
+    assert request.sft.done_token
 
 
 def test_by_default_it_makes_what_the_preset_trains(tmp_path: Path, asked: list[MakeModelRequest]) -> None:
     assert run("smollm2-135m", "prompt=markov", "--out", str(tmp_path)).exit_code == 0
     preset = load_preset("numberline-smol")
     assert asked[0].sft.task == preset.task
-    assert asked[0].sft.done_token
+    assert not asked[0].sft.done_token
     assert asked[0].sft.sft.dtype == preset.policy.dtype
 
 
