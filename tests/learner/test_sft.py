@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tokenizers import normalizers
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -20,6 +21,7 @@ from gflowvlm.learner.sft import (
     SftProgress,
     SftSettings,
     SftTrainer,
+    check_demonstrations,
     learning_rate,
     load_for_sft,
     sft_loss,
@@ -364,3 +366,17 @@ def test_an_adapters_training_goes_on_from_a_checkpoint_that_holds_no_model(tiny
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match="no readable checkpoint"):
         SftTrainer.resume(tmp_path / "checkpoint", settings)
+
+
+def test_demonstrations_that_do_not_come_back_from_their_tokens_are_told_before_training(tiny: Path) -> None:
+    _, inputs = load_for_sft(str(tiny), SftSettings())
+    check_demonstrations(Numbers(), inputs, SftSettings(batch_size=2))
+    inputs.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("below", "above")
+    with pytest.raises(UserError, match=r"no tokens that give .* is below 50.* back"):
+        check_demonstrations(Numbers(), inputs, SftSettings(batch_size=2))
+
+
+def test_demonstrations_in_another_answer_format_are_told_before_training(tiny: Path) -> None:
+    _, inputs = load_for_sft(str(tiny), SftSettings(), "tags")
+    with pytest.raises(UserError, match=r"no action is read .*task\.answer_format"):
+        check_demonstrations(Numbers(), inputs, SftSettings(batch_size=2))
