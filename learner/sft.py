@@ -39,7 +39,8 @@ from gflowvlm.shared.answer_formats import DEFAULT_FORMAT, answer_format
 from gflowvlm.shared.config import Precision
 from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.policy_inputs import PolicyInputs
-from gflowvlm.shared.settings import Settings
+from gflowvlm.shared.prompt_inputs import bound_pictures
+from gflowvlm.shared.prompt_settings import PromptSettings
 
 _TRAINED = "trained.safetensors"
 """An adapter's file in a checkpoint, which then holds no model."""
@@ -54,8 +55,8 @@ _REMEMBERED_RESPONSES = 4096
 """Responses whose tokens are remembered: demonstrations come again, and the learner waits for them."""
 
 
-class SftSettings(Settings):
-    """Supervised fine-tuning."""
+class SftSettings(PromptSettings):
+    """Supervised fine-tuning; prompts are put to the model as a run's ``policy`` of the same settings puts them."""
 
     steps: int = Field(1500, ge=1, le=10_000_000)
     batch_size: int = Field(32, ge=1, le=65_536, description="Examples in one optimiser step.")
@@ -152,7 +153,8 @@ def load_for_sft(
     except (ImportError, OSError, ValueError, SafetensorError) as error:
         reason = one_line(error)
         raise UserError(f"model {model!r}: cannot be loaded ({reason})") from None
-    inputs = PolicyInputs(model, processor, answer_format(answers))
+    bound_pictures(processor, settings, model)
+    inputs = PolicyInputs(model, processor, answer_format(answers), settings)
     if done_token and inputs.done_id is None:
         inputs = with_done_token(network, inputs)
     if settings.lora_rank > 0:

@@ -101,6 +101,11 @@ def register(app: typer.Typer) -> None:
         ] = 0,
         gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
         image_size: Annotated[int, typer.Option(help="Side of the pictures, pixels.")] = 64,
+        system_prompt: Annotated[
+            str | None, typer.Option(help="The system's turn; as `policy.system_prompt`.", show_default=False)
+        ] = None,
+        min_pixels: Annotated[int | None, typer.Option(help="As `policy.min_pixels`.", show_default=False)] = None,
+        max_pixels: Annotated[int | None, typer.Option(help="As `policy.max_pixels`.", show_default=False)] = None,
         checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
         episodes: Annotated[int, typer.Option(help="Episodes for each of the figures at the end; 0: none.")] = 200,
         max_response_tokens: Annotated[
@@ -164,7 +169,17 @@ def _request(context: typer.Context) -> "SftRequest":
         raise UserError(first_problem(error, {"batch_size": "batch", "learning_rate": "lr"})) from None
 
 
-_OF_TRAINING = ("micro_batch", "dtype", "lora_rank", "gradient_checkpointing", "checkpoint_every", "seed")
+_OF_TRAINING = (
+    "micro_batch",
+    "dtype",
+    "lora_rank",
+    "gradient_checkpointing",
+    "checkpoint_every",
+    "seed",
+    "system_prompt",
+    "min_pixels",
+    "max_pixels",
+)
 _OF_REQUEST = ("model", "head_scale", "with_done", "done_token", "episodes")
 _PLAYING = ("task_settings", "noise", "detours", "ood", "reading_steps", "fresh_steps", "image_size")
 """Options that say how demonstrations are made on the spot."""

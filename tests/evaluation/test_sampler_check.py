@@ -88,6 +88,16 @@ def test_mean_and_quantile_decide_by_the_precision_or_as_set(model_path, config,
         require_agreement(found, config, model_path)
 
 
+@pytest.mark.parametrize(
+    ("engine", "told"), [("vllm", "see each other in this model"), ("transformers", "check policy")]
+)
+def test_attention_that_vllm_lacks_on_a_cpu_is_named(model_path, monkeypatch, engine, told):
+    monkeypatch.setattr(PolicyInputs, "has_token_types", True)
+    config = RunConfig.model_validate({"sampler": {"engine": engine}})
+    with pytest.raises(UserError, match=told):
+        require_agreement(mismatch(model_path, [0.05] * 20), config, model_path)
+
+
 def misbehaving(first, **rollout):
     return RunConfig(
         task=MisbehavingSettings(), evaluation=EvaluationSettings(seed=first), rollout=RolloutSettings(**rollout)

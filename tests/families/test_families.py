@@ -12,6 +12,8 @@ from gflowvlm.learner.model import adapter_parameters
 from gflowvlm.learner.sft import SftExample, SftSettings, SftTrainer, load_for_sft
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.prompt_settings import PromptSettings
+from gflowvlm.warm_starts.warm_start import generate
 from tests.families.agreement import SIZES, difference, lively_policy, picture, requests, sampling
 from tests.families.factory import FAMILIES
 
@@ -104,3 +106,31 @@ def saved_names(folder):
 
     with safe_open(folder / "model.safetensors", "pt") as weights:
         return set(weights.keys())
+
+
+def test_the_closing_figures_of_sft_are_the_models_own_and_its_generation_settings_stay(family_folder):
+    settings = SftSettings(steps=1)
+    network, inputs = load_for_sft(str(family_folder("qwen2_5_vl")), settings)
+    network.eval()
+    asked = requests(0)[0]
+
+    def answer() -> list[str]:
+        return generate(network, inputs, [asked.prompt], [asked.image], temperature=0.0, max_tokens=24)
+
+    penalised = network.generation_config
+    penalised.repetition_penalty = 50.0
+    found = answer()
+    assert network.generation_config is penalised
+    penalised.repetition_penalty = 1.0
+    assert found == answer()
+
+
+def test_prompts_of_sft_are_those_of_the_run_that_follows(family_folder):
+    said = {"system_prompt": "Be brief.", "max_pixels": 4 * 28 * 28}
+    folder = str(family_folder("qwen2_5_vl"))
+    _, taught = load_for_sft(folder, SftSettings(steps=1, **said))
+    played = PolicyInputs.load(folder, prompts=PromptSettings(**said))
+    shown = picture(0, (224, 224))
+    ids = [inputs.encode(["What now?"], [shown])["input_ids"][0].tolist() for inputs in (taught, played)]
+    assert ids[0] == ids[1]
+    assert "Be brief." in taught.tokenizer.decode(ids[0])

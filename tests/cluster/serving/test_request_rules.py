@@ -91,9 +91,9 @@ async def echo(request: Request) -> JSONResponse:
     return JSONResponse({"got": (await request.body()).decode(), "path": request.url.path})
 
 
-def post(body, api_key=None, **headers):
+def post(body, api_key=None, rules=RULES, **headers):
     app = Starlette(routes=[Route("/v1/{path:path}", echo, methods=["POST", "GET"])])
-    app.add_middleware(RulesMiddleware, rules=RULES, api_key=api_key)
+    app.add_middleware(RulesMiddleware, rules=rules, api_key=api_key)
 
     async def ask():
         transport = httpx.ASGITransport(app)
@@ -107,6 +107,14 @@ def test_a_request_that_keeps_to_the_rules_arrives_as_it_was_sent():
     body = json.dumps(with_picture(data_url()))
     assert post(body).json() == {"got": body, "path": "/v1/chat/completions"}
     assert post("no json").json()["got"] == "no json"
+
+
+def test_what_a_request_does_not_say_is_as_in_training_and_what_it_says_stays():
+    rules = RequestRules(frozenset(), defaults={"add_special_tokens": True})
+    for said in ({}, {"add_special_tokens": False}):
+        body = {**with_picture(data_url()), **said}
+        assert json.loads(post(json.dumps(body), rules=rules).json()["got"]) == {"add_special_tokens": True, **body}
+    assert post("no json", rules=rules).json()["got"] == "no json"
 
 
 def test_a_refusal_is_an_error_as_openai_clients_read_it():
