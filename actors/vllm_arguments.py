@@ -81,6 +81,8 @@ def engine_arguments(config: RunConfig, inputs: PolicyInputs) -> Any:
         limit_mm_per_prompt={"image": config.task.pictures},
         mm_processor_kwargs=config.policy.pixel_bounds or None,
         mm_processor_cache_gb=IMAGE_CACHE_GIB,
+        # Its bars would stand in the middle of what a command shows.
+        use_tqdm_on_load=False,
         enable_lora=True,
         # One slot more than adapters: vLLM's CPU kernels apply whatever stands in the last slot to the
         # base model's requests of a mixed batch (their slot is -1), so it must stay empty.

@@ -8,7 +8,6 @@ from typing import Any
 
 from gflowvlm.api.run import Run
 from gflowvlm.api.training_process import train_to_the_end
-from gflowvlm.run.models import resolve_model
 from gflowvlm.run.paths import check_paths, with_absolute_paths
 from gflowvlm.run.preset_library import DEFAULT_PRESET, PRESETS, load_preset, preset_names
 from gflowvlm.run.setup import new_run, open_run
@@ -85,12 +84,13 @@ def train(
         2
     """
     from gflowvlm.actors.demonstration_set import DemonstrationSet
-    from gflowvlm.shared.policy_inputs import PolicyInputs
+    from gflowvlm.cluster.launch.known_memory import known_memory
+    from gflowvlm.evaluation.model_check.report import require_trainable
 
     config = with_absolute_paths(load_config(source, overrides))
     check_paths(config)
     # What would fail minutes later is looked at before there is a folder.
-    PolicyInputs.load(resolve_model(config.policy.model), config.task.answer_format, config.policy)
+    require_trainable(config, known_memory(config))
     DemonstrationSet.of_run(config)
     folder = new_run(config, None if run is None else Path(run).expanduser())
     train_to_the_end(folder, progress=progress)

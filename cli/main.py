@@ -13,6 +13,7 @@ import gflowvlm
 from gflowvlm.cli.commands import (
     alfworld,
     bench,
+    check,
     compare,
     demonstrate,
     doctor,
@@ -65,6 +66,7 @@ for command in (
     bench,
     presets,
     alfworld,
+    check,
     doctor,
 ):
     command.register(app)

@@ -100,10 +100,18 @@ def require_agreement(mismatch: Mismatch, config: RunConfig, model_path: str) ->
     )
 
 
-def sampled_responses(config: RunConfig, inputs: PolicyInputs, source: ResponseSource) -> list[Trajectory]:
-    """Returns what the base model answers to the first evaluation instances, each response a trajectory of one step.
+def sampled_responses(
+    config: RunConfig, inputs: PolicyInputs, source: ResponseSource, version: int = BASE_VERSION
+) -> list[Trajectory]:
+    """Returns what a policy answers to the first evaluation instances, each response a trajectory of one step.
 
     Instances that cannot be started or shown are left out.
+
+    Args:
+        config: The run's configuration.
+        inputs: The policy's processor.
+        source: Samples the responses.
+        version: Which version of the policy answers.
 
     Raises:
         UserError: None of them could be answered.
@@ -122,7 +130,7 @@ def sampled_responses(config: RunConfig, inputs: PolicyInputs, source: ResponseS
                 view = await environment.start(seed, "id", [0])
             finally:
                 environment.close()
-            request = SampleRequest(view.prompt, view.image, config.policy.max_response_tokens, 1.0, BASE_VERSION)
+            request = SampleRequest(view.prompt, view.image, config.policy.max_response_tokens, 1.0, version)
             responses = await asyncio.gather(*(source.sample(request) for _ in range(SAMPLES)))
         except (EnvironmentFailedError, EnvironmentLostError, PromptTooLongError) as error:
             return str(error)

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
@@ -53,20 +53,24 @@ def load_policy(settings: PolicySettings, model_path: str, *, seed: int, device:
     return adapted(load_base_model(model_path, settings.dtype), settings, seed).to(device)
 
 
-def empty_policy(settings: PolicySettings, model_path: str) -> Any:
+def empty_policy(settings: PolicySettings, model: str | PreTrainedConfig) -> Any:
     """Returns what `load_policy` does on the meta device: all names, shapes and precisions, and no numbers.
+
+    Args:
+        settings: Precision, adapter and checkpointing.
+        model: Model directory or hub name, or a model's configuration.
 
     Raises:
         UserError: No such model, or LoRA targets outside the language model.
     """
-    path = directory_or_hub_name(model_path)
+    name = model if isinstance(model, str) else type(model).__name__
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(directory_or_hub_name(model)) if isinstance(model, str) else model
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config, dtype=DTYPES[settings.dtype])
+            empty = AutoModelForImageTextToText.from_config(config, dtype=DTYPES[settings.dtype])
     except (ImportError, OSError, ValueError) as error:
-        raise UserError(f"model {model_path!r}: cannot be built ({one_line(error)})") from None
-    return adapted(model, settings, seed=0)
+        raise UserError(f"model {name!r}: cannot be built ({one_line(error)})") from None
+    return adapted(empty, settings, seed=0)
 
 
 def adapted(

@@ -4,16 +4,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
+from gflowvlm.cli.check_table import check_table
 from gflowvlm.cli.json_file import json_option, write_json_file
-from gflowvlm.cluster.launch.doctor import Check, Status, run_checks
+from gflowvlm.cluster.launch.doctor import run_checks
 from gflowvlm.cluster.launch.machine import machine, machine_lines, versions
 from gflowvlm.run.console import terminal
 from gflowvlm.run.preset_library import DEFAULT_PRESET, load_preset
-
-_COLOURS = {Status.OK: "green", Status.NOTE: "yellow", Status.BROKEN: "red"}
+from gflowvlm.shared.findings import Status
 
 
 def register(app: typer.Typer) -> None:
@@ -35,7 +33,7 @@ def register(app: typer.Typer) -> None:
         with console.status("checking ..."):
             checks = run_checks(load_preset(DEFAULT_PRESET), Path.cwd(), start_ray=ray)
         works = all(check.status is not Status.BROKEN for check in checks)
-        console.print(_table(checks))
+        console.print(check_table(checks))
         console.print(
             "The default run works here: gflowvlm train"
             if works
@@ -48,10 +46,3 @@ def register(app: typer.Typer) -> None:
             write_json_file(content, json_file)
         if not works:
             raise typer.Exit(1)
-
-
-def _table(checks: list[Check]) -> Table:
-    table = Table("check", "", "finding", "what to do")
-    for check in checks:
-        table.add_row(check.name, Text(check.status.value, _COLOURS[check.status]), check.detail, check.advice)
-    return table

@@ -19,7 +19,7 @@ from gflowvlm.shared.shell import quoted
 from gflowvlm.shared.trajectory import BASE_VERSION
 
 LACKING = 1
-"""Exit status of `--dry-run` when the run could not start on the cluster as it is."""
+"""Exit status of `--dry-run` when the run could not start on the cluster as it is, or does not fit its devices."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -44,8 +44,17 @@ def register(app: typer.Typer) -> None:
         run: Annotated[Path | None, typer.Option(help="Folder of the new run [default: runs/NAME-DATE-TIME].")] = None,
         resume: Annotated[Path | None, typer.Option(help="Folder of a run to go on with.")] = None,
         dry_run: Annotated[
-            bool, typer.Option("--dry-run", help="Only show what the run asks for, and what cluster.address lacks.")
+            bool,
+            typer.Option(
+                "--dry-run", help="Only show what the run asks for, its memory plan, and what cluster.address lacks."
+            ),
         ] = False,
+        gpu_memory: Annotated[
+            float | None,
+            typer.Option(
+                "--gpu-memory", min=1, help="Memory of each GPU, GiB, to plan for; by default this machine's."
+            ),
+        ] = None,
     ) -> None:
         """Train a vision-language model with a GFlowNet loss.
 
@@ -65,8 +74,10 @@ def register(app: typer.Typer) -> None:
         if dry_run:
             from gflowvlm.cluster.launch.dry_run import dry_run as show
 
-            raise typer.Exit(0 if show(console, resolved) else LACKING)
-        _train(console, folder, resolved, run)
+            has_room = show(console, resolved)
+            fits = _show_memory(console, resolved, gpu_memory)
+            raise typer.Exit(0 if has_room and fits else LACKING)
+        _train(console, folder, resolved, run, gpu_memory)
 
 
 def _reopened(directory: Path) -> tuple[RunFolder, RunConfig]:
@@ -83,18 +94,37 @@ def _reopened(directory: Path) -> tuple[RunFolder, RunConfig]:
     return folder, config
 
 
-def _train(console: Console, folder: RunFolder | None, config: RunConfig, directory: Path | None) -> None:
+def _show_memory(console: Console, config: RunConfig, gpu_gib: float | None) -> bool:
+    """Prints the memory plan, or why there is none; returns whether anything speaks against the run."""
+    from gflowvlm.cli.memory_table import show_memory_plan
+    from gflowvlm.cluster.launch.known_memory import known_memory
+    from gflowvlm.evaluation.model_check.report import planned_memory
+    from gflowvlm.run.paths import check_paths
+
+    try:
+        check_paths(config)
+        plan = planned_memory(config, known_memory(config, gpu_gib))
+    except UserError as error:
+        console.print(f"no memory plan: {error}", highlight=False, soft_wrap=True)
+        return True
+    show_memory_plan(console, plan)
+    return not plan.problems
+
+
+def _train(
+    console: Console, folder: RunFolder | None, config: RunConfig, directory: Path | None, gpu_gib: float | None
+) -> None:
     # Imported here so that --help and wrong arguments answer at once.
     from gflowvlm.actors.demonstration_set import DemonstrationSet
     from gflowvlm.cluster.driver.training_run import TrainingRun
+    from gflowvlm.cluster.launch.known_memory import known_memory
     from gflowvlm.cluster.launch.ray_runtime import check_local_ray, dashboard_line, ray_cluster, wait_for_resources
-    from gflowvlm.run.models import resolve_model
+    from gflowvlm.evaluation.model_check.report import require_trainable
     from gflowvlm.run.paths import check_paths
     from gflowvlm.run.setup import new_run, run_lock
-    from gflowvlm.shared.policy_inputs import PolicyInputs
 
     check_paths(config)
-    PolicyInputs.load(resolve_model(config.policy.model), config.task.answer_format, config.policy)
+    require_trainable(config, known_memory(config, gpu_gib))
     DemonstrationSet.of_run(config)
     if config.cluster.address is None:
         # Before there is a folder.

@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from gflowvlm.cluster.launch.process_environment import package_path
 from gflowvlm.cluster.launch.ray_folder import check_ray_folder, ray_folder
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.findings import Check, Status
 
 PROBE_TIMEOUT_S = 120.0
 NEEDED_DISK_GIB = 1.0
@@ -86,33 +86,6 @@ with ray_cluster(RunConfig.model_validate_json(sys.argv[1])) as address:
         protected = refusal.code == 401
 print(json.dumps({"url": url, "protected": protected}))
 """
-
-
-class Status(StrEnum):
-    """What a check found."""
-
-    OK = "ok"
-    NOTE = "note"
-    """The default run works without it, or worse than it could."""
-    BROKEN = "broken"
-    """The default run does not work."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check's result.
-
-    Attributes:
-        name: What was looked at.
-        status: What was found.
-        detail: The finding in a few words.
-        advice: What to do about it, one line; empty when all is well.
-    """
-
-    name: str
-    status: Status
-    detail: str
-    advice: str = ""
 
 
 @dataclass(frozen=True)

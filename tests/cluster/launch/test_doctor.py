@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 from gflowvlm.cli.commands import doctor
 from gflowvlm.cluster.launch.doctor import (
-    Status,
     check_dashboard_port,
     check_model,
     check_ray_start,
@@ -22,6 +21,7 @@ from gflowvlm.cluster.launch.doctor import (
 from gflowvlm.learner.tiny_policy import TinyShape, build_tiny_policy
 from gflowvlm.shared.cluster_settings import ClusterSettings
 from gflowvlm.shared.config import RunConfig
+from gflowvlm.shared.findings import Status
 
 
 @pytest.fixture

@@ -1,0 +1,77 @@
+"""`gflowvlm check` on a terminal: its table, its file, its exit status."""
+
+import json
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from gflowvlm.cli.commands.check import run_of
+from gflowvlm.cli.main import app
+from gflowvlm.learner.tiny_policy import build_tiny_policy
+from gflowvlm.shared.errors import UserError
+from tests.cli.test_errors import assert_one_line, gflowvlm
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(build_tiny_policy(tmp_path_factory.mktemp("model")))
+
+
+def test_a_quick_check_shows_its_findings_at_80_columns_and_writes_them(model, tmp_path):
+    found = tmp_path / "found.json"
+    result = CliRunner().invoke(app, ["check", model, "--task", "blackjack", "--quick", "--json", str(found)])
+    assert result.exit_code == 0, result.output
+    assert max(len(line) for line in result.output.splitlines() if line.startswith("│")) <= 80
+    assert "looking at the processor ..." in result.output
+    assert f"{model} can be trained: gflowvlm train" in result.output.replace("\n", "")
+    content = json.loads(found.read_text())
+    assert content["trainable"] is True
+    assert content["round_trip"] == 1.0
+    assert content["action_mass_max"] is None
+    assert content["task"] == "blackjack"
+    assert [device["name"] for device in content["memory_plan"]["devices"]] == ["main memory"]
+
+
+def test_a_model_that_cannot_be_trained_exits_with_1(model):
+    result = CliRunner().invoke(app, ["check", model, "--quick", "policy.lora_targets=[none]"])
+    assert result.exit_code == 1
+    assert "cannot be trained like this: see the red line" in result.output
+
+
+def test_a_gpu_that_is_not_here_is_planned_for(model):
+    run = ["sampler.gpus_per_replica=0.5", "learner.gpus_per_worker=0.5"]
+    result = CliRunner().invoke(app, ["check", model, *run, "--quick", "--gpu-memory", "2"])
+    assert result.exit_code == 0
+    assert "the GPU of sampler and learner: " in result.output
+
+
+def test_a_shipped_model_is_checked_for_its_own_preset_and_another_task_for_the_defaults():
+    assert run_of("blackjack-tiny", None, None, None, []).name == "blackjack-tiny"
+    other = run_of("blackjack-tiny", "numbersequence", None, None, ["learner.steps=3"])
+    assert (other.task.name, other.policy.model, other.learner.steps) == ("numbersequence", "blackjack-tiny", 3)
+    with pytest.raises(UserError, match=r"learner\.stps"):
+        run_of("blackjack-tiny", None, None, None, ["learner.stps=3"])
+
+
+def test_a_run_that_cannot_train_is_refused_before_there_is_a_folder(model, tmp_path):
+    short = gflowvlm("train", f"policy.model={model}", "sampler.max_model_len=100", cwd=tmp_path)
+    assert_one_line(short, "the longest prompt has", "sampler.max_model_len is 100; set sampler.max_model_len=")
+    large = [f"policy.model={model}", "sampler.gpus_per_replica=0.5", "learner.gpus_per_worker=0.5"]
+    small = gflowvlm("train", *large, "--dry-run", "--gpu-memory", "1", cwd=tmp_path)
+    assert small.returncode == 1
+    assert "does not fit: the GPU of sampler and learner needs" in small.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_whole_check_starts_vllm_and_takes_about_a_minute(tmp_path):
+    found = tmp_path / "found.json"
+    started = time.monotonic()
+    result = gflowvlm("check", "numberline-tiny", "--json", found, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert time.monotonic() - started < 90
+    content = json.loads(found.read_text())
+    assert content["action_mass_max"] <= 1.0 + 1e-5
+    assert content["mismatch_max"] < 1e-4
+    assert content["mismatch_max_adapter"] < 1e-4
