@@ -98,6 +98,8 @@ def check_start_token(inputs: PolicyInputs, state: ProbedState) -> Check:
         advice = "it was trained with one: write {{ bos_token }} first in its chat template"
         return Check(name, Status.BROKEN, "missing, and the tokenizer puts one before a text", advice)
     where = "stands once at the start" if first == 1 else "not used, as by the tokenizer itself"
+    if first == 0 and start in ids:
+        where = "stands where its processor puts it, not at the start"
     return Check(name, Status.OK, f"{tokenizer.bos_token} {where}")
 
 

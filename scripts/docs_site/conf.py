@@ -37,8 +37,8 @@ RESULTS = "What it reaches"
 
 NAVIGATION = {
     "Start": ("quickstart", "concepts", "tasks", "python"),
-    "Use": ("objectives", "demonstrations", "recipe", "experiments", "alfworld", "report", "serving"),
-    "Operate": ("cluster", "one-gpu", "watching", "scale", "operations"),
+    "Use": ("checking", "objectives", "demonstrations", "recipe", "experiments", "alfworld", "report", "serving"),
+    "Operate": ("cluster", "one-gpu", "gpu", "watching", "scale", "operations"),
     "Reference": ("configuration", "commands", "api", "metrics"),
     "Evidence": ("results", "proving", "compare-torchgfn", "benchmarks"),
     "Develop": ("contributing",),

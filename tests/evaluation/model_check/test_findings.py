@@ -80,7 +80,12 @@ def saved_without_changes(learner, directory):
     ("sections", "name", "detail", "advice"),
     [
         ({"sampler": {"max_model_len": 128}}, "lengths", "sampler.max_model_len is 128", "sampler.max_model_len="),
-        ({"policy": {"max_response_tokens": 4}}, "lengths", "policy.max_response_tokens is 4", "max_response_tokens=64"),
+        (
+            {"policy": {"max_response_tokens": 4}},
+            "lengths",
+            "policy.max_response_tokens is 4",
+            "max_response_tokens=64",
+        ),
         ({"policy": {"lora_targets": ["none"]}}, "LoRA targets", "'none' names no linear layer", "choose from"),
     ],
 )
