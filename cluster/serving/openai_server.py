@@ -87,6 +87,7 @@ class OpenAIServer:
             _largest_side(inputs),
             # vLLM adds none to a conversation of itself.
             {"add_special_tokens": True} if inputs.adds_beginning else {},
+            policy.config.policy.system_prompt,
         )
 
     async def build_app(self) -> ASGIApp:

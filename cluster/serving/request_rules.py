@@ -32,11 +32,13 @@ class RequestRules:
         forbidden_ids: Tokens that no response may hold.
         largest_side: Largest width and height of a picture that the model takes, pixels; None where it is resized.
         defaults: What a request that does not say otherwise is taken to say.
+        system_prompt: The system's turn of a conversation that has none; None for none.
     """
 
     forbidden_ids: frozenset[int]
     largest_side: int | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    system_prompt: str | None = None
 
     def refusal(self, request: object) -> str | None:
         """Returns why a request is not answered; None where it keeps to the rules."""
@@ -44,6 +46,16 @@ class RequestRules:
             # Told by vLLM, which knows what it lacks.
             return None
         return _of_prompt(request) or _of_tools(request) or self._of_tokens(request) or self._of_media(request)
+
+    def completed(self, request: object) -> Mapping[str, Any] | None:
+        """Returns a request with what it leaves to the policy; None where it stays as it is."""
+        if not isinstance(request, Mapping):
+            return None
+        whole = {**self.defaults, **request}
+        messages = request.get("messages")
+        if self.system_prompt is not None and isinstance(messages, list) and not _has_system_turn(messages):
+            whole["messages"] = [{"role": "system", "content": self.system_prompt}, *messages]
+        return None if whole == dict(request) else whole
 
     def _of_tokens(self, request: Mapping[str, Any]) -> str | None:
         allowed = request.get("allowed_token_ids")
@@ -114,8 +126,9 @@ class RulesMiddleware:
             else self._rules.refusal(request)
         )
         if refusal is None:
-            if self._rules.defaults and isinstance(request, Mapping):
-                full = json.dumps({**self._rules.defaults, **request}).encode()
+            whole = self._rules.completed(request)
+            if whole is not None:
+                full = json.dumps(whole).encode()
                 messages = [{"type": "http.request", "body": full, "more_body": False}]
                 scope = {**scope, "headers": _with_length(scope["headers"], len(full))}
             await self._app(scope, _replayed(messages, receive), send)
@@ -179,6 +192,10 @@ def _parsed(body: bytes) -> object:
         return json.loads(body)
     except ValueError:
         return None
+
+
+def _has_system_turn(messages: list[Any]) -> bool:
+    return any(isinstance(turn, Mapping) and turn.get("role") in ("system", "developer") for turn in messages)
 
 
 def _with_length(headers: Sequence[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +23,10 @@ from typing import Any
 from tests.families.factory import FAMILIES, build_family
 
 ROOT = Path(__file__).resolve().parents[2]
+END_S = 60
 STEP_S = 600
 QUEUE_S = 1800
-"""How long a step may take, and how much longer where it waits for its turn, seconds."""
+"""How long a step may take, and how much longer where it waits for its turn, seconds. Ending one takes `END_S`."""
 
 SMALL = [
     "sampler.max_model_len=1024",
@@ -100,11 +102,13 @@ class Column:
         heading: What stands above it.
         command: The command that must end well. One that prints a line ``RESULT ...`` shows it.
         starts: Whether it starts Ray or vLLM.
+        makes: What it makes, where it refuses to go on with what an interrupted one left.
     """
 
     heading: str
     command: Callable[[Place], list[str]]
     starts: bool
+    makes: Callable[[Place], Path] | None = None
 
 
 STEPS: dict[str, Column] = {
@@ -112,13 +116,16 @@ STEPS: dict[str, Column] = {
         "`sft`",
         lambda place: gflowvlm("sft", "--model", str(place.model.resolve()), "--out", str(place.tuned), *SFT),
         starts=False,
+        makes=lambda place: place.tuned,
     ),
     "match_transformers": Column(
         "match, transformers", lambda place: helper("match_transformers", place), starts=False
     ),
     "match_vllm": Column("match, vLLM", lambda place: helper("match_vllm", place), starts=True),
-    "vllm": Column("`train`, vLLM", training("vllm"), starts=True),
-    "transformers": Column("`train`, transformers", training("transformers"), starts=True),
+    "vllm": Column("`train`, vLLM", training("vllm"), starts=True, makes=lambda place: place.run("vllm")),
+    "transformers": Column(
+        "`train`, transformers", training("transformers"), starts=True, makes=lambda place: place.run("transformers")
+    ),
     "eval": Column(
         "`eval`", lambda place: gflowvlm("eval", str(place.run("transformers")), "--instances", "2"), starts=True
     ),
@@ -162,6 +169,8 @@ class Matrix:
 
     def _take(self, place: Place, step: str, column: Column) -> dict[str, Any]:
         through = self._through if column.starts else []
+        if column.makes is not None:
+            shutil.rmtree(column.makes(place), ignore_errors=True)
         log = place.folder / f"{step}.log"
         begun = time.monotonic()
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
@@ -177,14 +186,26 @@ class Matrix:
             try:
                 code = process.wait(timeout=STEP_S + (QUEUE_S if through else 0))
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
                 code = -1
+            finally:
+                _end(process)
         lines = [
             line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
         ]
         told = [line.removeprefix("RESULT ") for line in lines if line.startswith("RESULT ")]
         said = told[-1] if told else "" if code == 0 else _reason(lines)
         return {"passed": code == 0, "said": said[:600], "seconds": round(time.monotonic() - begun, 1)}
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Ends a command that did not end by itself, and what it started."""
+    if process.poll() is not None:
+        return
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(timeout=END_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _reason(lines: list[str]) -> str:

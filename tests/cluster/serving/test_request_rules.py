@@ -117,6 +117,15 @@ def test_what_a_request_does_not_say_is_as_in_training_and_what_it_says_stays():
     assert post("no json", rules=rules).json()["got"] == "no json"
 
 
+def test_a_conversation_without_a_systems_turn_gets_the_one_of_training():
+    rules = RequestRules(frozenset(), system_prompt="Be brief.")
+    asked = with_picture(data_url())
+    got = json.loads(post(json.dumps(asked), rules=rules).json()["got"])
+    assert got["messages"] == [{"role": "system", "content": "Be brief."}, *asked["messages"]]
+    asked["messages"].insert(0, {"role": "system", "content": "Be long."})
+    assert json.loads(post(json.dumps(asked), rules=rules).json()["got"]) == asked
+
+
 def test_a_refusal_is_an_error_as_openai_clients_read_it():
     answer = post(json.dumps(with_picture("file:///etc/passwd")))
     assert answer.status_code == 400
