@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from gflowvlm.learner.learner import Learner
+from gflowvlm.learner.memory import PlannedModel, PromptSize
 from gflowvlm.learner.model import adapted
 from gflowvlm.learner.output_head import LogitMap, frozen_log_probs, log_probs_of
 from gflowvlm.learner.packing import ScoredStep, steps_of
@@ -136,6 +137,7 @@ def check_shape(shape: Shape, clock: Clock, rate: float, checkpointing: bool, fo
     steps = steps_of(make_trajectories(shape, inputs))
     work = Workload(model[0], shape, inputs, steps)
     part("learner", lambda: measure_learner(model[0], config, shape, inputs, work, clock, rate))
+    part("memory plan", lambda: plan_memory(config, shape, inputs, steps))
     part("plain", lambda: measure_plain(model[0], config, inputs, steps, work, clock, rate))
 
 
@@ -252,6 +254,20 @@ def measure_learner(
         "updated": metrics["updated"],
         "difference": difference,
         **parts,
+    }
+
+
+def plan_memory(config: RunConfig, shape: Shape, inputs: PolicyInputs, steps: list[ScoredStep]) -> dict[str, Any]:
+    """Returns what the memory plan says of the learner, GiB: `peak_gib` is to be held beside the learner's."""
+    prompts = inputs.encode([s.prompt for s in steps], [s.image for s in steps])["input_ids"]
+    size = PromptSize(prompts.shape[1], (shape.side // PATCH) ** 2)
+    plan = PlannedModel(config, make_config(shape, inputs.tokenizer)).learner(size)
+    return {
+        "peak_gib": plan.peak / GIB,
+        "weights_gib": plan.weights / GIB,
+        "activations_gib": plan.activations / GIB,
+        "logits_gib": plan.logits / GIB,
+        "training_gib": (plan.adapter + plan.gradients + plan.optimiser) / GIB,
     }
 
 

@@ -70,13 +70,14 @@ def test_it_measures_all_parts_without_ray_vllm_or_an_installation(packages: Pat
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
     parts = {part["part"]: part for part in content["parts"]}
-    assert list(parts) == ["build", "head", "learner", "plain"]
+    assert list(parts) == ["build", "head", "learner", "memory plan", "plain"]
     assert content["device"]["product_tflops"] > 0
     assert parts["head"]["difference"] < 1e-5
     assert parts["head"]["gradient_difference"] < 0.02
     # bfloat16: shared prompts and positions on several axes at most round otherwise.
     assert parts["learner"]["difference"] < 0.05
     assert parts["learner"]["updated"] == 1.0
+    assert parts["memory plan"]["peak_gib"] > parts["memory plan"]["weights_gib"] > 0
     for name in ("learner", "plain"):
         assert parts[name]["tokens_per_s"] > 0
         assert 0 < parts[name]["share_of_peak"] < 1
