@@ -6,7 +6,16 @@ from typing import Any
 
 from gflowvlm.actors import environment_process
 from gflowvlm.actors.environment_process import EnvironmentProcess
-from gflowvlm.actors.environments import EnvironmentFailedError, EnvironmentLostError, View, instance_name
+from gflowvlm.actors.environments import (
+    EnvironmentFailedError,
+    EnvironmentLostError,
+    EpisodeEnvironment,
+    LocalCalls,
+    LocalEnvironment,
+    View,
+    instance_name,
+    make_environment,
+)
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.task_settings import TaskSettings
 
@@ -15,19 +24,37 @@ CALL_TIMEOUT_S = 300.0
 
 
 class EnvironmentHosts:
-    """Some processes with any number of environments each. Use within one event loop.
+    """Where a task's environments run: in some processes with any number of them each, or in this one.
+
+    Use within one event loop.
 
     Args:
         settings: The task.
-        processes: How many; they start when they are first needed.
-        timeout_s: Longest an environment may take for one call, seconds; then its process is replaced.
+        processes: How many processes hold environments, started when they are first needed; 0: this one does.
+        timeout_s: Longest an environment in one of them may take for one call, seconds; then its process is replaced.
+        calls: Is told which instance's code runs in this process.
     """
 
-    def __init__(self, settings: TaskSettings, processes: int, timeout_s: float = CALL_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        settings: TaskSettings,
+        processes: int,
+        timeout_s: float = CALL_TIMEOUT_S,
+        calls: LocalCalls | None = None,
+    ) -> None:
+        self._settings = settings
         self._hosts = [_Host(settings, timeout_s) for _ in range(processes)]
+        self._calls = calls
 
-    def open(self, group_index: int) -> "HostedEnvironment":
-        """Returns a new environment in the host of a group; a group's environments share what its game costs."""
+    def open(self, group_index: int) -> EpisodeEnvironment:
+        """Returns a new environment; those of a group share a process, and what its game costs.
+
+        Raises:
+            EnvironmentFailedError: Its code failed where it was made.
+            UserError: The task's settings allow no environment.
+        """
+        if not self._hosts:
+            return LocalEnvironment(make_environment(self._settings), self._calls)
         return HostedEnvironment(self._hosts[group_index % len(self._hosts)])
 
     @property

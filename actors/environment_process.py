@@ -9,14 +9,14 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
+from io import RawIOBase
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gflowvlm.actors.environments import (
     EnvironmentFailedError,
@@ -26,8 +26,12 @@ from gflowvlm.actors.environments import (
     run_environment_code,
 )
 from gflowvlm.actors.process_guard import ProcessGuard
+from gflowvlm.actors.process_output import OutputTail
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.task_settings import TaskSettings
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 OUTPUT_KEPT = 2000
 """Bytes of what a process wrote last that are kept, for the reason of a failure."""
@@ -86,7 +90,9 @@ class EnvironmentProcess:
         self.pid = self._child.pid
         self.over = False
         self._timeout_s = timeout_s
-        self._output = _OutputTail(reader)
+        self._output = OutputTail(OUTPUT_KEPT)
+        self._output.follow(os.dup(reader.fileno()), _LimitedOutput())
+        reader.close()
         self._guard = ProcessGuard([self.pid])
         self._turn = asyncio.Lock()
         self._calls: set[asyncio.Task[CallOutcome]] = set()
@@ -164,7 +170,7 @@ class EnvironmentProcess:
 
     async def _with_output(self, failure: str) -> str:
         await asyncio.sleep(OUTPUT_SETTLES_S)
-        line = self._output.last_line()
+        line = self._output.last_line()[:LINE_CHARS]
         return f"{failure} (it said: {line})" if line else failure
 
     def _death(self) -> str:
@@ -176,43 +182,25 @@ class EnvironmentProcess:
         return f"was killed by {signal.Signals(-code).name}"
 
 
-class _OutputTail:
-    """What a process writes: its end is kept, and so much of it is passed on.
+class _LimitedOutput(RawIOBase):
+    """Passes on to stderr so much of what a process writes."""
 
-    Args:
-        reader: Where it comes from; read in a thread until all who write have ended.
-    """
-
-    def __init__(self, reader: Connection) -> None:
-        self._reader = reader
-        self._tail = b""
+    def __init__(self) -> None:
         self._left = OUTPUT_PASSED_ON
-        threading.Thread(target=self._read, name="environment output", daemon=True).start()
 
-    def clear(self) -> None:
-        """Forgets what was written so far."""
-        self._tail = b""
+    def writable(self) -> bool:
+        """Whether it can be written to: yes."""
+        return True
 
-    def last_line(self) -> str:
-        """Returns the last line that was written, cut; empty where there is none."""
-        lines = [" ".join(line.split()) for line in self._tail.decode(errors="replace").splitlines()]
-        return next((line[:LINE_CHARS] for line in reversed(lines) if line), "")
-
-    def _read(self) -> None:
-        with self._reader:
-            while chunk := os.read(self._reader.fileno(), 2**16):
-                self._tail = (self._tail + chunk)[-OUTPUT_KEPT:]
-                self._pass_on(chunk)
-
-    def _pass_on(self, chunk: bytes) -> None:
-        if self._left <= 0:
-            return
-        passed, self._left = chunk[: self._left], self._left - len(chunk)
-        text = passed.decode(errors="replace")
-        # A terminal that is gone, or a full disk: who writes must not stand still for it.
-        with suppress(OSError, ValueError):
+    def write(self, data: "ReadableBuffer") -> int:
+        """Passes on what is still allowed, and says so when that was the last of it."""
+        chunk = bytes(data)
+        if self._left > 0:
+            passed, self._left = chunk[: self._left], self._left - len(chunk)
+            text = passed.decode(errors="replace")
             sys.stderr.write(text if self._left > 0 else f"{text}\n(more output of this environment is not shown)\n")
             sys.stderr.flush()
+        return len(chunk)
 
 
 # In the process

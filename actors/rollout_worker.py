@@ -21,9 +21,7 @@ from gflowvlm.actors.environments import (
     EnvironmentLostError,
     EpisodeEnvironment,
     LocalCalls,
-    LocalEnvironment,
     instance_name,
-    make_environment,
 )
 from gflowvlm.actors.episode import PlayedGroup, ResponseSource, as_member, play_group
 from gflowvlm.actors.event_loop import EventLoopEndedError, EventLoopThread
@@ -107,7 +105,7 @@ class RolloutWorker(EnvRunner):
         self._opening = threading.Lock()
         self._local_calls = LocalCalls()
         processes = run_config.environment_processes
-        self._hosts = EnvironmentHosts(run_config.task, processes, timeout_s) if processes > 0 else None
+        self._hosts = EnvironmentHosts(run_config.task, processes, timeout_s, self._local_calls)
 
     def __repr__(self) -> str:
         """Returns what Ray's dashboard and log lines call this actor."""
@@ -203,12 +201,11 @@ class RolloutWorker(EnvRunner):
 
     def stop(self) -> None:
         """Ends the worker's event loop and its environments' processes."""
-        if self._hosts is not None:
-            if self._loop.is_running:
-                # There, where calls of the environments may be finding their process gone just now.
-                self._loop.run(self._hosts.close_and_settle(), STOP_TIMEOUT_S)
-            else:
-                self._hosts.close()
+        if self._run.environment_processes > 0 and self._loop.is_running:
+            # There, where calls of the environments may be finding their process gone just now.
+            self._loop.run(self._hosts.close_and_settle(), STOP_TIMEOUT_S)
+        else:
+            self._hosts.close()
         self._loop.close()
 
     def _play(
@@ -256,10 +253,8 @@ class RolloutWorker(EnvRunner):
         return self._demonstrations.find(instance_seed)
 
     def _open_environment(self, request: GroupRequest) -> EpisodeEnvironment:
-        if self._hosts is not None:
-            return self._hosts.open(request.group_index)
         try:
-            return LocalEnvironment(make_environment(self._run.task), self._local_calls)
+            return self._hosts.open(request.group_index)
         except EnvironmentFailedError as error:
             raise EnvironmentFailedError(f"{self._name_of(request)}: {error}") from None
 

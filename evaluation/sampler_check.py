@@ -12,11 +12,8 @@ from gflowvlm.actors.environment_hosts import EnvironmentHosts
 from gflowvlm.actors.environments import (
     EnvironmentFailedError,
     EnvironmentLostError,
-    EpisodeEnvironment,
     LocalCalls,
-    LocalEnvironment,
     View,
-    make_environment,
 )
 from gflowvlm.actors.episode import ResponseSource
 from gflowvlm.actors.event_loop import EventLoopEndedError, EventLoopThread
@@ -117,15 +114,12 @@ def sampled_responses(
         UserError: None of them could be answered.
     """
     timeout_s, processes = config.rollout.environment_timeout_s, config.environment_processes
-    hosts = EnvironmentHosts(config.task, min(processes, 1), timeout_s)
     calls = LocalCalls()
-
-    def open_environment() -> EpisodeEnvironment:
-        return hosts.open(0) if processes > 0 else LocalEnvironment(make_environment(config.task), calls)
+    hosts = EnvironmentHosts(config.task, min(processes, 1), timeout_s, calls)
 
     async def of_instance(seed: int) -> list[Trajectory] | str:
         try:
-            environment = open_environment()
+            environment = hosts.open(0)
             try:
                 view = await environment.start(seed, "id", [0])
             finally:

@@ -20,9 +20,6 @@ from gflowvlm.actors.environment_hosts import EnvironmentHosts
 from gflowvlm.actors.environments import (
     EnvironmentFailedError,
     EnvironmentLostError,
-    EpisodeEnvironment,
-    LocalEnvironment,
-    make_environment,
 )
 from gflowvlm.actors.episode import play_demonstration
 from gflowvlm.actors.groups import GroupRequest
@@ -157,9 +154,6 @@ def _expert(
     processes = (os.cpu_count() or 1) if request.task.in_own_process else 0
     hosts = EnvironmentHosts(request.task, processes)
 
-    def open_environment(number: int) -> EpisodeEnvironment:
-        return hosts.open(number) if processes > 0 else LocalEnvironment(make_environment(request.task))
-
     async def play_all(numbers: Sequence[int]) -> list[Trajectory | EnvironmentFailedError]:
         at_once = asyncio.Semaphore(max(1, 2 * processes))
 
@@ -169,7 +163,7 @@ def _expert(
             async with at_once:
                 for tries in itertools.count(1):
                     try:
-                        return await play_demonstration(open_environment(number), *what)
+                        return await play_demonstration(hosts.open(number), *what)
                     except EnvironmentFailedError as failure:
                         return failure
                     except EnvironmentLostError:

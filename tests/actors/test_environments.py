@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from gflowvlm.actors.environment_hosts import EnvironmentHosts
 from gflowvlm.actors.environments import EnvironmentFailedError, LocalEnvironment, make_environment
 from gflowvlm.envs.numberline.settings import NumberLineSettings
 from gflowvlm.shared.errors import UserError
@@ -88,3 +89,12 @@ def test_a_generated_instance_is_named_by_its_id_alone() -> None:
             await environment.act("+")
 
     asyncio.run(body())
+
+
+def test_without_processes_environments_run_in_this_one() -> None:
+    hosts = EnvironmentHosts(NumberLineSettings(), processes=0)
+    environment = hosts.open(3)
+    assert asyncio.run(environment.start(1, "id", [0])).prompt
+    assert isinstance(environment, LocalEnvironment)
+    assert hosts.pids == []
+    hosts.close()

@@ -66,3 +66,12 @@ def test_a_process_that_lives_on_can_go_on_writing(tmp_path):
         process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "written")])
     assert process.wait(timeout=30) == 0
     assert (tmp_path / "written").exists()
+
+
+def test_the_last_line_is_what_was_written_since_it_was_cleared():
+    tail = OutputTail(kept=20)
+    tail.add(b"of another call\n")
+    tail.clear()
+    assert tail.last_line() == ""
+    tail.add(b"x" * 30 + b"\nlast   of\tit\n\n")
+    assert tail.last_line() == "last of it"
