@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gflowvlm.learner.sft import learning_rate
+from gflowvlm.learner.schedule import rate_to_zero
 from gflowvlm.shared.pictures import decode_pictures
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.settings import Settings
@@ -118,7 +118,7 @@ class VisionAlignment:
         rng = np.random.default_rng(settings.seed)
         for step in range(settings.steps):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, settings)
+                group["lr"] = rate_to_zero(settings, step)
             chosen = rng.integers(0, len(self._targets), settings.batch_size).tolist()
             distances = self._distances(chosen)
             scores = torch.log_softmax(-self.settings.sharpness * distances, dim=-1)

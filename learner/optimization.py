@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gflowvlm.learner.schedule import warmed_cosine
 from gflowvlm.shared.config import LearnerSettings
 from gflowvlm.shared.errors import UserError
 
@@ -25,12 +26,13 @@ def learning_rate(settings: LearnerSettings, step: int) -> float:
         settings: Rates and durations.
         step: Number of the update, from 0. The last is ``settings.steps - 1``; later ones use its rate.
     """
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    duration = max(1, settings.steps - 1 - settings.warmup_steps)
-    progress = min(1.0, (step - settings.warmup_steps) / duration)
-    falling = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return settings.final_learning_rate + (settings.learning_rate - settings.final_learning_rate) * falling
+    return warmed_cosine(
+        step,
+        peak=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        end=settings.steps - 1,
+        final=settings.final_learning_rate,
+    )
 
 
 @dataclass

@@ -18,14 +18,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from gflowvlm.actors.demonstration_set import DemonstrationSet
 from gflowvlm.envs.base import SPLITS
 from gflowvlm.envs.registry import environment_class, make_env
-from gflowvlm.learner.sft import (
-    ExampleSource,
-    SftProgress,
-    SftSettings,
-    SftTrainer,
-    check_demonstrations,
-    load_for_sft,
-)
+from gflowvlm.learner.sft import ExampleSource, SftSettings, check_demonstrations, load_for_sft
+from gflowvlm.learner.sft_trainer import SftProgress, SftTrainer
 from gflowvlm.learner.sft_weights import scale_head
 from gflowvlm.learner.tiny_policy import build_tiny_policy
 from gflowvlm.run.folder_lock import folder_lock

@@ -206,7 +206,7 @@ def test_a_set_is_learned_from_and_nothing_is_played(tmp_path: Path, monkeypatch
         shown.extend(examples)
         return torch.ones(2, requires_grad=True)
 
-    monkeypatch.setattr("gflowvlm.learner.sft.sft_loss", keep)
+    monkeypatch.setattr("gflowvlm.learner.sft_trainer.sft_loss", keep)
     responses = {step.response_text for t in made.trajectories() for step in t.steps}
     options = ("--demonstrations", str(made.folder), "--out", str(tmp_path / "made"), "--steps", "3")
     assert run(*options, "--batch", str(made.figures.responses), *QUIET).exit_code == 0

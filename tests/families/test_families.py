@@ -9,7 +9,8 @@ from transformers import AutoModelForImageTextToText
 
 from gflowvlm.actors.samplers import make_sampler
 from gflowvlm.learner.model import adapter_parameters
-from gflowvlm.learner.sft import SftExample, SftSettings, SftTrainer, load_for_sft
+from gflowvlm.learner.sft import SftExample, SftSettings, load_for_sft
+from gflowvlm.learner.sft_trainer import SftTrainer
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.prompt_settings import PromptSettings

@@ -16,16 +16,9 @@ from transformers.utils import logging as transformers_logging
 
 from gflowvlm.learner import output_head
 from gflowvlm.learner.output_head import OutputHead
-from gflowvlm.learner.sft import (
-    SftExample,
-    SftProgress,
-    SftSettings,
-    SftTrainer,
-    check_demonstrations,
-    learning_rate,
-    load_for_sft,
-    sft_loss,
-)
+from gflowvlm.learner.schedule import rate_to_zero
+from gflowvlm.learner.sft import SftExample, SftSettings, check_demonstrations, load_for_sft, sft_loss
+from gflowvlm.learner.sft_trainer import SftProgress, SftTrainer
 from gflowvlm.learner.sft_weights import scale_head
 from gflowvlm.learner.tiny_policy import build_tiny_policy
 from gflowvlm.shared.answer_formats.json_answers import JsonAnswers
@@ -220,7 +213,7 @@ def test_a_model_that_cannot_be_loaded_is_a_user_error(tmp_path: Path) -> None:
 
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
     settings = SftSettings(steps=100, learning_rate=1.0, warmup_steps=10)
-    rates = [learning_rate(step, settings) for step in range(100)]
+    rates = [rate_to_zero(settings, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == pytest.approx(1.0) == pytest.approx(rates[10])
     assert rates[10:] == sorted(rates[10:], reverse=True)
