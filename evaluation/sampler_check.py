@@ -84,8 +84,8 @@ def require_agreement(mismatch: Mismatch, config: RunConfig, model_path: str) ->
     token = inputs.decode([worst.token_id])
     on_cpu = config.sampler.engine == "vllm" and config.sampler.gpus_per_replica == 0
     advice = (
-        "tokens of a picture see each other in this model, and vLLM's CPU backend has no such attention; set "
-        "sampler.engine=transformers, or sample on a GPU"
+        "tokens of a picture (or of the whole prompt) see each other in this model, which vLLM's CPU backend does not "
+        "compute; set sampler.engine=transformers"
         if on_cpu and inputs.has_token_types
         else "check policy.dtype and the model's processor"
     )
