@@ -20,9 +20,10 @@ from gflowvlm.actors.sampling import (
 )
 from gflowvlm.actors.sleeping import LIKELIEST, PROBE_TOKENS, Probe, SleepCheck
 from gflowvlm.actors.vllm_arguments import ADAPTERS, engine_arguments, forbidding_biases, not_importable
-from gflowvlm.shared.config import MISMATCH_LIMITS, RunConfig
+from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.precision import MISMATCH_LIMITS
 from gflowvlm.shared.trajectory import BASE_VERSION
 
 SHUTDOWN_S = 10.0

@@ -19,9 +19,10 @@ from gflowvlm.actors.episode import ResponseSource
 from gflowvlm.actors.event_loop import EventLoopEndedError, EventLoopThread
 from gflowvlm.actors.sampling import PromptTooLongError, SampleRequest, SampleResponse
 from gflowvlm.learner.mismatch import QUANTILE, Mismatch, compare
-from gflowvlm.shared.config import FewerBits, RunConfig
+from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.precision import FewerBits
 from gflowvlm.shared.trajectory import BASE_VERSION, EndReason, Step, Trajectory, Validity
 
 INSTANCES, SAMPLES = 8, 2

@@ -18,10 +18,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesCo
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
-from gflowvlm.shared.config import FewerBits, PolicySettings
+from gflowvlm.shared.config import PolicySettings
 from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.lora_layers import lora_target_names
 from gflowvlm.shared.policy_inputs import directory_or_hub_name
+from gflowvlm.shared.precision import FewerBits
 
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

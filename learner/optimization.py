@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gflowvlm.learner.schedule import warmed_cosine
-from gflowvlm.shared.config import LearnerSettings
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.learner_settings import LearnerSettings
 
 MAX_SKIPPED_IN_A_ROW = 5
 """So many non-finite gradients one after the other end the run."""

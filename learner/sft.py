@@ -27,9 +27,9 @@ from gflowvlm.learner.sft_weights import (
     without_adapter,
 )
 from gflowvlm.shared.answer_formats import DEFAULT_FORMAT, answer_format
-from gflowvlm.shared.config import Precision
 from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.precision import Precision
 from gflowvlm.shared.prompt_inputs import bound_pictures
 from gflowvlm.shared.prompt_settings import PromptSettings
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import AddedToken
 
 from gflowvlm.learner.model import adapted
-from gflowvlm.shared.config import PolicySettings, Precision
+from gflowvlm.shared.config import PolicySettings
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.policy_inputs import PolicyInputs
+from gflowvlm.shared.precision import Precision
 from gflowvlm.shared.response import DONE_TOKEN
 
 

@@ -17,8 +17,9 @@ from gflowvlm.actors.policy_server import quiet_logging, shutdown_policy_server,
 from gflowvlm.cluster.launch.ray_runtime import dashboard_line, ray_cluster
 from gflowvlm.cluster.serving.application import DEPLOYMENT, application
 from gflowvlm.cluster.serving.served_policy import API_KEY_VARIABLE, ServedPolicy
-from gflowvlm.shared.config import LearnerSettings, RolloutSettings, RunConfig
+from gflowvlm.shared.config import RolloutSettings, RunConfig
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.learner_settings import LearnerSettings
 
 APPLICATION = "policy"
 

@@ -10,8 +10,8 @@ from gflowvlm.learner.mismatch import compare
 from gflowvlm.learner.model import adapter_parameters
 from gflowvlm.learner.optimization import MAX_SKIPPED_IN_A_ROW, learning_rate
 from gflowvlm.learner.packing import steps_of
-from gflowvlm.shared.config import LearnerSettings
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.learner_settings import LearnerSettings
 from gflowvlm.shared.metrics import STEP_METRICS
 from gflowvlm.shared.trajectory import EndReason
 

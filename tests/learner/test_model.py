@@ -4,8 +4,9 @@ import torch
 from gflowvlm.learner import model
 from gflowvlm.learner.model import adapter_parameters, load_policy, reference_policy
 from gflowvlm.learner.tiny_policy import build_tiny_policy
-from gflowvlm.shared.config import QUANTIZED_LIMITS, PolicySettings
+from gflowvlm.shared.config import PolicySettings
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.precision import QUANTIZED_LIMITS
 
 CPU = torch.device("cpu")
 
