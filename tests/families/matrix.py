@@ -28,10 +28,9 @@ STEP_S = 600
 QUEUE_S = 1800
 """How long a step may take, and how much longer where it waits for its turn, seconds. Ending one takes `END_S`."""
 
+ENGINE = ["sampler.max_model_len=1024", "sampler.kv_cache_gib=0.1", "sampler.max_num_seqs=8"]
 SMALL = [
-    "sampler.max_model_len=1024",
-    "sampler.kv_cache_gib=0.1",
-    "sampler.max_num_seqs=8",
+    *ENGINE,
     "policy.max_response_tokens=48",
     "rollout.group_size=2",
     "rollout.groups_per_worker=2",
@@ -121,6 +120,7 @@ STEPS: dict[str, Column] = {
     "match_transformers": Column(
         "match, transformers", lambda place: helper("match_transformers", place), starts=False
     ),
+    "check": Column("`check`", lambda place: gflowvlm("check", str(place.model.resolve()), *ENGINE), starts=True),
     "match_vllm": Column("match, vLLM", lambda place: helper("match_vllm", place), starts=True),
     "vllm": Column("`train`, vLLM", training("vllm"), starts=True, makes=lambda place: place.run("vllm")),
     "transformers": Column(

@@ -60,9 +60,7 @@ def match_vllm(folder: Path) -> None:
 
 def peft(folder: Path) -> None:
     """Loads a trained adapter with PEFT alone and compares it with the learner's policy."""
-    run = folder / "run-vllm"
-    run = RunFolder(run if run.is_dir() else folder / "run-transformers")
-    tuned, adapter = folder / "sft", run.adapter(2)
+    tuned, adapter = folder / "sft", _run(folder).adapter(2)
     plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(tuned), adapter).eval()
     ours = load_adapted(str(tuned), "float32", adapter)
     encoded = PolicyInputs.load(str(tuned)).encode([PROMPTS[0]], [picture(0, SIZES[0])])
@@ -74,9 +72,8 @@ def peft(folder: Path) -> None:
 
 
 def serve(folder: Path) -> None:
-    """Starts `serve` on the run that vLLM sampled for, and compares an answer's prompt with the learner's."""
-    run = folder / "run-vllm"
-    tuned = folder / "sft"
+    """Starts `serve` on a run, and compares an answer's prompt with the learner's."""
+    run, tuned = _run(folder).root, folder / "sft"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -96,6 +93,12 @@ def serve(folder: Path) -> None:
     print(f"RESULT {len(answer['choices'][0]['token_ids'])} tokens answered{'' if same else ', to another prompt'}")
     if not same:
         raise SystemExit(1)
+
+
+def _run(folder: Path) -> RunFolder:
+    """Returns the run that vLLM sampled for; where there is none, that of the transformers sampler."""
+    run = RunFolder(folder / "run-vllm")
+    return run if run.adapter(2).is_dir() else RunFolder(folder / "run-transformers")
 
 
 def _ask(url: str, served: "subprocess.Popen[bytes]", name: str) -> dict[str, Any]:
