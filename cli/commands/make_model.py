@@ -43,7 +43,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         pictures: Annotated[int, typer.Option(help="Pictures that the vision tower learns reading from.")] = 16_384,
         reading_steps: Annotated[int, typer.Option(min=1, help="Steps of that, 64 pictures each.")] = 1200,
-        steps: Annotated[int, typer.Option(help="Optimiser steps of the warm start.")] = 60,
+        steps: Annotated[int, typer.Option(help="Optimiser steps of the warm start.")] = 80,
         batch: Annotated[int, typer.Option(help="Demonstrations in one of them.")] = 12,
         micro_batch: Annotated[int, typer.Option(help="Demonstrations in one forward pass.")] = 12,
         lr: Annotated[float, typer.Option(help="Peak learning rate of the warm start.")] = 4e-4,
