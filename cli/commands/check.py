@@ -79,7 +79,7 @@ def register(app: typer.Typer) -> None:
         with _progress(console) as say:
             report = check_model(run, known_memory(run, gpu_memory), say, whole=not quick, implied=implied)
         console.print(check_table(report.checks))
-        if report.memory is not None and not all(device.problems == () for device in report.memory.devices):
+        if report.memory is not None and report.memory.problems:
             show_memory_plan(console, report.memory)
         console.print(_verdict(report, model), highlight=False, soft_wrap=True)
         if json_file is not None:

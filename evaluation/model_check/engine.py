@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 
 from gflowvlm.actors.event_loop import EventLoopThread
+from gflowvlm.actors.samplers import make_sampler
 from gflowvlm.actors.sampling import PolicySampler, SampleRequest, SampleResponse
-from gflowvlm.actors.transformers_sampler import TransformersSampler
-from gflowvlm.actors.vllm_sampler import VllmSampler
 from gflowvlm.evaluation.model_check.states import ProbedState
 from gflowvlm.evaluation.sampler_check import require_agreement, sampled_responses
 from gflowvlm.learner.learner import Learner
@@ -23,7 +22,7 @@ from gflowvlm.learner.packing import ScoredStep
 from gflowvlm.learner.scoring import LOG_ACT, LOG_STOP, Scorer
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
-from gflowvlm.shared.findings import Check, Status
+from gflowvlm.shared.findings import Check, Status, found_and_advice
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.response import DONE_TOKEN
 from gflowvlm.shared.trajectory import BASE_VERSION
@@ -113,7 +112,7 @@ class Agreement:
             try:
                 require_agreement(mismatch, config, model)
             except UserError as error:
-                found, _, advice = str(error).rpartition("; ")
+                found, advice = found_and_advice(error)
                 return Check(name, Status.BROKEN, f"with {of}, {found}", advice)
         mean, largest = (max(pick(self.base), pick(self.adapted)) for pick in (_mean, _largest))
         detail = f"agrees with the learner to {mean:.1e} nats in the mean, {largest:.1e} at most"
@@ -131,8 +130,7 @@ def compared_with_sampler(config: RunConfig, inputs: PolicyInputs, learner: Lear
     Raises:
         UserError: The engine does not start, cannot apply the adapter, or answers none of the instances.
     """
-    make = VllmSampler if config.sampler.engine == "vllm" else TransformersSampler
-    sampler: PolicySampler = make(config, inputs.model)
+    sampler = make_sampler(config, inputs.model, config.sampler.engine)
     with _source(sampler) as source, tempfile.TemporaryDirectory(prefix="gflowvlm-check-") as folder:
         base = sampled_responses(config, inputs, source)
         of_base = compare(base, learner.score(base))

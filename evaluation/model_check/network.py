@@ -5,7 +5,7 @@ from transformers import AutoConfig
 from gflowvlm.evaluation.memory_plan import MemoryPlan, gib
 from gflowvlm.learner.model import adapter_parameters, empty_policy
 from gflowvlm.shared.config import RunConfig
-from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.findings import Check, Status, found_and_advice
 
 
@@ -15,7 +15,9 @@ def check_architecture(model: str) -> Check:
     try:
         config = AutoConfig.from_pretrained(model)
     except (ImportError, OSError, ValueError) as error:
-        return Check(name, Status.BROKEN, f"its config.json cannot be read: {error}", "give a whole model folder")
+        return Check(
+            name, Status.BROKEN, f"its config.json cannot be read: {one_line(error)}", "give a whole model folder"
+        )
     classes = ", ".join(config.architectures or []) or type(config).__name__
     return Check(name, Status.OK, classes)
 

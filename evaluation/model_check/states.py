@@ -9,9 +9,7 @@ from gflowvlm.actors.environments import (
     EnvironmentFailedError,
     EnvironmentLostError,
     EpisodeEnvironment,
-    LocalEnvironment,
     View,
-    make_environment,
 )
 from gflowvlm.actors.event_loop import EventLoopEndedError, EventLoopThread
 from gflowvlm.envs.base import SPLITS
@@ -54,9 +52,6 @@ def probed_states(config: RunConfig, instances: int, limit_s: float) -> list[Pro
     hosts = EnvironmentHosts(config.task, min(processes, 1), timeout_s)
     loop = EventLoopThread("probed-states", blocked_s=timeout_s)
 
-    def open_environment() -> EpisodeEnvironment:
-        return hosts.open(0) if processes > 0 else LocalEnvironment(make_environment(config.task))
-
     async def play() -> tuple[list[ProbedState], str]:
         found: dict[tuple[str, bytes], ProbedState] = {}
         reason, until = "", time.monotonic() + limit_s
@@ -65,7 +60,7 @@ def probed_states(config: RunConfig, instances: int, limit_s: float) -> list[Pro
                 if found and time.monotonic() > until:
                     break
                 try:
-                    environment = open_environment()
+                    environment = hosts.open(0)
                     try:
                         view = await environment.start(config.evaluation.seed + seed, split, [seed])
                         states = await _walk(environment, view, answer_format(config.task.answer_format), lingers)
