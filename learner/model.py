@@ -121,6 +121,18 @@ def load_base_model(model_path: str, dtype: str) -> Any:
         raise UserError(f"model {model_path!r}: its weights cannot be loaded ({one_line(error)})") from None
 
 
+def require_fewer_bits(load_in: FewerBits) -> None:
+    """Makes sure that a model can be loaded in fewer bits.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"policy.load_in = {load_in}: needs bitsandbytes, which is not installed; `pip install bitsandbytes`"
+        )
+
+
 def load_quantized_model(model_path: str, dtype: str, load_in: FewerBits, device: torch.device) -> Any:
     """Loads a model whose linear layers, the output head aside, keep their weights in fewer bits (bitsandbytes).
 
@@ -134,10 +146,7 @@ def load_quantized_model(model_path: str, dtype: str, load_in: FewerBits, device
         UserError: bitsandbytes is not installed or does not work here, no such model, or its weights cannot be loaded.
     """
     path = directory_or_hub_name(model_path)
-    if find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"policy.load_in = {load_in}: needs bitsandbytes, which is not installed; `pip install bitsandbytes`"
-        )
+    require_fewer_bits(load_in)
     transformers_logging.disable_progress_bar()
     # In 8 bits it says at every product that it computes in float16.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

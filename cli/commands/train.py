@@ -95,20 +95,35 @@ def _reopened(directory: Path) -> tuple[RunFolder, RunConfig]:
 
 
 def _show_memory(console: Console, config: RunConfig, gpu_gib: float | None) -> bool:
-    """Prints the memory plan, or why there is none; returns whether anything speaks against the run."""
+    """Prints the memory plan, or why there is none; returns whether nothing speaks against the run.
+
+    Where the model is not here, nothing that it would tell does.
+
+    Raises:
+        UserError: There is no such answer format.
+    """
     from gflowvlm.cli.memory_table import show_memory_plan
     from gflowvlm.cluster.launch.known_memory import known_memory
-    from gflowvlm.evaluation.model_check.report import planned_memory
+    from gflowvlm.evaluation.model_check.report import check_model
+    from gflowvlm.run.models import resolve_model
     from gflowvlm.run.paths import check_paths
+    from gflowvlm.shared.answer_formats import answer_format
 
+    answer_format(config.task.answer_format)
     try:
         check_paths(config)
-        plan = planned_memory(config, known_memory(config, gpu_gib))
     except UserError as error:
         console.print(f"no memory plan: {error}", highlight=False, soft_wrap=True)
         return True
-    show_memory_plan(console, plan)
-    return not plan.problems
+    report = check_model(config, known_memory(config, gpu_gib), lambda what: None, whole=False)
+    here = Path(resolve_model(config.policy.model)).is_dir()
+    if report.memory is not None:
+        show_memory_plan(console, report.memory)
+    for line in report.problems:
+        console.print(f"{'would not start' if here else 'no memory plan'}: {line}", highlight=False, soft_wrap=True)
+    if report.memory is not None:
+        return report.trainable and not report.memory.problems
+    return report.trainable or not here
 
 
 def _train(

@@ -3,10 +3,14 @@
 from transformers import AutoConfig
 
 from gflowvlm.evaluation.memory_plan import MemoryPlan, gib
-from gflowvlm.learner.model import adapter_parameters, empty_policy
+from gflowvlm.learner.model import adapter_parameters, empty_policy, require_fewer_bits
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.findings import Check, Status, found_and_advice
+from gflowvlm.shared.precision import FewerBits
+
+MEMORY = "memory"
+"""Name of what is found about a run's memory."""
 
 
 def check_architecture(model: str) -> Check:
@@ -36,6 +40,21 @@ def check_targets(config: RunConfig, model: str) -> Check:
     return Check(name, Status.OK, f"{len(layers)} layers ({', '.join(kinds)}), {size / 1e6:.2f} M parameters")
 
 
+def check_fewer_bits(load_in: FewerBits, *, here: bool) -> Check:
+    """Looks whether a learner can load its model in fewer bits.
+
+    Args:
+        load_in: How many.
+        here: Whether the learner will be on this machine.
+    """
+    name = "fewer bits"
+    try:
+        require_fewer_bits(load_in)
+    except UserError as error:
+        return Check(name, Status.BROKEN if here else Status.NOTE, *found_and_advice(error))
+    return Check(name, Status.OK, f"{load_in}, by bitsandbytes")
+
+
 def check_memory(plan: MemoryPlan, otherwise: Status) -> Check:
     """Judges whether a run fits by its memory plan.
 
@@ -43,13 +62,12 @@ def check_memory(plan: MemoryPlan, otherwise: Status) -> Check:
         plan: The plan.
         otherwise: What it is called where it does not fit.
     """
-    name = "memory"
     if plan.problems:
-        return Check(name, otherwise, *found_and_advice(plan.problems[0]))
+        return Check(MEMORY, otherwise, *found_and_advice(plan.problems[0]))
     parts = [
         f"{device.name} {gib(device.needed)}" + ("" if device.available is None else f" of {gib(device.available)}")
         for device in plan.devices
     ]
     unknown = any(device.available is None for device in plan.devices)
     advice = "give --gpu-memory GIB to see whether it fits" if unknown else ""
-    return Check(name, Status.OK, f"{', '.join(parts)} GiB", advice)
+    return Check(MEMORY, Status.OK, f"{', '.join(parts)} GiB", advice)

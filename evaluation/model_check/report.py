@@ -56,6 +56,14 @@ class ModelReport:
         return [check for check in self.checks if check.status is Status.BROKEN]
 
     @property
+    def problems(self) -> list[str]:
+        """One line for each of them but what the memory plan says itself, and why there is no plan."""
+        shown = [check for check in self.broken if self.memory is None or check.name != network.MEMORY]
+        if not shown and self.memory is None:
+            shown = [check for check in self.checks if check.name == network.MEMORY]
+        return ["; ".join(filter(None, (check.detail, check.advice))) for check in shown]
+
+    @property
     def trainable(self) -> bool:
         """Whether nothing speaks against training it."""
         return not self.broken
@@ -108,17 +116,6 @@ def require_trainable(config: RunConfig, memory: Memory) -> None:
     report = check_model(config, memory, lambda what: None, whole=False)
     for check in report.broken:
         raise UserError("; ".join(filter(None, (check.detail, check.advice))))
-
-
-def planned_memory(config: RunConfig, memory: Memory) -> MemoryPlan:
-    """Returns the memory plan of a run, for the longest prompts that its task is seen to have.
-
-    Raises:
-        UserError: The model or the task cannot be loaded, or the model's passes not be traced.
-    """
-    inputs = PolicyInputs.load(resolve_model(config.policy.model), config.task.answer_format, config.policy)
-    prompts = of_inputs.measured_prompts(inputs, probed_states(config, *QUICK))
-    return memory_plan(config, inputs.model, prompts.size, memory)
 
 
 class _Checking:
@@ -176,10 +173,12 @@ class _Checking:
         yield targets
         if targets.status is Status.BROKEN:
             return
+        if self._config.policy.load_in is not None:
+            yield network.check_fewer_bits(self._config.policy.load_in, here=self._config.cluster.address is None)
         try:
             plan = memory_plan(self._config, inputs.model, self._prompts.size, self._memory)
         except UserError as error:
-            yield Check("memory", Status.NOTE, *found_and_advice(error))
+            yield Check(network.MEMORY, Status.NOTE, *found_and_advice(error))
             return
         self._report.memory = plan
         yield network.check_memory(plan, Status.NOTE if self._implied else Status.BROKEN)

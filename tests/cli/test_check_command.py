@@ -64,6 +64,27 @@ def test_a_run_that_cannot_train_is_refused_before_there_is_a_folder(model, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_refuses_what_the_run_would_refuse(model, monkeypatch):
+    bounded = CliRunner().invoke(app, ["train", f"policy.model={model}", "policy.min_pixels=9999", "--dry-run"])
+    assert bounded.exit_code == 1
+    assert "would not start: policy.min_pixels: the pictures of" in bounded.output
+    monkeypatch.setattr("gflowvlm.learner.model.find_spec", lambda name: None)
+    rounded = CliRunner().invoke(app, ["train", f"policy.model={model}", "policy.load_in=4bit", "--dry-run"])
+    assert rounded.exit_code == 1
+    assert "would not start: policy.load_in = 4bit: needs bitsandbytes" in rounded.output
+    unread = CliRunner().invoke(app, ["train", "policy.model=some/model", "task.answer_format=no:Format", "--dry-run"])
+    assert unread.exit_code != 0
+    assert "task.answer_format 'no:Format': cannot be imported" in str(unread.exception)
+
+
+@pytest.mark.parametrize("few", ["8bit", "4bit"])
+def test_a_run_with_fewer_bits_without_bitsandbytes_is_refused_by_the_check(model, monkeypatch, few):
+    monkeypatch.setattr("gflowvlm.learner.model.find_spec", lambda name: None)
+    result = CliRunner().invoke(app, ["check", model, "--quick", f"policy.load_in={few}"])
+    assert result.exit_code == 1
+    assert "bitsandbytes" in result.output
+
+
 @pytest.mark.slow
 def test_the_whole_check_starts_vllm_and_takes_about_a_minute(tmp_path):
     found = tmp_path / "found.json"
