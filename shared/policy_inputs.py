@@ -75,8 +75,8 @@ class PolicyInputs:
         except (ImportError, OSError, ValueError, RuntimeError) as error:
             if Path(path).is_dir() and not (Path(path) / "config.json").exists():
                 raise UserError(
-                    f"model {model!r}: no model in that folder (no config.json); if `gflowvlm sft` was stopped there, "
-                    "go on with its --resume"
+                    f"model {model!r}: no model in that folder (no config.json); give the folder that has one, or, "
+                    "where `gflowvlm sft` was stopped there, go on with its --resume"
                 ) from None
             reason = one_line(error)
             where = "" if Path(path).is_absolute() else "is no folder here, and at the hub "

@@ -4,10 +4,11 @@ The settings of one task stand in its folder, ``envs/FOLDER/settings.py``. `gflo
 shipped tasks here, and whoever imports anything of `gflowvlm` has imported it.
 """
 
+import re
 from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from gflowvlm.shared.answer_formats import DEFAULT_FORMAT
@@ -51,9 +52,15 @@ class TaskSettings(Settings):
     )
     answer_format: str = Field(
         DEFAULT_FORMAT,
-        pattern=r"^(json|tags|[\w.]+:\w+)$",
         description="How the policy answers: `json`, `tags`, or `module:Class` for a format of your own.",
     )
+
+    @field_validator("answer_format")
+    @classmethod
+    def _is_a_known_form(cls, name: str) -> str:
+        if re.fullmatch(r"json|tags|[\w.]+:\w+", name) is None:
+            raise ValueError("is no answer format; there are json, tags, and module:Class for one of your own")
+        return name
 
     def for_reading(self) -> Self:
         """Returns the settings whose ``ood`` split a policy learns best to read from: what it shows is independent."""

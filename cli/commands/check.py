@@ -1,5 +1,6 @@
 """`gflowvlm check`: what makes a model trainable or not, before any run."""
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,7 +82,8 @@ def register(app: typer.Typer) -> None:
         console.print(check_table(report.checks))
         if report.memory is not None and report.memory.problems:
             show_memory_plan(console, report.memory)
-        console.print(_verdict(report, model), highlight=False, soft_wrap=True)
+        command = _train_command(model, run.task.name if task is not None else None, preset, config, overrides or [])
+        console.print(_verdict(report, model, command), markup=False, highlight=False, soft_wrap=True)
         if json_file is not None:
             write_json_file({"model": model, "task": run.task.name, **report.as_json()}, json_file)
         if not report.trainable:
@@ -116,8 +118,20 @@ def _progress(console: Console) -> Iterator["Say"]:
         yield lambda what: status.update(f"looking at {what} ...")
 
 
-def _verdict(report: "ModelReport", model: str) -> str:
+def _train_command(model: str, task: str | None, preset: str | None, config: Path | None, overrides: list[str]) -> str:
+    """Returns the `gflowvlm train` of the settings that were checked."""
+    words = ["gflowvlm", "train"]
+    if preset is not None:
+        words += ["--preset", preset]
+    if config is not None:
+        words += ["--config", str(config)]
+    if task is not None:
+        words.append(f"task.name={task}")
+    return shlex.join([*words, f"policy.model={model}", *overrides])
+
+
+def _verdict(report: "ModelReport", model: str, command: str) -> str:
     if report.trainable:
-        return f"{model} can be trained: gflowvlm train policy.model={model}"
+        return f"{model} can be trained: {command}"
     count = len(report.broken)
     return f"{model} cannot be trained like this: see the {'red line' if count == 1 else f'{count} red lines'}."

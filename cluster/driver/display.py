@@ -30,7 +30,12 @@ def evaluation_lines(row: Row) -> Iterator[str]:
             "limits of tokens cut many trajectories off, and how they would have gone on is not learned from: raise "
             "policy.max_response_tokens or sampler.max_model_len"
         )
-    if malformed >= WARNED_SHARE:
+    if malformed >= WARNED_SHARE and row["step"] == 0:
+        yield (
+            "the model seldom answers in the form that it is asked for, and learns only from answers that can be read: "
+            "try the other task.answer_format, or teach it the form with `gflowvlm sft` first"
+        )
+    elif malformed >= WARNED_SHARE:
         yield (
             "the policy loses the form of its answers, and may not find it again: stop, and begin anew with a lower "
             "learner.learning_rate, or as docs/operations.md says under Malformed responses"

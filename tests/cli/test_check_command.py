@@ -20,11 +20,13 @@ def model(tmp_path_factory):
 
 def test_a_quick_check_shows_its_findings_at_80_columns_and_writes_them(model, tmp_path):
     found = tmp_path / "found.json"
-    result = CliRunner().invoke(app, ["check", model, "--task", "blackjack", "--quick", "--json", str(found)])
+    command = ["check", model, "--task", "blackjack", "--quick", "--json", str(found), "task.answer_format=tags"]
+    result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert max(len(line) for line in result.output.splitlines() if line.startswith("│")) <= 80
     assert "looking at the processor ..." in result.output
-    assert f"{model} can be trained: gflowvlm train" in result.output.replace("\n", "")
+    train = f"gflowvlm train task.name=blackjack policy.model={model} task.answer_format=tags"
+    assert f"{model} can be trained: {train}" in result.output.replace("\n", "")
     content = json.loads(found.read_text())
     assert content["trainable"] is True
     assert content["round_trip"] == 1.0

@@ -58,6 +58,7 @@ def assert_one_line(result, *parts):
         (["alfworld", "games", "[none]"], ["[none]", "gflowvlm alfworld generate"]),
         (["play", "chess"], ["chess"]),
         (["play", "numberline", "--player", "nobody"], ["nobody"]),
+        (["train", "--dry-run", "task.answer_format=tag"], ["task.answer_format", "'tag'", "json, tags"]),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, parts, tmp_path):

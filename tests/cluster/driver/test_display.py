@@ -63,3 +63,10 @@ def test_an_evaluation_says_malformed_and_cut_off_responses_and_warns_of_many(ma
     assert first.endswith(end)
     assert len(others) == len(warnings)
     assert all(word in line for word, line in zip(warnings, others, strict=True))
+
+
+def test_a_model_that_lacks_the_form_before_training_is_not_told_to_learn_slower():
+    row = {"step": 0, "success": 0.0, "success_bound": None, "success_greedy": 0.0, "samples": 8, "div_at_n": 0.0}
+    _, warning = evaluation_lines({**row, "malformed_rate": 0.9, "cut_rate": 0.0})
+    assert "gflowvlm sft" in warning
+    assert "learning_rate" not in warning
