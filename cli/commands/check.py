@@ -82,7 +82,8 @@ def register(app: typer.Typer) -> None:
         console.print(check_table(report.checks))
         if report.memory is not None and report.memory.problems:
             show_memory_plan(console, report.memory)
-        command = _train_command(model, run.task.name if task is not None else None, preset, config, overrides or [])
+        settings = [*(overrides or []), *report.settings]
+        command = _train_command(model, run.task.name if task is not None else None, preset, config, settings)
         console.print(_verdict(report, model, command), markup=False, highlight=False, soft_wrap=True)
         if json_file is not None:
             write_json_file({"model": model, "task": run.task.name, **report.as_json()}, json_file)
@@ -118,7 +119,7 @@ def _progress(console: Console) -> Iterator["Say"]:
         yield lambda what: status.update(f"looking at {what} ...")
 
 
-def _train_command(model: str, task: str | None, preset: str | None, config: Path | None, overrides: list[str]) -> str:
+def _train_command(model: str, task: str | None, preset: str | None, config: Path | None, settings: list[str]) -> str:
     """Returns the `gflowvlm train` of the settings that were checked."""
     words = ["gflowvlm", "train"]
     if preset is not None:
@@ -127,7 +128,7 @@ def _train_command(model: str, task: str | None, preset: str | None, config: Pat
         words += ["--config", str(config)]
     if task is not None:
         words.append(f"task.name={task}")
-    return shlex.join([*words, f"policy.model={model}", *overrides])
+    return shlex.join([*words, f"policy.model={model}", *settings])
 
 
 def _verdict(report: "ModelReport", model: str, command: str) -> str:

@@ -132,9 +132,10 @@ def compared_with_sampler(config: RunConfig, inputs: PolicyInputs, learner: Lear
     """
     sampler = make_sampler(config, inputs.model, config.sampler.engine)
     with _source(sampler) as source, tempfile.TemporaryDirectory(prefix="gflowvlm-check-") as folder:
+        _set_adapter(learner, None)
         base = sampled_responses(config, inputs, source)
         of_base = compare(base, learner.score(base))
-        _change_adapter(learner, config.seed)
+        _set_adapter(learner, torch.Generator().manual_seed(config.seed))
         adapter = Path(folder) / "adapter"
         learner.save_adapter(adapter)
         version = BASE_VERSION + 1
@@ -174,13 +175,13 @@ def _source(sampler: PolicySampler) -> Iterator[_Source]:
             loop.close()
 
 
-def _change_adapter(learner: Learner, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+def _set_adapter(learner: Learner, draws: torch.Generator | None) -> None:
+    """Makes the adapter's matrices B random, or 0 where nothing is drawn: the base model."""
     with torch.no_grad():
         for name, parameter in adapter_parameters(learner.policy):
             if "lora_B" in name:
-                noise = torch.empty(parameter.shape).normal_(std=ADAPTER_SCALE, generator=generator)
-                parameter.copy_(noise)
+                drawn = torch.zeros(parameter.shape)
+                parameter.copy_(drawn if draws is None else drawn.normal_(std=ADAPTER_SCALE, generator=draws))
 
 
 def _mean(mismatch: Mismatch) -> float:

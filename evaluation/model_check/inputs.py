@@ -160,16 +160,18 @@ def check_lengths(config: RunConfig, prompts: Prompts) -> Check:
     return Check(name, Status.OK, f"{detail} of sampler.max_model_len = {most}")
 
 
-def with_room(config: RunConfig, prompts: Prompts) -> RunConfig:
-    """Returns a configuration whose limits the probed prompts and answers do not exceed."""
-    response = max(config.policy.max_response_tokens, _rounded(prompts.response))
-    length = max(config.sampler.max_model_len, _rounded(prompts.tokens + response))
-    return config.model_copy(
-        update={
-            "policy": config.policy.model_copy(update={"max_response_tokens": response}),
-            "sampler": config.sampler.model_copy(update={"max_model_len": length}),
-        }
-    )
+def with_room(config: RunConfig, prompts: Prompts) -> tuple[RunConfig, list[str]]:
+    """Returns a configuration whose limits the probed prompts and answers do not exceed, and what it changes."""
+    policy, sampler = config.policy, config.sampler
+    changes = []
+    if prompts.response > policy.max_response_tokens:
+        policy = policy.model_copy(update={"max_response_tokens": _rounded(prompts.response)})
+        changes.append(f"policy.max_response_tokens={policy.max_response_tokens}")
+    needed = prompts.tokens + policy.max_response_tokens
+    if needed > sampler.max_model_len:
+        sampler = sampler.model_copy(update={"max_model_len": _rounded(needed)})
+        changes.append(f"sampler.max_model_len={sampler.max_model_len}")
+    return config.model_copy(update={"policy": policy, "sampler": sampler}), changes
 
 
 def measured_prompts(inputs: PolicyInputs, states: Sequence[ProbedState]) -> Prompts:

@@ -22,6 +22,8 @@ from gflowvlm.shared.policy_inputs import PolicyInputs
 WHOLE, QUICK = (4, 30.0), (1, 5.0)
 """Instances of each split that are played, and seconds after which none is begun: for a whole check and a quick one."""
 
+OTHER_ENGINE = "sampler.engine=transformers"
+
 Say = Callable[[str], None]
 """Is told what is looked at next."""
 
@@ -39,9 +41,11 @@ class ModelReport:
         mismatch_mean_adapter: The mean with an adapter that changes the policy.
         mismatch_max_adapter: The largest with it.
         memory: The memory plan.
+        settings: What a run of the default settings has to set for this model, as ``KEY=VALUE``.
     """
 
     checks: list[Check] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)
     action_mass_max: float | None = None
     round_trip: float | None = None
     mismatch_mean: float | None = None
@@ -80,6 +84,7 @@ class ModelReport:
             "mismatch_max": self.mismatch_max,
             "mismatch_mean_adapter": self.mismatch_mean_adapter,
             "mismatch_max_adapter": self.mismatch_max_adapter,
+            "settings": self.settings,
             "memory_plan": None if plan is None else plan.as_json(),
         }
 
@@ -164,7 +169,7 @@ class _Checking:
         yield of_inputs.check_stop(inputs, answers, state_wise=make_objective(self._config).uses_stops)
         self._prompts = of_inputs.measured_prompts(inputs, states)
         if self._implied:
-            self._config = of_inputs.with_room(self._config, self._prompts)
+            self._config, self._report.settings = of_inputs.with_room(self._config, self._prompts)
         yield of_inputs.check_lengths(self._config, self._prompts)
 
     def _of_network(self, inputs: PolicyInputs) -> Iterator[Check]:
@@ -201,13 +206,24 @@ class _Checking:
         mass = largest_action_mass(config, learner, inputs, states)
         self._report.action_mass_max = mass.largest
         yield mass.check()
+        check = self._sampler(config, inputs, learner)
+        if check.status is not Status.BROKEN or config.sampler.engine != "vllm" or not self._implied:
+            yield check
+            return
+        # Nobody has asked for vLLM: what it cannot do with this model, the other engine may.
+        yield Check("vLLM", Status.NOTE, check.detail, f"set {OTHER_ENGINE}")
+        sampler = config.sampler.model_copy(update={"engine": "transformers"})
+        self._report.settings.append(OTHER_ENGINE)
+        yield self._sampler(config.model_copy(update={"sampler": sampler}), inputs, learner)
+
+    def _sampler(self, config: RunConfig, inputs: PolicyInputs, learner: Learner) -> Check:
+        """Compares the sampler with the learner."""
         self._say(f"the sampler ({config.sampler.engine}) beside the learner")
         try:
             agreement = compared_with_sampler(config, inputs, learner)
         except UserError as error:
-            yield Check("sampler", Status.BROKEN, *found_and_advice(error))
-            return
+            return Check("sampler", Status.BROKEN, *found_and_advice(error))
         base, adapted = agreement.base, agreement.adapted
         self._report.mismatch_mean, self._report.mismatch_max = base.mean, base.max
         self._report.mismatch_mean_adapter, self._report.mismatch_max_adapter = adapted.mean, adapted.max
-        yield agreement.check(config, inputs.model)
+        return agreement.check(config, inputs.model)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from gflowvlm.actors.samplers import make_sampler
 from gflowvlm.evaluation.memory_plan import GIB, Memory
 from gflowvlm.evaluation.model_check import inputs as of_inputs
 from gflowvlm.evaluation.model_check import report as reports
@@ -76,6 +77,22 @@ def saved_without_changes(learner, directory):
     save_adapter(fresh, Path(directory))
 
 
+def test_what_vllm_cannot_do_is_a_note_where_nobody_asked_for_it_and_the_other_engine_can(model, monkeypatch):
+    def without_vllm(config, path, engine):
+        if engine == "vllm":
+            raise UserError("model: vLLM cannot serve it under these settings (no LoRA)")
+        return make_sampler(config, path, engine)
+
+    monkeypatch.setattr("gflowvlm.evaluation.model_check.engine.make_sampler", without_vllm)
+    report = check_model(config(model), ENOUGH, lambda what: None, whole=True, implied=True)
+    assert report.trainable, report.broken
+    assert (found(report, "vLLM").status, found(report, "sampler").status) == (Status.NOTE, Status.OK)
+    assert report.settings == ["sampler.engine=transformers"]
+    assert report.mismatch_max < 1e-4
+    chosen = check_model(config(model), ENOUGH, lambda what: None, whole=True)
+    assert found(chosen, "sampler").status is Status.BROKEN
+
+
 @pytest.mark.parametrize(
     ("sections", "name", "detail", "advice"),
     [
@@ -102,6 +119,10 @@ def test_settings_that_do_not_fit_the_model_are_one_line_each(model, sections, n
 def test_settings_that_nobody_chose_are_made_to_fit(model):
     report = quick(config(model, sampler={"max_model_len": 128}, policy={"max_response_tokens": 4}), implied=True)
     assert report.trainable, report.broken
+    assert [setting.partition("=")[0] for setting in report.settings] == [
+        "policy.max_response_tokens",
+        "sampler.max_model_len",
+    ]
 
 
 def test_a_run_that_does_not_fit_is_refused_and_settings_that_nobody_chose_are_a_note(model):
