@@ -68,10 +68,10 @@ class Evaluation:
         success_greedy: Share of instances that the greedy policy solves.
         success_bound: Success of the perfect sampler of R^beta / Z on the same instances; None if unknown.
         div_at_n: Distinct successful trajectories per instance with at least one; at least 1, 0 without any.
-        malformed_rate: Share of responses that could not be read.
+        malformed_rate: Share of responses that could not be read, of those that no limit of tokens cut off.
         inadmissible_rate: Share of responses with an inadmissible action.
         cut_rate: Share of trajectories that a limit of tokens cut off (`EndReason.by_token_limit`).
-        mean_response_tokens: Mean tokens of a response.
+        mean_response_tokens: Mean tokens of a response that no limit cut off.
         total_variation: Between sampled final outcomes and R^beta / Z, mean over instances; None if unknown.
         total_variation_low: Lower end of its 95 % interval (bootstrap over instances); None if unknown.
         total_variation_high: Upper end.

@@ -196,6 +196,7 @@ def show_report(
         "div_at_n",
         "malformed_rate",
         "inadmissible_rate",
+        "cut_rate",
         "mean_response_tokens",
         "total_variation",
         "total_variation_floor",

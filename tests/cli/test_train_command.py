@@ -20,6 +20,7 @@ FIGURES = (
     "div_at_n",
     "malformed_rate",
     "inadmissible_rate",
+    "cut_rate",
     "mean_response_tokens",
     "total_variation",
     "total_variation_floor",
@@ -36,6 +37,11 @@ def said(folder: Path, versions: tuple[int, int]) -> str:
     console = Console(file=out, width=WIDTH, markup=False, highlight=False)
     show_report(console, RunFolder(folder), "numberline", report, 90.0)
     return out.getvalue()
+
+
+def test_the_table_of_before_and_after_has_a_row_for_every_figure(tmp_path):
+    text = said(tmp_path / "run", (0, 60))
+    assert all(re.search(rf"^│ {figure} +│ 0.500 ", text, re.MULTILINE) for figure in FIGURES)
 
 
 def test_what_to_type_next_fits_80_columns_for_a_run_of_the_default_name(tmp_path, monkeypatch):
