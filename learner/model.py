@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from gflowvlm.shared.config import PolicySettings
 from gflowvlm.shared.errors import UserError, one_line
+from gflowvlm.shared.hub import require_at_hub
 from gflowvlm.shared.lora_layers import lora_target_names
 from gflowvlm.shared.policy_inputs import directory_or_hub_name
 from gflowvlm.shared.precision import FewerBits
@@ -65,8 +66,10 @@ def empty_policy(settings: PolicySettings, model: str | PreTrainedConfig) -> Any
         UserError: No such model, or LoRA targets outside the language model.
     """
     name = model if isinstance(model, str) else type(model).__name__
+    if isinstance(model, str):
+        require_at_hub(directory_or_hub_name(model))
     try:
-        config = AutoConfig.from_pretrained(directory_or_hub_name(model)) if isinstance(model, str) else model
+        config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
         with torch.device("meta"):
             empty = AutoModelForImageTextToText.from_config(config, dtype=DTYPES[settings.dtype])
     except (ImportError, OSError, ValueError) as error:

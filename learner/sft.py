@@ -28,6 +28,7 @@ from gflowvlm.learner.sft_weights import (
 )
 from gflowvlm.shared.answer_formats import DEFAULT_FORMAT, answer_format
 from gflowvlm.shared.errors import UserError, one_line
+from gflowvlm.shared.hub import require_at_hub
 from gflowvlm.shared.policy_inputs import PolicyInputs
 from gflowvlm.shared.precision import Precision
 from gflowvlm.shared.prompt_inputs import bound_pictures
@@ -115,6 +116,7 @@ def load_for_sft(
     Raises:
         UserError: The model or its processor cannot be loaded.
     """
+    require_at_hub(model)
     # Bars for reading and writing local files would stand in the middle of our own; downloads keep theirs.
     transformers_logging.disable_progress_bar()
     try:

@@ -15,6 +15,7 @@ from transformers import AutoProcessor, BatchFeature
 
 from gflowvlm.shared.answer_formats import DEFAULT_FORMAT, AnswerFormat, ParsedResponse, answer_format
 from gflowvlm.shared.errors import UserError, one_line
+from gflowvlm.shared.hub import require_at_hub
 from gflowvlm.shared.prompt_inputs import PromptInputs, bound_pictures
 from gflowvlm.shared.prompt_settings import PromptSettings
 from gflowvlm.shared.response import DONE_TOKEN, ResponseLayout
@@ -68,6 +69,7 @@ class PolicyInputs:
         """
         settings = PromptSettings() if prompts is None else prompts
         path = directory_or_hub_name(model)
+        require_at_hub(path)
         try:
             processor = AutoProcessor.from_pretrained(path)
             bound_pictures(processor, settings, model)
@@ -78,9 +80,7 @@ class PolicyInputs:
                     f"model {model!r}: no model in that folder (no config.json); give the folder that has one, or, "
                     "where `gflowvlm sft` was stopped there, go on with its --resume"
                 ) from None
-            reason = one_line(error)
-            where = "" if Path(path).is_absolute() else "is no folder here, and at the hub "
-            raise UserError(f"model {model!r}: {where}its processor cannot be loaded ({reason})") from None
+            raise UserError(f"model {model!r}: its processor cannot be loaded ({one_line(error)})") from None
         return cls(path, processor, answer_format(answers), settings)
 
     @property
