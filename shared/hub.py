@@ -4,7 +4,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.utils import httpx
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined] # exported lazily, whichever version it is
 
 from gflowvlm.shared.errors import UserError, one_line
 
