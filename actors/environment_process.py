@@ -47,6 +47,9 @@ LINE_CHARS = 200
 _slots: dict[int, InstanceSlot] = {}
 """In the process: its environments by number."""
 
+_begun: Any = None
+"""In the process: memory that it shares with its owner, for the number of the last call that has begun."""
+
 
 @dataclass(frozen=True)
 class CallOutcome:
@@ -81,7 +84,8 @@ class EnvironmentProcess:
         context = multiprocessing.get_context("spawn")
         reader, writer = context.Pipe(duplex=False)
         # A pool of one notices at once when its process dies.
-        self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_prepare, initargs=(writer,))
+        self._begun = context.RawValue("Q", 0)
+        self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_prepare, initargs=(writer, self._begun))
         others = {child.pid for child in multiprocessing.active_children()}
         self._pool.submit(os.getpid)
         (self._child,) = (child for child in multiprocessing.active_children() if child.pid not in others)
@@ -95,6 +99,7 @@ class EnvironmentProcess:
         reader.close()
         self._guard = ProcessGuard([self.pid])
         self._turn = asyncio.Lock()
+        self._calls_made = 0
         self._calls: set[asyncio.Task[CallOutcome]] = set()
         self._why = "it was ended"
 
@@ -136,7 +141,8 @@ class EnvironmentProcess:
                 if not self._child.is_alive() or wait([self._child.sentinel], timeout=0):
                     # Before the pool has noticed: its error would look like that of this call.
                     raise BrokenProcessPool
-                future = asyncio.wrap_future(self._pool.submit(_guarded, function, *arguments))
+                self._calls_made += 1
+                future = asyncio.wrap_future(self._pool.submit(_guarded, self._calls_made, function, *arguments))
             except BrokenProcessPool:
                 # Between two calls: somebody else ended it.
                 self.end(f"it {self._death()}")
@@ -144,6 +150,10 @@ class EnvironmentProcess:
             try:
                 outcome = await asyncio.wait_for(future, self._timeout_s)
             except BrokenProcessPool:
+                if 0 < self._begun.value < self._calls_made:
+                    # It was dying already, which shows only when the last of its threads has ended.
+                    self.end(f"it {self._death()}")
+                    return self._lost()
                 return await self._failed(f"its process {self.pid} {self._death()}")
             except asyncio.CancelledError:
                 # `end` takes back what the pool has not begun.
@@ -206,7 +216,9 @@ class _LimitedOutput(RawIOBase):
 # In the process
 
 
-def _prepare(output: Connection) -> None:
+def _prepare(output: Connection, begun: Any) -> None:
+    global _begun
+    _begun = begun
     # Ctrl-C in a terminal reaches every process; what becomes of this one is its owner's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for stream in (1, 2):
@@ -217,8 +229,9 @@ def _prepare(output: Connection) -> None:
         text.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
-def _guarded(function: Callable[..., Any], *arguments: Any) -> CallOutcome:
+def _guarded(number: int, function: Callable[..., Any], *arguments: Any) -> CallOutcome:
     """Returns what became of a call. Exceptions of the environment's do not travel: they may not even be picklable."""
+    _begun.value = number
     try:
         return CallOutcome(run_environment_code(function, *arguments))
     except (EnvironmentFailedError, KeyboardInterrupt) as error:
