@@ -28,7 +28,8 @@ from gflowvlm.actors.vllm_arguments import engine_arguments
 from gflowvlm.actors.vllm_sampler import VllmSampler
 from gflowvlm.learner.tiny_policy import build_tiny_policy
 from gflowvlm.shared.errors import UserError
-from gflowvlm.shared.policy_inputs import PolicyInputs, decode_image
+from gflowvlm.shared.pictures import decode_pictures
+from gflowvlm.shared.policy_inputs import PolicyInputs
 from tests.actors.tiny_adapters import config, request, write_policy
 
 pytestmark = pytest.mark.slow
@@ -102,9 +103,9 @@ def test_a_state_is_rendered_once_however_many_rollouts_stand_before_it(
 
     def counted(image: bytes) -> Any:
         decoded.append(image)
-        return decode_image(image)
+        return decode_pictures(image)
 
-    monkeypatch.setattr(rendered_prompts, "decode_image", counted)
+    monkeypatch.setattr(rendered_prompts, "decode_pictures", counted)
     one = replace(request(1), temperature=0.0, prompt="Target: 4\nState 0: picture")
     other = replace(request(2), prompt="Target: 3\nState 0: picture")
     asked = [*[one] * 8, replace(one, image=other.image), replace(one, prompt=other.prompt), *[one] * 8]

@@ -1,8 +1,9 @@
 """Takes a learner's steps in a process of its own and prints what it held at the peak: ``python FILE CONFIG MODEL``."""
 
 import json
-import resource
+import re
 import sys
+from pathlib import Path
 
 import torch
 
@@ -15,7 +16,9 @@ GROUPS = 3
 
 
 def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not `ru_maxrss`, which begins at what the process that started this one held.
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024
 
 
 def main() -> None:
