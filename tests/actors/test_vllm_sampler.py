@@ -261,23 +261,6 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_engine_lives(
     run(body)
 
 
-def test_a_killed_engine_fails_its_requests_and_the_health_check(run: Runner) -> None:
-    async def body(sampler: VllmSampler) -> None:
-        await sampler.check_health()
-        asked = [asyncio.create_task(sampler.sample(request(i, max_tokens=400))) for i in range(8)]
-        await asyncio.sleep(0.5)
-        (pid,) = sampler.stats()["engine_pids"]
-        os.kill(pid, signal.SIGKILL)
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        assert all(isinstance(a, SampleResponse | SamplerUnavailableError) for a in answers)
-        assert any(isinstance(a, SamplerUnavailableError) for a in answers)
-        with pytest.raises(SamplerUnavailableError):
-            await sampler.check_health()
-        assert sampler.stats()["in_flight"] == 0
-
-    run(body)
-
-
 @pytest.mark.parametrize(("asked", "on_cpu"), [(0.0, False), (1.0, True)])
 def test_an_engine_that_computes_elsewhere_than_asked_for_is_refused(
     policy: Path, monkeypatch: pytest.MonkeyPatch, asked: float, on_cpu: bool
@@ -329,5 +312,22 @@ def test_an_engine_whose_weights_changed_in_its_sleep_is_not_used_again(
         # Asked again, as the client does: the answer is compared again, too.
         await sampler.wake_up()
         assert (await sampler.sample(request())).token_ids
+
+    run(body)
+
+
+def test_a_killed_engine_fails_its_requests_and_the_health_check(run: Runner) -> None:
+    async def body(sampler: VllmSampler) -> None:
+        await sampler.check_health()
+        asked = [asyncio.create_task(sampler.sample(request(i, max_tokens=400))) for i in range(8)]
+        await asyncio.sleep(0.5)
+        (pid,) = sampler.stats()["engine_pids"]
+        os.kill(pid, signal.SIGKILL)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert all(isinstance(a, SampleResponse | SamplerUnavailableError) for a in answers)
+        assert any(isinstance(a, SamplerUnavailableError) for a in answers)
+        with pytest.raises(SamplerUnavailableError):
+            await sampler.check_health()
+        assert sampler.stats()["in_flight"] == 0
 
     run(body)
