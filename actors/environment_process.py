@@ -138,7 +138,7 @@ class EnvironmentProcess:
                 return self._lost()
             self._output.clear()
             try:
-                if not self._child.is_alive() or wait([self._child.sentinel], timeout=0):
+                if wait([self._child.sentinel], timeout=0):
                     # Before the pool has noticed: its error would look like that of this call.
                     raise BrokenProcessPool
                 self._calls_made += 1
