@@ -150,8 +150,7 @@ class TrainingRun:
         self._follow_learner()
         if self._actors.learner_error is not None:
             raise UserError(
-                f"the learner failed {self.config.learner.max_failures + 1} times, last: "
-                f"{last_line(str(self._actors.learner_error))}; "
+                f"the learner was given up, its last error: {last_line(str(self._actors.learner_error))}; "
                 f"resume with `gflowvlm train --resume {quoted(self.folder.root)}`"
             )
         if self.state.step < self.config.learner.steps:

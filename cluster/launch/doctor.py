@@ -6,7 +6,6 @@ Whatever imports large packages is tried in a process of its own: a broken insta
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ import psutil
 
 from gflowvlm.cluster.launch.machine import GIB, memory_limit, versions
 from gflowvlm.cluster.launch.process_environment import package_path
-from gflowvlm.cluster.launch.ray_folder import check_ray_folder, ray_folder
+from gflowvlm.cluster.launch.ray_folder import check_ray_folder, is_free, ray_folder
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError
 from gflowvlm.shared.findings import Check, Status
@@ -274,14 +273,9 @@ def check_folder_of_ray() -> Check:
 
 def check_dashboard_port(port: int = 8265) -> Check:
     """Looks whether the dashboard's usual port is free."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", port))
-        except OSError:
-            advice = "a run takes the next free port and prints it"
-            return Check(f"port {port}", Status.NOTE, "in use (another Ray?)", advice)
-    return Check(f"port {port}", Status.OK, "free for the dashboard")
+    if is_free(port):
+        return Check(f"port {port}", Status.OK, "free for the dashboard")
+    return Check(f"port {port}", Status.NOTE, "in use (another Ray?)", "a run takes the next free port and prints it")
 
 
 def check_ray_start(config: RunConfig) -> Check:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,18 +13,27 @@ from gflowvlm.run.interruption import hangup_ignored
 from gflowvlm.shared.errors import UserError
 
 _REASON_CHARACTERS = 300
+_NO_SERVERS_PORT = 9
 
 
-def start_local_ray(**options: Any) -> ray.runtime_context.RuntimeContext:
+def start_local_ray(environment: Mapping[str, str], **options: Any) -> ray.runtime_context.RuntimeContext:
     """Starts a Ray of this process's own and connects to it; its processes do not take the SIGHUP of a closed terminal.
 
     Args:
+        environment: Environment variables of its workers.
         options: Those of `ray.init`, except where and how much it logs.
 
     Raises:
         UserError: It cannot start; the message says what is wrong, where, and what to do.
     """
     check_ray_folder()
+    if not options.get("include_dashboard", True):
+        # Ray records the address even so, and asks whoever listens there, such as another cluster's dashboard.
+        options["dashboard_port"] = _NO_SERVERS_PORT
+    options["runtime_env"] = {
+        "env_vars": dict(environment),
+        "worker_process_setup_hook": f"{__name__}.{name_own_cluster.__name__}",
+    }
     try:
         with hangup_ignored(), working_folder(ray_folder()):
             # At first without Ray's own words, which are part of the error that it raises.
@@ -34,6 +43,15 @@ def start_local_ray(**options: Any) -> ray.runtime_context.RuntimeContext:
         raise UserError(_explanation(error)) from None
     logging.getLogger("ray").setLevel(logging.ERROR)
     return context
+
+
+def name_own_cluster() -> None:
+    """Has a worker look its own cluster up, where Ray would take the newest on the machine, or the shell's.
+
+    Ray Train's guard would end the learner of a run whose controller that other cluster does not know.
+    """
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    os.environ.pop("RAY_API_SERVER_ADDRESS", None)
 
 
 @contextmanager

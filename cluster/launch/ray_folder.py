@@ -1,4 +1,4 @@
-"""The folder of a local Ray: where it is, and whether Ray can start there. Does not import Ray."""
+"""The folder and the ports of a local Ray: whether it can start there. Does not import Ray."""
 
 import os
 import socket
@@ -50,3 +50,14 @@ def check_ray_folder() -> None:
             f"Ray cannot start: its folder {folder} cannot be used ({error.strerror or error}); "
             "set RAY_TMPDIR to a folder that can be written"
         ) from None
+
+
+def is_free(port: int) -> bool:
+    """Returns whether a port of this machine can be listened on."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from gflowvlm.cluster.launch.local_capacity import LocalCapacity
 from gflowvlm.cluster.launch.local_ray import start_local_ray, working_folder
 from gflowvlm.cluster.launch.placement import Node, ResourcePlan, amounts, lacking, largest, resource_plan, selectors
 from gflowvlm.cluster.launch.process_environment import PROCESS_ENVIRONMENT, package_path
-from gflowvlm.cluster.launch.ray_folder import check_ray_folder, ray_folder
+from gflowvlm.cluster.launch.ray_folder import check_ray_folder, is_free, ray_folder
 from gflowvlm.run.interruption import termination_as_interrupt
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError, one_line
@@ -81,6 +80,7 @@ def _start_local(config: RunConfig) -> ray.runtime_context.RuntimeContext:
     cluster, plan = config.cluster, resource_plan(config)
     # Slots, not processors: the operating system shares the two cores of a laptop between the parts.
     context = start_local_ray(
+        worker_environment(),
         # They cannot become more later, so there are as many as scaling by load may come to want.
         num_cpus=max(os.cpu_count() or 1, math.ceil(resource_plan(largest(config)).cpus)),
         object_store_memory=cluster.object_store_mib * 2**20,
@@ -88,7 +88,6 @@ def _start_local(config: RunConfig) -> ray.runtime_context.RuntimeContext:
         # Where none is given Ray takes the first that is free from 8265 on.
         dashboard_port=cluster.dashboard_port,
         _metrics_export_port=cluster.metrics_port,
-        runtime_env={"env_vars": worker_environment()},
     )
     available = ray.cluster_resources().get("GPU", 0.0)
     if plan.gpus > available:
@@ -117,7 +116,7 @@ def check_local_ray(config: RunConfig) -> str | None:
             )
     for key in ("dashboard_port", "metrics_port"):
         port = getattr(config.cluster, key)
-        if port is not None and not _is_free(port):
+        if port is not None and not is_free(port):
             raise UserError(f"cluster.{key} = {port}: the port is in use; choose another or leave it null")
     check_ray_folder()
     return LocalCapacity.now().check_workers(config.rollout.workers)
@@ -190,13 +189,3 @@ def connection_environment() -> dict[str, str]:
     job = json.loads(os.environ.get(_JOB_CONFIG, "{}"))
     given = (job.get("runtime_env") or {}).get("env_vars") or {}
     return {name: value for name, value in _process_environment().items() if name not in given}
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True

@@ -102,11 +102,11 @@ def _small_ray(concurrent: int) -> Iterator[None]:
     """A local Ray with a slot for each trial that runs at a time, and little else."""
     on_sigterm = signal.getsignal(signal.SIGTERM)
     start_local_ray(
+        worker_environment(),
         num_cpus=concurrent,
         num_gpus=0,
         object_store_memory=_OBJECT_STORE_BYTES,
         include_dashboard=False,
-        runtime_env={"env_vars": worker_environment()},
     )
     # Ray has put its own handler there, which ends the process.
     signal.signal(signal.SIGTERM, on_sigterm)

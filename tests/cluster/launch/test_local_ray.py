@@ -1,10 +1,14 @@
 """A local Ray that cannot start is one line that says what is wrong, where, and what to do."""
 
+import json
 import logging
 import os
 import re
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -71,7 +75,7 @@ def test_a_path_too_long_for_rays_sockets_is_refused_before_anything_starts(
         check_ray_folder()
         return
     with pytest.raises(UserError, match=f"is {too_long} bytes too long for its sockets; set RAY_TMPDIR"):
-        start_local_ray()
+        start_local_ray({})
     found = check_folder_of_ray()
     assert found.status is Status.BROKEN
     assert "bytes too long" in found.detail
@@ -104,7 +108,7 @@ def test_whatever_ray_raises_at_its_start_is_one_line(error, said, monkeypatch):
 
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(UserError, match=re.escape(said)) as caught:
-        start_local_ray(num_cpus=1)
+        start_local_ray({}, num_cpus=1)
     assert str(caught.value).startswith("Ray cannot start on this machine: ")
     assert "\n" not in str(caught.value)
     assert "gflowvlm doctor --ray" in str(caught.value)
@@ -114,7 +118,7 @@ def test_a_ray_that_fails_later_is_one_line_and_errors_of_our_code_are_not_touch
     class Context:
         dashboard_url = ""
 
-    monkeypatch.setattr(ray_runtime, "start_local_ray", lambda **options: Context())
+    monkeypatch.setattr(ray_runtime, "start_local_ray", lambda *environment, **options: Context())
     monkeypatch.setattr(ray, "cluster_resources", dict)
     config = load_preset("numberline-tiny")
     said = r"Ray has failed \(RaySystemError: .*gone\); its logs are in"
@@ -139,5 +143,64 @@ def test_commands_that_start_ray_say_why_they_cannot(command, tmp_path):
 
 def test_ray_is_as_quiet_as_before_once_it_has_started(monkeypatch):
     monkeypatch.setattr(ray, "init", lambda **options: logging.getLogger("ray").setLevel(options["logging_level"]))
-    start_local_ray()
+    start_local_ray({})
     assert logging.getLogger("ray").level == logging.ERROR
+
+
+_STATE_OF_OWN_ACTOR = """
+import sys, ray
+from ray.util.state import get_actor
+from ray.util.state.exception import ServerUnavailable
+from gflowvlm.cluster.launch.local_ray import start_local_ray
+from gflowvlm.cluster.launch.ray_runtime import worker_environment
+
+class Guard:
+    def knows(self, actor):
+        try:
+            return str(get_actor(actor, timeout=30).state)
+        except ServerUnavailable:
+            return "unknown"
+
+start_local_ray(
+    worker_environment(), num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=sys.argv[1] == "with"
+)
+guard = ray.remote(num_cpus=0)(Guard).remote()
+print(ray.get(guard.knows.remote(guard._actor_id.hex()), timeout=60))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dashboard", "state"), [("with", "ALIVE"), ("without", "unknown")])
+def test_workers_ask_no_other_cluster_for_the_state_of_their_own(dashboard, state):
+    # Ray Train removes the placement group of a learner whose controller is not known there.
+    with _dashboard_of_another_cluster() as other:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_API_SERVER_ADDRESS": other}
+        command = [sys.executable, "-c", _STATE_OF_OWN_ACTOR, dashboard]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert result.stdout.splitlines()[-1:] == [state], result.stderr
+
+
+@contextmanager
+def _dashboard_of_another_cluster():
+    """A server that knows no actor, where Ray's dashboards are unless told otherwise, or beside one that is there."""
+
+    class Nobody(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = json.dumps({"result": True, "msg": "", "data": {"result": {"total": 0, "result": []}}}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(body)
+
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", 8265), Nobody)
+    except OSError:
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Nobody)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(timeout=10)
