@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 # Makes the shipped tasks known in every process that imports anything of the package.
 import gflowvlm.envs as _envs  # noqa: F401
 
+# Makes the folder of own code known in every process that a run has named one to.
+import gflowvlm.shared.user_code as _user_code  # noqa: F401
+
 if TYPE_CHECKING:
     from gflowvlm import losses as losses
     from gflowvlm.api.policy import Policy as Policy

@@ -1,8 +1,9 @@
 """Run configuration: every setting of a run, typed, bounded, unknown keys refused."""
 
-from typing import Annotated, Literal
+import os
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gflowvlm.shared.cluster_settings import ClusterSettings, ScalingSettings
 from gflowvlm.shared.instances import EVALUATION_SEEDS
@@ -11,8 +12,9 @@ from gflowvlm.shared.lora_layers import ALL_LINEAR
 from gflowvlm.shared.objective_settings import ObjectiveSettings, TargetSettings
 from gflowvlm.shared.precision import MISMATCH_LIMITS, QUANTIZED_LIMITS, FewerBits, MismatchLimits, Precision
 from gflowvlm.shared.prompt_settings import PromptSettings
-from gflowvlm.shared.settings import CustomResources, Fraction, ModelName, NodeLabels, PathMarker, Settings
+from gflowvlm.shared.settings import CustomResources, FolderPath, Fraction, ModelName, NodeLabels, PathMarker, Settings
 from gflowvlm.shared.task_settings import AnyTaskSettings, default_settings
+from gflowvlm.shared.user_code import use_code_folder, used_code_folder
 
 _DEMONSTRATIONS = PathMarker(advice="`gflowvlm demonstrate TASK --out DIR` makes a set")
 
@@ -183,6 +185,27 @@ class RunConfig(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
     scaling: ScalingSettings = ScalingSettings()
     cluster: ClusterSettings = ClusterSettings()
+    # Last, because by then the other settings have named what they name.
+    code: FolderPath | None = Field(
+        None,
+        validate_default=True,
+        description="Folder of your own modules that settings name as `module:Name`; by default that of the "
+        "configuration's file, or where the command starts.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _uses_code(cls, settings: Any) -> Any:
+        folder = settings.get("code") if isinstance(settings, dict) else None
+        if isinstance(folder, str) and os.path.isdir(folder):
+            use_code_folder(folder)
+        return settings
+
+    @field_validator("code", mode="before")
+    @classmethod
+    def _notes_code(cls, folder: Any) -> Any:
+        used = used_code_folder()
+        return str(used) if folder is None and used is not None else folder
 
     @property
     def on_policy(self) -> bool:

@@ -21,6 +21,7 @@ from gflowvlm.cluster.launch.ray_folder import check_ray_folder, is_free, ray_fo
 from gflowvlm.run.interruption import termination_as_interrupt
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.errors import UserError, one_line
+from gflowvlm.shared.user_code import code_environment
 
 # Ray's job supervisor puts the job's own runtime environment here.
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -168,8 +169,8 @@ def _is_placed(group: PlacementGroup, timeout_s: float) -> bool:
 
 
 def _lacks(plan: ResourcePlan) -> str:
-    lacks = "; ".join(lack.describe() for lack in lacking(plan, cluster_nodes()) if lack.stops)
-    return lacks or "the nodes are large enough, but other jobs use them"
+    found = "; ".join(lack.describe() for lack in lacking(plan, cluster_nodes()) if lack.stops)
+    return found or "the nodes are large enough, but other jobs use them"
 
 
 def worker_environment() -> dict[str, str]:
@@ -178,7 +179,7 @@ def worker_environment() -> dict[str, str]:
 
 
 def _process_environment() -> dict[str, str]:
-    return {name: os.environ.get(name, value) for name, value in PROCESS_ENVIRONMENT.items()}
+    return {name: os.environ.get(name, value) for name, value in PROCESS_ENVIRONMENT.items()} | code_environment()
 
 
 def connection_environment() -> dict[str, str]:

@@ -1,14 +1,13 @@
 """Which answer format a setting names."""
 
-import importlib
 from functools import lru_cache
-from typing import Any
 
 from gflowvlm.shared.answer_formats.base import AnswerFormat
 from gflowvlm.shared.answer_formats.json_answers import JsonAnswers
-from gflowvlm.shared.answer_formats.own_format import OwnFormat, run_own_code
+from gflowvlm.shared.answer_formats.own_format import OwnFormat
 from gflowvlm.shared.answer_formats.tag_answers import TagAnswers
 from gflowvlm.shared.errors import UserError
+from gflowvlm.shared.user_code import load_own, run_own_code
 
 DEFAULT_FORMAT = "json"
 
@@ -28,18 +27,12 @@ def answer_format(name: str) -> AnswerFormat:
     """
     if name in _SHIPPED:
         return _SHIPPED[name]()
-    module, _, attribute = name.partition(":")
-    if not module or not attribute:
+    if ":" not in name:
         raise UserError(
             f"task.answer_format {name!r}: there is no such format; use json, tags, or module:Class of your own"
         )
-    try:
-        made = run_own_code(_imported, "", module, attribute)
-    except UserError as error:
-        raise UserError(
-            f"task.answer_format {name!r}: cannot be imported{error}; its module must be on PYTHONPATH on every "
-            "machine of the run"
-        ) from error
+    found = load_own(name, "task.answer_format")
+    made = run_own_code(found, f"task.answer_format {name!r}: cannot be made") if isinstance(found, type) else found
     if not isinstance(made, AnswerFormat):
         raise UserError(
             f"task.answer_format {name!r}: is no AnswerFormat; derive it from "
@@ -48,8 +41,3 @@ def answer_format(name: str) -> AnswerFormat:
     own = OwnFormat(name, made)
     own.check()
     return own
-
-
-def _imported(module: str, attribute: str) -> Any:
-    found = getattr(importlib.import_module(module), attribute)
-    return found() if isinstance(found, type) else found

@@ -1,12 +1,12 @@
 """An answer format of the user's own: their code, held to what every answer format promises."""
 
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from gflowvlm.shared.answer_formats.base import AnswerFormat, FieldType, ParsedResponse
 from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.response import DONE_TOKEN
+from gflowvlm.shared.user_code import run_own_code
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -133,24 +133,6 @@ class OwnFormat(AnswerFormat):
 
     def _broken(self, method: str, what: str) -> UserError:
         return UserError(f"task.answer_format {self._name!r}: its {method} {what}")
-
-
-def run_own_code(
-    call: Callable[_Arguments, _Result], problem: str, *args: _Arguments.args, **kwargs: _Arguments.kwargs
-) -> _Result:
-    """Returns what a call of the user's code returns.
-
-    Raises:
-        UserError: It raised, whatever that was; the message begins with `problem`.
-        KeyboardInterrupt: The user pressed Ctrl-C in the main thread.
-    """
-    try:
-        return call(*args, **kwargs)
-    # `SystemExit` included: it would end a worker's event loop.
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
-            raise
-        raise UserError(f"{problem} ({type(error).__name__}: {one_line(error)})") from error
 
 
 def _in_place(parsed: ParsedResponse, length: int) -> bool:
