@@ -31,11 +31,8 @@ def new_run(config: RunConfig, directory: Path | None) -> RunFolder:
     """
     check_absolute(config)
     root = directory if directory is not None else Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    check_new_run(root)
     folder = RunFolder(root.resolve())
-    if folder.config.exists():
-        raise UserError(
-            f"{root}: holds a run already; go on with `gflowvlm train --resume {quoted(root)}`, or choose another"
-        )
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
         for path in (folder.trajectories, folder.adapters, folder.checkpoints, folder.tensorboard):
@@ -44,6 +41,19 @@ def new_run(config: RunConfig, directory: Path | None) -> RunFolder:
     except OSError as error:
         raise UserError(f"{root}: cannot make the run's folder ({error.strerror or error})") from None
     return folder
+
+
+def check_new_run(directory: Path) -> None:
+    """Makes sure that a new run would not be started over another.
+
+    Raises:
+        UserError: The folder holds a run already.
+    """
+    if RunFolder(directory.resolve()).config.exists():
+        raise UserError(
+            f"{directory}: holds a run already; go on with `gflowvlm train --resume {quoted(directory)}`, or choose "
+            "another"
+        )
 
 
 def open_run(directory: Path) -> tuple[RunFolder, RunConfig]:

@@ -60,13 +60,17 @@ def register(app: typer.Typer) -> None:
         much out; what is still left out is `uncovered`. It takes some minutes with the default task and
         policy, and works where all action sequences can be enumerated.
         """
-        from gflowvlm.evaluation.metrics import EvaluationPlan
-        from gflowvlm.evaluation.run_evaluation import evaluate_run
-
         if split not in SPLITS:
             raise UserError(f"--split {split!r}: there is no such split; use {' or '.join(SPLITS)}")
         if engine not in (None, "vllm", "transformers"):
             raise UserError(f"--engine {engine!r}: there is no such engine; use vllm or transformers")
+        from gflowvlm.run.setup import open_run
+
+        # A folder without a run is said before anything large is imported.
+        open_run(run)
+        from gflowvlm.evaluation.metrics import EvaluationPlan
+        from gflowvlm.evaluation.run_evaluation import evaluate_run
+
         console = terminal()
         plan = EvaluationPlan(split, instances, samples, seed, temperature)
         figures = evaluate_run(run, plan, version=version, engine=engine, console=console)

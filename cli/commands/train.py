@@ -81,13 +81,14 @@ def register(app: typer.Typer) -> None:
 
 
 def _reopened(directory: Path) -> tuple[RunFolder, RunConfig]:
-    from gflowvlm.learner.checkpoint import check_checkpoint
     from gflowvlm.run.checkpoints import latest_checkpoint
     from gflowvlm.run.setup import open_run
 
     folder, config = open_run(directory)
     if folder.summary.exists():
         raise UserError(f"{directory}: this run has ended; look at it with `gflowvlm eval {quoted(directory)}`")
+    from gflowvlm.learner.checkpoint import check_checkpoint
+
     checkpoint = latest_checkpoint(folder.checkpoints)
     if checkpoint is not None:
         check_checkpoint(checkpoint)
@@ -129,23 +130,13 @@ def _show_memory(console: Console, config: RunConfig, gpu_gib: float | None) -> 
 def _train(
     console: Console, folder: RunFolder | None, config: RunConfig, directory: Path | None, gpu_gib: float | None
 ) -> None:
-    # Imported here so that --help and wrong arguments answer at once.
-    from gflowvlm.actors.demonstration_set import DemonstrationSet
-    from gflowvlm.cluster.driver.training_run import TrainingRun
-    from gflowvlm.cluster.launch.known_memory import known_memory
-    from gflowvlm.cluster.launch.ray_runtime import check_local_ray, dashboard_line, ray_cluster, wait_for_resources
-    from gflowvlm.evaluation.model_check.report import require_trainable
-    from gflowvlm.run.paths import check_paths
     from gflowvlm.run.setup import new_run, run_lock
 
-    check_paths(config)
-    require_trainable(config, known_memory(config, gpu_gib))
-    DemonstrationSet.of_run(config)
-    if config.cluster.address is None:
-        # Before there is a folder.
-        note = check_local_ray(config)
-        if note is not None:
-            console.print(note, soft_wrap=True)
+    _check(console, config, None if folder is not None else directory, gpu_gib)
+    # Imported here so that --help and what is refused answer at once.
+    from gflowvlm.cluster.driver.training_run import TrainingRun
+    from gflowvlm.cluster.launch.ray_runtime import dashboard_line, ray_cluster, wait_for_resources
+
     folder = new_run(config, directory) if folder is None else folder
     console.print(f"run folder: {_shown(folder)}", soft_wrap=True)
     started = time.monotonic()
@@ -168,6 +159,34 @@ def _train(
             f"{path}: {error.strerror}; free some space, then `gflowvlm train --resume {quoted(path)}`"
         ) from None
     show_report(console, folder, config.task.name, report, time.monotonic() - started)
+
+
+def _check(console: Console, config: RunConfig, directory: Path | None, gpu_gib: float | None) -> None:
+    """Refuses what cannot run before there is a folder: first what is seen at once, last what the model must tell.
+
+    Raises:
+        UserError: The run cannot start; the message says why.
+    """
+    from gflowvlm.run.paths import check_paths
+    from gflowvlm.run.setup import check_new_run
+    from gflowvlm.shared.answer_formats import answer_format
+
+    answer_format(config.task.answer_format)
+    check_paths(config)
+    if directory is not None:
+        check_new_run(directory)
+    if config.cluster.address is None:
+        from gflowvlm.cluster.launch.ray_runtime import check_local_ray
+
+        note = check_local_ray(config)
+        if note is not None:
+            console.print(note, soft_wrap=True)
+    from gflowvlm.actors.demonstration_set import DemonstrationSet
+    from gflowvlm.cluster.launch.known_memory import known_memory
+    from gflowvlm.evaluation.model_check.report import require_trainable
+
+    require_trainable(config, known_memory(config, gpu_gib))
+    DemonstrationSet.of_run(config)
 
 
 def show_report(

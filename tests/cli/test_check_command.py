@@ -56,13 +56,14 @@ def test_a_shipped_model_is_checked_for_its_own_preset_and_another_task_for_the_
         run_of("blackjack-tiny", None, None, None, ["learner.stps=3"])
 
 
-def test_a_run_that_cannot_train_is_refused_before_there_is_a_folder(model, tmp_path):
+def test_a_run_that_cannot_train_is_refused_before_there_is_a_folder(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     short = gflowvlm("train", f"policy.model={model}", "sampler.max_model_len=100", cwd=tmp_path)
     assert_one_line(short, "the longest prompt has", "sampler.max_model_len is 100; set sampler.max_model_len=")
     large = [f"policy.model={model}", "sampler.gpus_per_replica=0.5", "learner.gpus_per_worker=0.5"]
-    small = gflowvlm("train", *large, "--dry-run", "--gpu-memory", "1", cwd=tmp_path)
-    assert small.returncode == 1
-    assert "does not fit: the GPU of sampler and learner needs" in small.stdout
+    small = CliRunner().invoke(app, ["train", *large, "--dry-run", "--gpu-memory", "1"])
+    assert small.exit_code == 1
+    assert "does not fit: the GPU of sampler and learner needs" in small.output
     assert list(tmp_path.iterdir()) == []
 
 
