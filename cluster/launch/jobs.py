@@ -18,7 +18,7 @@ from ray.job_submission import JobStatus
 
 from gflowvlm.cluster.launch.installation import installation
 from gflowvlm.cluster.launch.job_client import connect, explained, job_address
-from gflowvlm.cluster.launch.packing import pack
+from gflowvlm.run.packing import pack
 from gflowvlm.shared.cluster_settings import ClusterSettings
 from gflowvlm.shared.config import RunConfig
 from gflowvlm.shared.config_io import dump_config

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from gflowvlm.cluster.launch.installation import installation
-from gflowvlm.cluster.launch.packing import MAX_MIB, PACKAGE, pack, travelling_files
+from gflowvlm.run.packing import MAX_MIB, PACKAGE, pack, travelling_files
 from gflowvlm.shared.errors import UserError
 
 ROOMS = ("cluster", "envs", "run")
