@@ -7,7 +7,6 @@ Whatever it does becomes an `EnvironmentFailedError` that says which instance it
 import asyncio
 import logging
 import math
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ParamSpec, Protocol, TypeVar
@@ -19,6 +18,7 @@ from gflowvlm.envs.registry import make_env
 from gflowvlm.shared.errors import UserError, one_line
 from gflowvlm.shared.task_settings import TaskSettings
 from gflowvlm.shared.trajectory import EndReason
+from gflowvlm.shared.user_code import call_guarded
 
 log = logging.getLogger(__name__)
 
@@ -107,12 +107,7 @@ def run_environment_code(
             other episodes.
         KeyboardInterrupt: The user pressed Ctrl-C in the main thread.
     """
-    try:
-        return call(*args, **kwargs)
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
-            raise
-        raise EnvironmentFailedError(failure_reason(error)) from error
+    return call_guarded(call, lambda error: EnvironmentFailedError(failure_reason(error)), *args, **kwargs)
 
 
 def make_environment(settings: TaskSettings) -> TaskEnv:

@@ -189,8 +189,8 @@ class RunConfig(Settings):
     code: FolderPath | None = Field(
         None,
         validate_default=True,
-        description="Folder of your own modules that settings name as `module:Name`; by default that of the "
-        "configuration's file, or where the command starts.",
+        description="Folder of your own modules that settings name as `module:Name`; by default where the command "
+        "starts.",
     )
 
     @model_validator(mode="before")

@@ -1,8 +1,8 @@
 """A user's own code: where its modules are found, in every process of a run, and how what it raises is told.
 
 A setting names it as ``module:Name``. The module is an installed one, or a file or package in the code folder: by
-default that of the configuration's file, or the one that the command was started in. Nothing is imported from there
-unless a setting names something in it, and then after everything that is installed.
+default the one that the command was started in. Nothing is imported from there unless a setting names something in it,
+and then after everything that is installed.
 """
 
 import importlib
@@ -84,13 +84,29 @@ def run_own_code(
         UserError: It raised, whatever that was; the message begins with `problem` and ends with the file and the line.
         KeyboardInterrupt: The user pressed Ctrl-C in the main thread.
     """
+
+    def failed(error: BaseException) -> UserError:
+        return UserError(f"{problem} ({type(error).__name__}: {one_line(error)}{_place_of(error)})")
+
+    return call_guarded(call, failed, *args, **kwargs)
+
+
+def call_guarded(
+    call: Callable[_Arguments, _Result],
+    failed: Callable[[BaseException], Exception],
+    *args: _Arguments.args,
+    **kwargs: _Arguments.kwargs,
+) -> _Result:
+    """Returns what a call of code that is not ours returns; raises what `failed` makes of anything that it raises.
+
+    `SystemExit` included: it would end a worker's event loop. Ctrl-C in the main thread is the user's, and passes.
+    """
     try:
         return call(*args, **kwargs)
-    # `SystemExit` included: it would end a worker's event loop.
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
             raise
-        raise UserError(f"{problem} ({type(error).__name__}: {one_line(error)}{_place_of(error)})") from error
+        raise failed(error) from error
 
 
 def _choose_place(top: str, folder: Path, problem: str) -> None:
